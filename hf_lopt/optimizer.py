@@ -1,0 +1,458 @@
+"""The optimizer class: the only owner of state, parameter groups and checkpoints. The arithmetic is in the rules."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lopt import distributed, rules
+from hf_lopt.accumulators import AXIS_ORDERS
+from hf_lopt.rules.base import Batch, Layout, Outcome, Rule
+from hf_lopt.weights import Weights
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Settings that identify a run: a checkpoint of another value continues something else.
+_IDENTITY = ("rule", "weights_sha256")
+_COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
+
+
+class _Plan:
+    """What a step needs and need not be rebuilt while the list of parameters stays the same. Derived, never saved."""
+
+    def __init__(self, key: tuple, params: list[Tensor], groups: list[dict[str, Any]], rule: Rule, weights: Weights):
+        devices = sorted({str(p.device) for p in params})
+        if len(devices) > 1:
+            raise ValueError(
+                f"parameters are on several devices ({', '.join(devices)}): the scheduler couples all of them. "
+                "Put the model on one device, or give each device's parameters an optimizer of its own."
+            )
+        self.key = key
+        self.layout = Layout(params, [group["axis_order"] for group in groups])
+        theta = {name: leaf.to(self.layout.device) for name, leaf in weights.theta.items()}
+        self.weights = rule.prepare(theta, groups[0])
+        self._numbers: dict[str, tuple[list, Tensor]] = {}
+
+    def per_tensor(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
+        values = [group[name] for group in groups]
+        if any(isinstance(value, Tensor) for value in values):
+            device = self.layout.device
+            return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values])
+        if name not in self._numbers or self._numbers[name][0] != values:
+            self._numbers[name] = (values, torch.tensor(values, dtype=torch.float32, device=self.layout.device))
+        return self._numbers[name][1]
+
+
+class LearnedOptimizer(Optimizer):
+    """A learned optimizer for any rule of :mod:`hf_lopt.rules`.
+
+    State and arithmetic are float32 whatever the dtype of a parameter, and the parameter is rounded once when it is
+    stored. State is created for all trainable parameters at the first step. Parameters without a gradient are left out
+    of that step, as in ``torch.optim``; tensors without elements always are.
+
+    Args:
+        params: parameters or parameter groups, float32, bfloat16 or float16.
+        rule: name of the rule.
+        hyperparameters: the rule's own keywords; ``lr``, ``weight_decay`` and those in ``rule.per_group`` may be set
+            per group.
+
+    Raises:
+        ValueError: for an empty parameter list, a keyword or value that the rule does not take, complex or sharded
+            parameters, and weights that cannot be loaded.
+    """
+
+    def __init__(self, params: Any, rule: str, **hyperparameters: Any):
+        rule_ = rules.get(rule)
+        unknown = sorted(set(hyperparameters) - set(rule_.defaults))
+        if unknown:
+            raise ValueError(
+                f"{rule_.class_name} takes no argument {', '.join(unknown)}; it takes {', '.join(rule_.defaults)}"
+            )
+        settings = dict(rule_.defaults) | hyperparameters
+        if settings.get("num_training_steps") is None and rule_.needs_horizon:
+            settings["num_training_steps"] = 0  # "not set", with a type that a checkpoint can hold
+        elif rule_.needs_horizon:
+            settings["num_training_steps"] = _positive_int("num_training_steps", settings["num_training_steps"])
+        spec = settings.pop("weights")
+        _check_settings(settings)
+        weights = rule_.load_weights(spec, **settings)
+        self._attach(rule_, weights)
+        defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
+        defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
+        defaults |= {name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | rule_.init_run()
+        super().__init__(params, defaults)
+
+    def _attach(self, rule: Rule, weights: Weights) -> None:
+        self._rule, self._weights = rule, weights
+        # Everything below is derived or transient; what has to survive lives in state and param_groups.
+        self._plan: _Plan | None = None
+        self._pending: Tensor | float | None = None
+        self._report: dict[str, Tensor] = {}
+        self._reported: int | None = None  # skipped steps that have been warned about
+        self._host: Tensor | None = None  # counters as an accelerator last sent them
+        self._warned_horizon = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_rule": self._rule.name, "_weights": self._weights}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_rule" in state:
+            self._attach(rules.get(state.pop("_rule")), state.pop("_weights"))
+        super().__setstate__(state)
+
+    @property
+    def rule(self) -> Rule:
+        """The update rule."""
+        return self._rule
+
+    @property
+    def weights(self) -> Weights:
+        """The meta-trained weights in use."""
+        return self._weights
+
+    # ---- parameter groups -------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; it joins the run where the run stands. See ``torch.optim.Optimizer.add_param_group``."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_settings(group)
+            for p in group["params"]:
+                distributed.check_local(p)
+                if p.dtype not in _DTYPES:
+                    raise ValueError(
+                        f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "
+                        "convert the model first, or leave this parameter to another optimizer"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for key in self._run_keys():
+            group[key] = self.param_groups[0][key]
+
+    def _run_keys(self) -> tuple[str, ...]:
+        """Keys that have one value for the whole run, kept the same in all groups."""
+        per_group = {"lr", "weight_decay", *self._rule.per_group}
+        return tuple(key for key in self.defaults if key not in per_group and key in self.param_groups[0])
+
+    def _set_run(self, values: Mapping[str, Any]) -> None:
+        for group in self.param_groups:
+            group.update(values)
+
+    @property
+    def num_training_steps(self) -> int:
+        """Length of the run in optimizer steps, 0 while it is not set."""
+        return self.param_groups[0]["num_training_steps"]
+
+    @num_training_steps.setter
+    def num_training_steps(self, value: int) -> None:
+        self._set_run({"num_training_steps": _positive_int("num_training_steps", value)})
+        self._warned_horizon = False
+
+    @property
+    def steps_done(self) -> int:
+        """Steps taken so far, skipped ones left out. Reading it waits for the device."""
+        return int(self.param_groups[0]["step"])
+
+    @steps_done.setter
+    def steps_done(self, value: int) -> None:
+        self._set_run({"step": torch.full_like(self.param_groups[0]["step"], operator.index(value))})
+
+    def reset_state(self) -> None:
+        """Forget all accumulators, counters and observed losses, as if no step had been taken; settings stay."""
+        self.state.clear()
+        self._set_run({name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | self._rule.init_run())
+        self._attach(self._rule, self._weights)
+
+    # ---- the loss ---------------------------------------------------------------------------------------------------
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Give the next step its loss; several calls before a step add up.
+
+        ``loss`` is a scalar tensor, kept on its device and detached, or a number: what was back-propagated on this
+        rank. The mean over ranks is taken in the step.
+
+        Raises:
+            ValueError: if it holds more than one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first"
+                )
+            loss = loss.detach().reshape(()).float()
+        else:
+            loss = float(loss)
+        self._pending = loss if self._pending is None else self._pending + loss
+
+    @property
+    def has_observed_loss(self) -> bool:
+        """Whether a loss waits for the next step."""
+        return self._pending is not None
+
+    def scale_observed_loss(self, factor: float) -> None:
+        """Multiply the waiting loss, if there is one: a sum over micro-batches becomes their mean."""
+        if self._pending is not None:
+            self._pending = self._pending * factor
+
+    def discard_loss(self) -> None:
+        """Forget the waiting loss."""
+        self._pending = None
+
+    # ---- the step ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | Tensor | float | None = None) -> Any:
+        """One update of all parameters that have a gradient.
+
+        Args:
+            closure: as in ``torch.optim``, a function that evaluates the model and returns the loss, called once with
+                gradients enabled; or the loss itself, a 0-d tensor or a number. A loss given here replaces those given
+                to :meth:`observe_loss`.
+
+        Returns:
+            the loss that ``closure`` returned or was, None without one.
+
+        Raises:
+            RuntimeError: without a loss or a horizon (unless every lr is 0: then state is allocated and nothing else
+                happens, which is how checkpoints are loaded), for sparse gradients, and after ``max_nonfinite_steps``
+                steps in a row with a non-finite loss, gradient or parameter. Such steps change nothing.
+        """
+        result = closure
+        if callable(closure):
+            with torch.enable_grad():
+                result = closure()
+        if result is not None:
+            self.discard_loss()
+            self.observe_loss(result)
+
+        self._create_state()
+        if self._idle():
+            return result
+        loss, self._pending = self._pending, None
+        params, groups = self._active()
+        if params:
+            device_type = params[0].device.type
+            # A surrounding autocast would run the meta-network in half precision.
+            with torch.autocast(device_type, enabled=False):
+                self._update(params, groups, loss)
+        return result
+
+    def _idle(self) -> bool:
+        """Whether this is a step of checkpoint loading, and an error if it is a real one that lacks something."""
+        rule, group = self._rule, self.param_groups[0]
+        if rule.needs_loss and self._pending is None:
+            if all(float(g["lr"]) == 0.0 for g in self.param_groups):
+                return True
+            raise RuntimeError(
+                f"{rule.class_name} needs the training loss: call optimizer.observe_loss(loss) before "
+                "optimizer.step(), or optimizer.step(loss). Under Trainer and Accelerate `import hf_lopt` delivers it "
+                "from accelerator.backward(loss)."
+            )
+        if rule.needs_horizon and not group["num_training_steps"]:
+            raise RuntimeError(
+                f"{rule.class_name} needs the length of the run: pass num_training_steps=... or set "
+                "optimizer.num_training_steps before the first step. Trainer's callback does it by itself."
+            )
+        return False
+
+    def _trainable(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((p, group) for group in self.param_groups for p in group["params"] if p.requires_grad)
+
+    def _create_state(self) -> None:
+        """State for every trainable parameter, with a gradient or not, so that it is the same on every rank."""
+        for p, group in self._trainable():
+            if p.numel() and not self.state[p]:
+                distributed.check_local(p)
+                self.state[p] = self._rule.init_state(p, group["axis_order"], self._weights.theta)
+
+    def _active(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+        pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
+        for p, _ in pairs:
+            if p.grad.is_sparse:
+                raise RuntimeError(
+                    f"{self._rule.class_name} does not support sparse gradients (parameter of shape "
+                    f"{tuple(p.shape)}); create the embedding with sparse=False"
+                )
+        return [p for p, _ in pairs], [group for _, group in pairs]
+
+    def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
+        first = self.param_groups[0]
+        key = tuple((id(p), p.device, group["axis_order"]) for p, group in zip(params, groups, strict=True))
+        if self._plan is None or self._plan.key != key:
+            self._plan = _Plan(key, params, groups, self._rule, self._weights)
+        plan, device = self._plan, params[0].device
+        run = {name: first[name].to(device) for name in (*_COUNTERS, *self._rule.init_run())}
+        if self._reported is None:
+            self._reported = int(run["nonfinite_steps"])
+        states = [self.state[p] for p in params]
+        names = dict.fromkeys(name for state in states for name in state)
+        batch = Batch(
+            layout=plan.layout,
+            params=params,
+            grads=[p.grad for p in params],
+            state={name: [state.get(name) for state in states] for name in names},
+            lr=plan.per_tensor("lr", groups),
+            weight_decay=plan.per_tensor("weight_decay", groups),
+        )
+        numeric = [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], float)]
+        outcome = self._rule.update(
+            batch,
+            run,
+            plan.weights,
+            first,
+            None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=device),
+            {name: plan.per_tensor(name, groups) for name in numeric},
+        )
+        self._finish(run, outcome)
+
+    def _finish(self, run: Mapping[str, Tensor], outcome: Outcome) -> None:
+        skipped = outcome.skipped.to(torch.int64)
+        counters = {
+            "step": run["step"] + 1 - skipped,
+            "nonfinite_steps": run["nonfinite_steps"] + skipped,
+            "nonfinite_in_a_row": (run["nonfinite_in_a_row"] + 1) * skipped,
+        }
+        self._set_run(outcome.run | counters)
+        self._report = outcome.report
+        self._watch(torch.stack([counters[name] for name in _COUNTERS]))
+
+    def _watch(self, counters: Tensor) -> None:
+        """Warn and raise by the counters. An accelerator's are read one step late, from a copy nobody waits for."""
+        if counters.device.type == "cpu":
+            step, total, in_a_row = counters.tolist()
+        else:
+            if self._host is None:
+                self._host = counters.cpu().pin_memory()
+            step, total, in_a_row = self._host.tolist()
+            self._host.copy_(counters, non_blocking=True)
+        if total > self._reported:
+            self._reported = total
+            self._complain(total, in_a_row)
+        horizon = self.param_groups[0].get("num_training_steps", 0)
+        if horizon and step > horizon and not self._warned_horizon:
+            self._warned_horizon = True
+            warnings.warn(
+                f"{self._rule.class_name} has taken {step} steps, more than num_training_steps={horizon}: its "
+                "schedule is over and it goes on with the last stretch of it. Set the length of the whole run.",
+                stacklevel=2,
+            )
+
+    def _complain(self, total: int, in_a_row: int) -> None:
+        limit = self.param_groups[0]["max_nonfinite_steps"]
+        if in_a_row >= limit:
+            raise RuntimeError(
+                f"{in_a_row} steps in a row had a non-finite loss, gradient or parameter and were skipped "
+                f"(max_nonfinite_steps={limit}). Nothing was changed by them: lower lr, check the data and the loss, "
+                "or raise max_nonfinite_steps."
+            )
+        warnings.warn(
+            f"skipped a step with a non-finite loss, gradient or parameter ({total} so far, {in_a_row} in a row; "
+            f"an error follows at {limit} in a row)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step for a logger; {} before the first. Waits for the device.
+
+        ``lr_mult_mean``, ``lr_mult_min``, ``lr_mult_max`` over tensors, ``update_rms`` of the network's step over all
+        elements, ``nonfinite_steps`` so far.
+        """
+        if not self._report:
+            return {}
+        out = {}
+        if "lr_mult" in self._report:
+            lr_mult = self._report["lr_mult"]
+            out = {f"lr_mult_{name}": getattr(lr_mult, name)().item() for name in ("mean", "min", "max")}
+        out["update_rms"] = self._report["update_rms"].item()
+        out["nonfinite_steps"] = float(self.param_groups[0]["nonfinite_steps"])
+        return out
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
+
+        Raises:
+            ValueError: if it is of another optimizer, another rule or other weights than this one.
+        """
+        ours = {key: self.param_groups[0][key] for key in _IDENTITY}
+        for group in state_dict["param_groups"]:
+            theirs = {key: group.get(key) for key in _IDENTITY}
+            if theirs["rule"] != ours["rule"]:
+                got = f"the rule {theirs['rule']!r}" if theirs["rule"] else "another optimizer, which names no rule"
+                raise ValueError(f"this checkpoint is of {got}; this optimizer is {ours['rule']!r}. Use the same one.")
+            if theirs["weights_sha256"] != ours["weights_sha256"]:
+                raise ValueError(
+                    f"this checkpoint was made with the weights {group.get('weights_source')!r} (sha256 "
+                    f"{str(theirs['weights_sha256'])[:12]}), but {self._weights.source!r} (sha256 "
+                    f"{self._weights.sha256[:12]}) are loaded. Pass weights=... of the checkpoint, or start afresh."
+                )
+        saved = state_dict["state"]
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        super().load_state_dict(state_dict)
+        # torch casts floating-point state to the dtype of the parameter.
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            if p.dtype != torch.float32 and i in saved:
+                for key, value in saved[i].items():
+                    if isinstance(value, Tensor) and value.is_floating_point():
+                        self.state[p][key] = value.to(device=p.device, copy=True)
+        self._attach(self._rule, self._weights)
+
+
+def _positive_int(name: str, value: Any) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = int(value) if isinstance(value, float) and value.is_integer() else 0
+    if number <= 0 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number of optimizer steps above 0, got {value!r}")
+    return number
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Range checks, for the settings of a constructor or of a group."""
+    for name in ("lr", "weight_decay", "min_param_scale", "bank_scale"):
+        value = settings.get(name, 0.0)
+        if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if settings.get("axis_order", "torch") not in AXIS_ORDERS:
+        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {settings['axis_order']!r}")
+    if "max_nonfinite_steps" in settings:
+        _positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
+
+
+def _public_class(rule: Rule) -> type[LearnedOptimizer]:
+    """The class of one rule: a name, a signature and a docstring over :class:`LearnedOptimizer`."""
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, keyword, default=value) for name, value in rule.defaults.items()]
+    signature = inspect.Signature([inspect.Parameter("params", keyword), *parameters])
+
+    def __init__(self: LearnedOptimizer, *args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        LearnedOptimizer.__init__(self, arguments.pop("params"), rule.name, **arguments)
+
+    __init__.__signature__ = inspect.Signature([inspect.Parameter("self", keyword), *signature.parameters.values()])
+    __init__.__doc__ = LearnedOptimizer.__doc__
+    body = {"__init__": __init__, "__doc__": rule.summary, "__module__": __name__, "__signature__": signature}
+    return type(rule.class_name, (LearnedOptimizer,), body)
+
+
+PUBLIC_CLASSES: dict[str, type[LearnedOptimizer]] = {}
+for _rule in map(rules.get, rules.names()):
+    PUBLIC_CLASSES[_rule.name] = globals()[_rule.class_name] = _public_class(_rule)

@@ -1,0 +1,200 @@
+"""What an update rule is: data, and one short function over lists of tensors.
+
+A rule names its features, the shapes of its weights, its per-tensor and per-run state and its defaults; its ``update``
+strings the passes of :mod:`hf_lopt._ops` together. It never loops over parameters and keeps no state of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import _ops, accumulators, distributed, weights
+from hf_lopt.accumulators import Factors, factored_axes
+from hf_lopt.features import ElementFeatures
+from hf_lopt.networks import ElementNetwork, Theta
+
+
+class Layout:
+    """What is fixed for a list of parameters: axes, shapes, sizes. Built once and reused for the same list."""
+
+    def __init__(self, params: Sequence[Tensor], axis_orders: Sequence[str]):
+        self.device = params[0].device
+        self.shapes = [tuple(p.shape) for p in params]
+        axes = [factored_axes(shape, order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
+        self.row_axes, self.col_axes = [a for a, _ in axes], [b for _, b in axes]
+        self.numel = torch.tensor([p.numel() for p in params], dtype=torch.float64, device=self.device)
+        self.nothing = torch.empty(0, device=self.device)
+        self.cache: dict[str, Tensor] = {}  # what the next step of a rule can take from this one
+        self.versions: list[int] = []  # of the parameters, when the cached statistics were taken
+
+
+@dataclass
+class Batch:
+    """All tensors of one step. Lists have one entry per parameter; ``(T,)`` tensors one element."""
+
+    layout: Layout
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor | None]]  # key -> the state of each parameter; None where it has no such accumulator
+    lr: Tensor  # (T,) float32
+    weight_decay: Tensor  # (T,) float32
+
+    def tensors(self, key: str) -> list[Tensor]:
+        """The state ``key`` of every parameter, an empty tensor where it has none."""
+        nothing = self.layout.nothing
+        return [nothing if x is None else x for x in self.state.get(key, [None] * len(self.params))]
+
+    def accumulators(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.tensors("momentum"), self.tensors("second_moment")
+
+
+@dataclass
+class Outcome:
+    """What a rule's ``update`` gives back: the new run state, and what is worth logging (device tensors)."""
+
+    run: dict[str, Tensor]
+    skipped: Tensor  # bool, 0-d
+    report: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A published update rule.
+
+    Attributes:
+        name: the ``optim=`` name; also names the embedded weights.
+        class_name: the public class.
+        summary: one sentence for its docstring, with the source.
+        defaults: constructor keywords after ``params`` and their defaults, in order.
+        per_group: the keywords that a parameter group may set for itself, beside lr and weight_decay.
+        shapes: leaves of the weights and their shapes; letters stand for sizes that the file decides.
+        init_state: (parameter, axis order, weights) -> the state of one parameter.
+        init_run: () -> the tensors that belong to the run as a whole.
+        prepare: (weights, settings) -> the tensors that ``update`` takes, packed once.
+        update: the step itself.
+        own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
+        needs_horizon, needs_loss: whether a step is undefined without them.
+        finetune_lr: multiplier for embedded weights on a pretrained model, where a step made for training from
+            scratch is too large; None: as elsewhere.
+    """
+
+    name: str
+    class_name: str
+    summary: str
+    defaults: Mapping[str, Any]
+    per_group: tuple[str, ...]
+    shapes: Mapping[str, tuple[int | str, ...]]
+    init_state: Callable[[Tensor, str, Theta], dict[str, Tensor]]
+    init_run: Callable[[], dict[str, Tensor]]
+    prepare: Callable[[Theta, Mapping[str, Any]], dict[str, Any]]
+    update: Callable[..., Outcome]
+    own_schedule: bool = True
+    needs_horizon: bool = True
+    needs_loss: bool = True
+    finetune_lr: float | None = None
+
+    def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
+        """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
+        hints = {k: v for k, v in settings.items() if k == "bank_scale"}
+        return weights.load(self.name, spec, self.shapes, **hints)
+
+
+def sums(batch: Batch, features: ElementFeatures) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Pass 0 over a batch: row sums, column sums and statistics of the whole tensors.
+
+    Statistics of parameters and accumulators come from the pass that last wrote them, unless a parameter has been
+    changed since.
+    """
+    layout = batch.layout
+    known = layout.cache.get("stats") if layout.versions == [p._version for p in batch.params] else None
+    row_sums, col_sums, stats = _ops.sums(
+        *(batch.params, batch.grads, *batch.accumulators()),
+        *(layout.row_axes, layout.col_axes, features.clip, known is None),
+    )
+    if known is not None:
+        stats = torch.cat([stats[:, : _ops.STAT_P2], known[:, _ops.STAT_P2 :]], 1)
+    layout.cache["stats"] = stats
+    return row_sums, col_sums, stats
+
+
+def agree(stats: Tensor, loss: Tensor | None) -> tuple[Tensor | None, Tensor]:
+    """The mean loss over ranks, and whether to skip the step (bool, 0-d): true on all ranks if anything that enters it
+    is not finite on any."""
+    bad = (stats[:, _ops.STAT_NONFINITE] > 0).any() | ~torch.isfinite(stats).all()
+    if loss is not None:
+        bad = bad | ~torch.isfinite(loss)
+    return distributed.agree(loss, bad)
+
+
+def factors(batch: Batch, features: ElementFeatures, row_sums: list[Tensor], col_sums: list[Tensor]) -> Factors:
+    """Updated row and column accumulators of a batch and their factors."""
+    layout = batch.layout
+    return accumulators.update_factored(
+        batch.tensors("factored_row"),
+        batch.tensors("factored_col"),
+        row_sums,
+        col_sums,
+        layout.shapes,
+        layout.row_axes,
+        layout.col_axes,
+        features.decays.factored,
+    )
+
+
+def _common(batch: Batch, features: ElementFeatures, f: Factors) -> tuple:
+    layout, decays = batch.layout, features.decays
+    return (
+        *(features.names, batch.params, batch.grads, *batch.accumulators(), batch.tensors("factored_diag")),
+        *(f.rows, f.cols, f.row_factors, f.col_factors, layout.row_axes, layout.col_axes, ()),
+        *(decays.momentum, decays.second_moment, decays.factored),
+        *(features.clip, features.second_eps, features.diagonal_eps),
+    )
+
+
+def feature_scales(batch: Batch, features: ElementFeatures, f: Factors) -> Tensor:
+    """Pass 1 over a batch: 1 / sqrt(eps + mean x²) of every feature column over the whole tensor, (T, F) float32."""
+    mean = _ops.feature_sums(*_common(batch, features, f)) / batch.layout.numel.unsqueeze(1)
+    return (mean + features.norm_eps).rsqrt().to(torch.float32)
+
+
+def apply_network(
+    batch: Batch,
+    features: ElementFeatures,
+    f: Factors,
+    network: ElementNetwork,
+    scale: Tensor,
+    exp_mult: float,
+    skip: Tensor,
+) -> Tensor:
+    """Pass 2 over a batch: parameters and element-wise accumulators in place; returns (T, O - 1): Σ step², Σ o2, ….
+
+    Weight decay is decoupled and scaled by lr; both terms are formed from the parameter before the step:
+    p <- p - lr * weight_decay * p - step.
+    """
+    arguments = (network.weights, network.biases, scale, batch.lr * batch.weight_decay, exp_mult, skip, ())
+    sums, stats = _ops.apply_network(*_common(batch, features, f), *arguments)
+    layout = batch.layout
+    layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
+    layout.versions = [p._version for p in batch.params]
+    return sums
+
+
+def store(batch: Batch, skip: Tensor, **new: Sequence[Tensor]) -> None:
+    """Write new per-tensor state unless the step is skipped."""
+    old, values = [], []
+    for key, tensors in new.items():
+        for target, value in zip(batch.state.get(key, []), tensors, strict=False):
+            if target is not None:
+                old.append(target)
+                values.append(torch.where(skip, target, value))
+    torch._foreach_copy_(old, values)
+
+
+def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``new`` run state, or ``old`` where the step is skipped."""
+    return {key: torch.where(skip, old[key], value) for key, value in new.items()}
