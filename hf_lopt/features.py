@@ -47,6 +47,14 @@ class ElementFeatures:
         counts = (len(d.momentum), len(d.second_moment), len(d.factored))
         return tuple(_ops.feature_width(name, *counts) for name in self.names)
 
+    def column(self, name: str) -> int:
+        """Index of the first column of the group ``name``."""
+        return sum(self.widths()[: self.names.index(name)])
+
+    def scales(self, mean_squares: Tensor) -> Tensor:
+        """What the normaliser multiplies each column with, float32, from the mean squares (T, F)."""
+        return (mean_squares + self.norm_eps).rsqrt().to(torch.float32)
+
 
 # google/learned_optimization, general_lopt hyper_v2: 14 groups, 30 columns.
 VELO = ElementFeatures(
@@ -130,17 +138,16 @@ def rank_one_hot(shapes: list[tuple[int, ...]], device: torch.device) -> Tensor:
     return (ranks.unsqueeze(1) == torch.arange(5, device=device)).to(torch.float32)
 
 
-def velo_tensor_features(stats: Tensor, numel: Tensor, ranks: Tensor, decays: Decays) -> Tensor:
+def velo_tensor_features(stats: Tensor, mean_p2: Tensor, numel: Tensor, ranks: Tensor, decays: Decays) -> Tensor:
     """Per-tensor inputs of VeLO's scheduler, (T, 12): L(mean v), rank one-hot (5), L(var m) (3), L(var v) (3).
 
-    ``stats`` are the sums (T, S) of pass 0, taken before the accumulators are updated, ``numel`` (T,) float64. The
-    tensor is rescaled to unit mean square first, and "var v" uses the momentum means, as in the reference. Sums are
-    combined in float64, since a variance is their difference.
+    ``stats`` are the sums (T, S) of pass 0, taken before the accumulators are updated, ``mean_p2`` and ``numel`` (T,),
+    all float64. The tensor is rescaled to unit mean square first, and "var v" uses the momentum means, as in the
+    reference. Sums are combined in float64, since a variance is their difference.
     """
     n_v, n_m = len(decays.second_moment), len(decays.momentum)
-    means = stats / numel.unsqueeze(1)
-    scale = means[:, _ops.STAT_P2, None].clamp_min(1e-9).rsqrt()
-    pairs = means[:, _ops.STAT_PAIRS :].unflatten(1, (n_v + n_m, 2))
+    scale = mean_p2.clamp_min(1e-9).rsqrt().unsqueeze(1)
+    pairs = (stats[:, _ops.STAT_PAIRS :] / numel.unsqueeze(1)).unflatten(1, (n_v + n_m, 2))
     v, v2 = pairs[:, :n_v, 0], pairs[:, :n_v, 1]
     m, m2 = pairs[:, n_v:, 0], pairs[:, n_v:, 1]
     var_m = scale.square() * (m2 - m.square())

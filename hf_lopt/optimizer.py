@@ -123,8 +123,15 @@ class LearnedOptimizer(Optimizer):
     # ---- parameter groups -------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; it joins the run where the run stands. See ``torch.optim.Optimizer.add_param_group``."""
-        super().add_param_group(param_group)
+        """Add a group; it joins the run where the run stands. See ``torch.optim.Optimizer.add_param_group``.
+
+        Settings of the run as a whole belong to the constructor; a group that brings its own is told so.
+        """
+        # A copy: torch fills the dict in place, and a caller may build another optimizer from it.
+        own = {key: value for key, value in param_group.items() if key not in self._run_keys()}
+        dropped = [key for key in self._rule.defaults if key in param_group and key not in own]
+        dropped = [key for key in dropped if param_group[key] != self.defaults[key]]
+        super().add_param_group(own)
         group = self.param_groups[-1]
         try:
             _check_settings(group)
@@ -138,13 +145,16 @@ class LearnedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        for key in self._run_keys():
-            group[key] = self.param_groups[0][key]
+        group.update({key: self.param_groups[0][key] for key in self._run_keys()})
+        if dropped:
+            warnings.warn(
+                f"{', '.join(dropped)} of a parameter group is one setting for all groups: dropped", stacklevel=2
+            )
 
     def _run_keys(self) -> tuple[str, ...]:
         """Keys that have one value for the whole run, kept the same in all groups."""
         per_group = {"lr", "weight_decay", *self._rule.per_group}
-        return tuple(key for key in self.defaults if key not in per_group and key in self.param_groups[0])
+        return tuple(key for key in self.defaults if key not in per_group)
 
     def _set_run(self, values: Mapping[str, Any]) -> None:
         for group in self.param_groups:
@@ -363,6 +373,11 @@ class LearnedOptimizer(Optimizer):
             RuntimeWarning,
             stacklevel=2,
         )
+
+    @property
+    def report(self) -> dict[str, Tensor]:
+        """Internals of the last step, device tensors by name (``lr_mult`` (T,), …); {} before the first. Not saved."""
+        return self._report
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step for a logger; {} before the first. Waits for the device.

@@ -30,7 +30,7 @@ class Layout:
         self.numel = torch.tensor([p.numel() for p in params], dtype=torch.float64, device=self.device)
         self.nothing = torch.empty(0, device=self.device)
         self.cache: dict[str, Tensor] = {}  # what the next step of a rule can take from this one
-        self.versions: list[int] = []  # of the parameters, when the cached statistics were taken
+        self.versions: list[int] = []  # of the accumulators, when the cached statistics were taken
 
 
 @dataclass
@@ -107,11 +107,11 @@ class Rule:
 def sums(batch: Batch, features: ElementFeatures) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """Pass 0 over a batch: row sums, column sums and statistics of the whole tensors.
 
-    Statistics of parameters and accumulators come from the pass that last wrote them, unless a parameter has been
-    changed since.
+    Statistics of the accumulators come from the pass that last wrote them, unless they have been changed since. Those
+    of the parameter do not: a user may edit it through ``.data``, which leaves no trace. Pass 1 has them.
     """
     layout = batch.layout
-    known = layout.cache.get("stats") if layout.versions == [p._version for p in batch.params] else None
+    known = layout.cache.get("stats") if layout.versions == _versions(batch) else None
     row_sums, col_sums, stats = _ops.sums(
         *(batch.params, batch.grads, *batch.accumulators()),
         *(layout.row_axes, layout.col_axes, features.clip, known is None),
@@ -122,10 +122,14 @@ def sums(batch: Batch, features: ElementFeatures) -> tuple[list[Tensor], list[Te
     return row_sums, col_sums, stats
 
 
-def agree(stats: Tensor, loss: Tensor | None) -> tuple[Tensor | None, Tensor]:
+def _versions(batch: Batch) -> list[int]:
+    return [x._version for xs in batch.accumulators() for x in xs]
+
+
+def agree(stats: Tensor, mean_squares: Tensor, loss: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """The mean loss over ranks, and whether to skip the step (bool, 0-d): true on all ranks if anything that enters it
-    is not finite on any."""
-    bad = (stats[:, _ops.STAT_NONFINITE] > 0).any() | ~torch.isfinite(stats).all()
+    is not finite on any. The statistics count non-finite gradients before they are clipped."""
+    bad = (stats[:, _ops.STAT_NONFINITE] > 0).any() | ~torch.isfinite(mean_squares).all()
     if loss is not None:
         bad = bad | ~torch.isfinite(loss)
     return distributed.agree(loss, bad)
@@ -156,10 +160,9 @@ def _common(batch: Batch, features: ElementFeatures, f: Factors) -> tuple:
     )
 
 
-def feature_scales(batch: Batch, features: ElementFeatures, f: Factors) -> Tensor:
-    """Pass 1 over a batch: 1 / sqrt(eps + mean x²) of every feature column over the whole tensor, (T, F) float32."""
-    mean = _ops.feature_sums(*_common(batch, features, f)) / batch.layout.numel.unsqueeze(1)
-    return (mean + features.norm_eps).rsqrt().to(torch.float32)
+def mean_squares(batch: Batch, features: ElementFeatures, f: Factors) -> Tensor:
+    """Pass 1 over a batch: the mean square of every feature column over the whole tensor, (T, F) float64."""
+    return _ops.feature_sums(*_common(batch, features, f)) / batch.layout.numel.unsqueeze(1)
 
 
 def apply_network(
@@ -180,7 +183,7 @@ def apply_network(
     sums, stats = _ops.apply_network(*_common(batch, features, f), *arguments)
     layout = batch.layout
     layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
-    layout.versions = [p._version for p in batch.params]
+    layout.versions = _versions(batch)
     return sums
 
 

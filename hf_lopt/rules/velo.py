@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import _ops, accumulators, networks
+from hf_lopt import accumulators, networks
 from hf_lopt.features import (
     VELO,
     init_loss_buffer,
@@ -71,23 +71,25 @@ def update(
     """One step. Inputs of the scheduler come from the state before this step, its loss features from after."""
     horizon, layout, theta = settings["num_training_steps"], batch.layout, weights["theta"]
     row_sums, col_sums, stats = base.sums(batch, VELO)
-    loss, skip = base.agree(stats, loss)
+    factors = base.factors(batch, VELO, row_sums, col_sums)
+    mean_squares = base.mean_squares(batch, VELO, factors)
+    loss, skip = base.agree(stats, mean_squares, loss)
+    mean_p2 = mean_squares[:, VELO.column("p")]
 
     loss_buffer, loss_features = update_loss_buffer(run, loss, run["step"], horizon)
     shared = torch.cat([time_features(run["step"], horizon), loss_features])
     if "ranks" not in layout.cache:
         layout.cache["ranks"] = rank_one_hot(layout.shapes, layout.device)
-    own = velo_tensor_features(stats, layout.numel, layout.cache["ranks"], VELO.decays)
+    own = velo_tensor_features(stats, mean_p2, layout.numel, layout.cache["ranks"], VELO.decays)
     inputs = torch.cat([shared.expand(len(own), -1), own], 1)
     hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
     hidden, cell = networks.lstm(networks.mix(inputs, theta), hidden, cell, theta)
     controls = networks.linear(hidden, theta, "rnn_params/rnn_to_controls")
     lr_mult = networks.linear(hidden, theta, "rnn_params/step_size").squeeze(1)
 
-    factors = base.factors(batch, VELO, row_sums, col_sums)
     network = networks.split_layers(controls @ weights["bank"], UNITS).first_outputs(2)  # the third is unused
-    network = network.scaled(base.feature_scales(batch, VELO, factors))
-    rms = (stats[:, _ops.STAT_P2] / layout.numel + 1e-9).sqrt().to(torch.float32)
+    network = network.scaled(VELO.scales(mean_squares))
+    rms = (mean_p2 + 1e-9).sqrt().to(torch.float32)
     scale = batch.lr * lr_mult * torch.maximum(rms, per_group["min_param_scale"]) * STEP_MULT
     sums = base.apply_network(batch, VELO, factors, network, scale, EXP_MULT, skip)
 

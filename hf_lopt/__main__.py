@@ -1,0 +1,78 @@
+"""``python -m hf_lopt``: what this installation offers, for a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import hf_lopt
+from hf_lopt import _ops, rules, weights
+
+
+_PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "peft", "trl", "numpy")
+_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _kernels(device_key: str) -> str:
+    """Which operators have a kernel of their own for a device; the others run as plain PyTorch."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    fused = [name for name in _ops.SCHEMAS if has_kernel(f"hf_lopt::{name}", device_key)]
+    return f"fused: {', '.join(fused)}" if fused else "plain PyTorch"
+
+
+def _devices() -> Iterator[str]:
+    yield f"cpu, {torch.get_num_threads()} threads"
+    for i in range(torch.cuda.device_count()):
+        yield f"cuda:{i} {torch.cuda.get_device_name(i)}"
+
+
+def _weights(rule: str) -> Iterator[tuple[str, str]]:
+    found = weights.find(rule)
+    for each in found:
+        yield f"{rule} {each.origin}", f"{each.source}  sha256 {each.sha256}"
+    if not found:
+        yield rule, "none here; published weights are looked for on the hub when they are asked for"
+
+
+def report() -> list[tuple[str, list[tuple[str, str]]]]:
+    """Sections of (label, value) rows. Reads this machine only, never the network."""
+    packages = [(name, _version(name)) for name in _PACKAGES]
+    return [
+        ("versions", [("hf_lopt", hf_lopt.__version__), ("torch", torch.__version__), *packages]),
+        ("optimizers", [(f"optim={name!r}", rules.get(name).summary) for name in hf_lopt.available()]),
+        ("weights", [row for name in hf_lopt.available() for row in _weights(name)]),
+        ("kernels", [("cpu", _kernels("CPU")), ("cuda", _kernels("CUDA"))]),
+        (
+            "environment",
+            [
+                ("python", f"{platform.python_version()} on {platform.platform()}"),
+                *(("device", device) for device in _devices()),
+                *((name, os.environ[name]) for name in _VARIABLES if name in os.environ),
+            ],
+        ),
+    ]
+
+
+def main() -> None:
+    """Print the report."""
+    for title, rows in report():
+        sys.stdout.write(f"{title}\n")
+        width = max(len(label) for label, _ in rows)
+        for label, value in rows:
+            sys.stdout.write(f"  {label:<{width}}  {value}\n")
+
+
+if __name__ == "__main__":
+    main()

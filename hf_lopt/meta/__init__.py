@@ -1,0 +1,1 @@
+"""Making meta-weights: construction, distillation and meta-training."""

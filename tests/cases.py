@@ -1,0 +1,42 @@
+"""One row per rule and reference file. A test of every rule takes its rows from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import golden
+import pytest
+
+
+@dataclass(frozen=True)
+class Case:
+    """A reference trajectory and the optimizer that has to follow it.
+
+    Tolerances are relative to the largest parameter of a tensor: |p - p_ref| <= first * max|p_ref| after step 1 and
+    <= last * max|p_ref| after the last step. The float32 reference itself is 2e-7 to 6e-7 away from float64 by then.
+    """
+
+    file: str
+    rule: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    first: float = 1e-6
+    last: float = 5e-6
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        reason = f"{self.file} holds published weights, which are not part of the repository"
+        return [pytest.mark.skipif(golden.find(self.file) is None, reason=reason)]
+
+
+CASES = (
+    Case("velo.npz", "velo"),
+    Case("velo_s.npz", "velo", {"bank_scale": 1.0}),
+    Case("velo_s_ties.npz", "velo", {"bank_scale": 1.0}),
+)
+# Tensors whose reference starts at zero are compared in absolute terms.
+ABSOLUTE = {"h_row16": 5e-5}
+
+
+def rows(cases: tuple[Case, ...] = CASES) -> list:
+    return [pytest.param(case, id=case.file.removesuffix(".npz"), marks=case.marks) for case in cases]

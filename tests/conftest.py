@@ -1,0 +1,7 @@
+import os
+
+
+# No test may depend on a hub; those that talk to a stand-in set these themselves.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
