@@ -4,18 +4,20 @@
 ``TrainingArguments(optim="velo")`` works.
 """
 
+from hf_lopt import optimizer as _optimizer
 from hf_lopt.hf.register import register as _register
-from hf_lopt.optimizer import PUBLIC_CLASSES as _CLASSES
 from hf_lopt.optimizer import LearnedOptimizer
 
 
 __version__ = "0.1.0"
-__all__ = ["LearnedOptimizer", "available", *(cls.__name__ for cls in _CLASSES.values())]
 
-globals().update({cls.__name__: cls for cls in _CLASSES.values()})
+_names = sorted({cls.__name__ for cls in _optimizer.PUBLIC_CLASSES.values()})
+globals().update({name: getattr(_optimizer, name) for name in _names})
+__all__ = ["LearnedOptimizer", "available", *_names]
+
 _register()
 
 
 def available() -> tuple[str, ...]:
     """The ``optim=`` names that this installation offers, sorted."""
-    return tuple(sorted(_CLASSES))
+    return tuple(sorted(_optimizer.PUBLIC_CLASSES))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,12 @@ SCHEMAS = {
         + _COMMON.format(p="(a!)", m="(b!)", v="(c!)", d="(d!)")
         + ", Tensor[] weights, Tensor[] biases, Tensor scale, Tensor decay, float exp_mult, Tensor skip, "
         "Tensor(e!)[] out) -> (Tensor, Tensor)"
+    ),
+    "adam_step": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] second_moments, "
+        "float momentum_decay, float second_decay, float clip, Tensor scale, Tensor decay, "
+        "Tensor momentum_correction, Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) "
+        "-> Tensor"
     ),
 }
 
@@ -140,6 +146,9 @@ class _Block:
 
     def _p(self):
         return self.p.unsqueeze(0)
+
+    def _log_abs_p(self):
+        return torch.log(self.p.abs() + 1e-8).unsqueeze(0)
 
     def _m(self):
         return self.m
@@ -352,6 +361,14 @@ def _feature_sums(*args) -> Tensor:
     return out
 
 
+def _store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
+    """A function that stores a value where ``skip`` is false; None if it is known to be true."""
+    if skip.device.type == "cpu":
+        return None if bool(skip) else Tensor.copy_
+    # On an accelerator the decision stays data: asking for it would wait for the device.
+    return lambda target, value: target.copy_(torch.where(skip, target, value))
+
+
 def _apply_network(*args) -> tuple[Tensor, Tensor]:
     """Pass 2. Evaluates the network and updates params, momenta, second moments and diagonals in place.
 
@@ -366,15 +383,9 @@ def _apply_network(*args) -> tuple[Tensor, Tensor]:
     outs = x.slices_of(out)
     sums = torch.zeros(len(x.params), weights[-1].shape[-1] - 1, dtype=torch.float64, device=scale.device)
     stats = sums.new_zeros(len(x.params), stat_width(x.momenta, x.second_moments))
-    if skip.device.type == "cpu" and bool(skip):
+    store = _store_unless(skip)
+    if store is None:
         return sums, stats
-    masked = skip.device.type != "cpu"
-
-    def store(
-        target: Tensor, value: Tensor
-    ) -> None:  # on an accelerator the decision is data: asking would synchronise
-        target.copy_(torch.where(skip, target, value) if masked else value)
-
     for t, p in enumerate(x.params):
         w, b = ([y[t if y.shape[0] > 1 else 0] for y in ys] for ys in (weights, biases))
         element, vector = x.split(t)
@@ -401,6 +412,46 @@ def _apply_network(*args) -> tuple[Tensor, Tensor]:
                 store(p[index], torch.addcmul(block.p, block.p, decay[t], value=-1) - step)
             _add_moments(stats[t], p[index], block.v, block.m)
     return sums, stats
+
+
+def _adam_step(
+    params,
+    grads,
+    momenta,
+    second_moments,
+    momentum_decay,
+    second_decay,
+    clip,
+    scale,
+    decay,
+    momentum_correction,
+    second_correction,
+    inner_eps,
+    outer_eps,
+    skip,
+):
+    """One pass of Adam with the variations of the learned rules, momenta and second moments of shape (1, *s) in place.
+
+    step = scale[t] * momentum_correction * m / (sqrt(second_correction * v + inner_eps) + outer_eps),
+    p <- p - decay[t] * p - step. Corrections are 0-d. Returns Σ step², (T,) float64. Nothing changes where ``skip``.
+    """
+    out = torch.zeros(len(params), dtype=torch.float64, device=scale.device)
+    store = _store_unless(skip)
+    if store is None:
+        return out
+    for t, (p, g) in enumerate(zip(params, grads, strict=True)):
+        for index in _blocks(p.shape, _limit(p)):
+            x, value = g[index].float(), p[index].float()
+            x = x.clamp(-clip, clip) if clip < math.inf else x
+            m = _ema(_cut(momenta[t], index), x, [momentum_decay])
+            v = _ema(_cut(second_moments[t], index), x * x, [second_decay])
+            root = (v[0] * second_correction + inner_eps).sqrt_().add_(outer_eps)
+            step = m[0] * momentum_correction / root * scale[t]
+            out[t] += _sum_of_squares(step)
+            store(_cut(momenta[t], index), m)
+            store(_cut(second_moments[t], index), v)
+            store(p[index], torch.addcmul(value, value, decay[t], value=-1) - step)
+    return out
 
 
 def _fake_sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments):
@@ -433,6 +484,11 @@ def _fake_apply_network(*args):
     return sums, sums.new_empty(len(x.params), stat_width(x.momenta, x.second_moments))
 
 
+def _fake_adam_step(params, grads, momenta, second_moments, *args):
+    _check(params, grads, momenta, second_moments)
+    return params[0].new_empty(len(params), dtype=torch.float64)
+
+
 def _check(params, grads, momenta, second_moments) -> None:
     for p, g, m, v in zip(params, grads, momenta, second_moments, strict=True):
         torch._check(p.shape == g.shape, lambda p=p, g=g: f"parameter {tuple(p.shape)} has gradient {tuple(g.shape)}")
@@ -449,6 +505,7 @@ _KERNELS = {
     "sums": (_sums, _fake_sums),
     "feature_sums": (_feature_sums, _fake_feature_sums),
     "apply_network": (_apply_network, _fake_apply_network),
+    "adam_step": (_adam_step, _fake_adam_step),
 }
 _library = torch.library.Library("hf_lopt", "DEF")
 for _name, (_plain, _fake) in _KERNELS.items():
@@ -460,3 +517,4 @@ for _name, (_plain, _fake) in _KERNELS.items():
 sums = torch.ops.hf_lopt.sums.default
 feature_sums = torch.ops.hf_lopt.feature_sums.default
 apply_network = torch.ops.hf_lopt.apply_network.default
+adam_step = torch.ops.hf_lopt.adam_step.default

@@ -19,6 +19,18 @@ from hf_lopt._ops import FACTORED_EPS, complement
 AXIS_ORDERS = ("torch", "jax")
 
 
+def reference_axes(rank: int, axis_order: str) -> list[int]:
+    """The axes of a tensor in the order in which the reference stores them."""
+    if axis_order not in AXIS_ORDERS:
+        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {axis_order!r}")
+    return [*range(2, rank), 1, 0] if axis_order == "torch" and rank >= 2 else list(range(rank))
+
+
+def reference_shape(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
+    """The shape as the reference stores it."""
+    return tuple(shape[axis] for axis in reference_axes(len(shape), axis_order))
+
+
 def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int, int]:
     """The largest axis A and the second largest axis B of ``shape``, as indices into it; ``(-1, -1)`` for rank < 2.
 
@@ -26,12 +38,9 @@ def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int,
     axes as they stand; ``"torch"`` reads two axes as (out, in) and more as (out, in, *kernel), which the reference
     stores as (*kernel, in, out). Adafactor's factored second moment: Shazeer & Stern 2018, section 3.
     """
-    if axis_order not in AXIS_ORDERS:
-        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {axis_order!r}")
-    rank = len(shape)
-    if rank < 2:
+    if len(shape) < 2:
         return -1, -1
-    axes = [*range(2, rank), 1, 0] if axis_order == "torch" else list(range(rank))
+    axes = reference_axes(len(shape), axis_order)
     axes.sort(key=lambda axis: shape[axis])  # list.sort is stable; NumPy's default argsort is not
     return axes[-1], axes[-2]
 
@@ -98,8 +107,8 @@ def update_factored(
             for part in out:
                 part.append(row_sums[i])
             continue
-        row = _ema(rows[i], row_sums[i] / shapes[i][a] + FACTORED_EPS, decays)
-        col = _ema(cols[i], col_sums[i] / shapes[i][b] + FACTORED_EPS, decays)
+        row = ema(rows[i], row_sums[i] / shapes[i][a] + FACTORED_EPS, decays)
+        col = ema(cols[i], col_sums[i] / shapes[i][b] + FACTORED_EPS, decays)
         # Axis B in the row accumulator, which has lost axis A and gained the decays in front.
         mean = row.mean(b + 1 if b < a else b, keepdim=True)
         row_factor = (row / (mean + 1e-9)).clamp_min_(1e-9).rsqrt_()
@@ -108,7 +117,8 @@ def update_factored(
     return Factors(*out)
 
 
-def _ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:
+def ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:
+    """``decay * old + (1 - decay) * new`` for ``old`` (D, *s) and ``new`` (*s), as a new tensor."""
     shape = (-1, *[1] * new.dim())
     keep = old.new_tensor(decays).view(shape)
     add = old.new_tensor([complement(d) for d in decays]).view(shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -76,11 +76,49 @@ VELO = ElementFeatures(
     )
 )
 
+# google/learned_optimization, adafac_mlp_lopt: 28 normalised columns; 11 of the step count follow, not normalised.
+SMALL_FC = ElementFeatures(
+    names=(
+        "g",
+        "p",
+        "m",
+        "v",
+        "m_rsqrt_v",
+        "rsqrt_v",
+        "fac_g",
+        "row",
+        "col",
+        "rsqrt_row",
+        "rsqrt_col",
+        "fac_m",
+    ),
+    clip=math.inf,
+    diagonal_eps=1e-6,
+)
+# github.com/amoudgl/celo, Celo2: VELO's groups, normalised over the last two axes only.
+CELO2 = replace(VELO, decays=Decays(second_moment=(0.95,)), second_eps=1e-8, norm_eps=1e-9)
+# Tensors of rank < 2 have no row and column features there.
+CELO2_VECTOR = replace(CELO2, names=CELO2.names[:9])
+# google/learned_optimization, rnn_mlp_lopt: 23 normalised columns; 31 that are constant over a tensor follow.
+_RNN_MLP_DECAYS = (0.5, 0.9, 0.99, 0.999, 0.9999)
+RNN_MLP = ElementFeatures(
+    names=("g", "p", "log_abs_p", "m", "v", "m_rsqrt_v", "rsqrt_v"),
+    decays=Decays(momentum=_RNN_MLP_DECAYS, second_moment=_RNN_MLP_DECAYS, factored=()),
+    clip=math.inf,
+)
+
+# Time scales of the features of the step count.
+STEP_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
 # Fractions of the run at which the time features switch.
 TIME_FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
 LOSS_DECAYS = 10
 # Starting value of the running minimum of the loss, as in the reference.
 LOSS_MIN_START = 999999999999.0
+
+
+def step_features(step: Tensor) -> Tensor:
+    """tanh(step / tau - 1), shape (11,); ``step`` counts the steps done, 0 at the first."""
+    return torch.tanh(step.to(torch.float32) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
 
 
 def time_features(step: Tensor, num_training_steps: int) -> Tensor:
@@ -89,11 +127,11 @@ def time_features(step: Tensor, num_training_steps: int) -> Tensor:
     return torch.tanh(10.0 * (step.to(torch.float32) / num_training_steps - fractions))
 
 
-def init_loss_buffer(device: torch.device | None = None) -> dict[str, Tensor]:
+def init_loss_buffer() -> dict[str, Tensor]:
     """Empty loss buffer: averages (10,) over horizons from 10 steps to the whole run, their running minimum (10,)."""
     return {
-        "loss_means": torch.zeros(LOSS_DECAYS, device=device),
-        "loss_min": torch.full((LOSS_DECAYS,), LOSS_MIN_START, device=device),
+        "loss_means": torch.zeros(LOSS_DECAYS),
+        "loss_min": torch.full((LOSS_DECAYS,), LOSS_MIN_START),
     }
 
 

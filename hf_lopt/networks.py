@@ -76,3 +76,11 @@ def flatten_bank(theta: Theta, prefix: str, groups: int, layers: int) -> Tensor:
     for layer in range(1, layers):
         leaves += [theta[f"{prefix}w{layer}"], theta[f"{prefix}b{layer}"]]
     return torch.cat([x.flatten(1) for x in leaves], 1)
+
+
+def fold_constants(network: ElementNetwork, constants: Tensor) -> ElementNetwork:
+    """The network without its last inputs, whose values ``constants`` (C,) or (T, C) are the same for all elements of
+    a tensor: they become part of the first bias."""
+    first, count = network.weights[0], constants.shape[-1]
+    bias = network.biases[0] + (torch.atleast_2d(constants).unsqueeze(1) @ first[:, -count:]).squeeze(1)
+    return ElementNetwork((first[:, :-count], *network.weights[1:]), (bias, *network.biases[1:]))

@@ -22,6 +22,10 @@ from hf_lopt.weights import Weights
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Settings that identify a run: a checkpoint of another value continues something else.
 _IDENTITY = ("rule", "weights_sha256")
+_NON_NEGATIVE = (
+    *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
+    *("adam_lr_mult", "max_grad_norm"),
+)
 _COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 
 
@@ -88,7 +92,7 @@ class LearnedOptimizer(Optimizer):
         self._attach(rule_, weights)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
-        defaults |= {name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | rule_.init_run()
+        defaults |= {name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | rule_.init_run(weights.theta)
         super().__init__(params, defaults)
 
     def _attach(self, rule: Rule, weights: Weights) -> None:
@@ -156,6 +160,9 @@ class LearnedOptimizer(Optimizer):
         per_group = {"lr", "weight_decay", *self._rule.per_group}
         return tuple(key for key in self.defaults if key not in per_group)
 
+    def _run_start(self) -> dict[str, Tensor]:
+        return self._rule.init_run(self._weights.theta)
+
     def _set_run(self, values: Mapping[str, Any]) -> None:
         for group in self.param_groups:
             group.update(values)
@@ -182,7 +189,7 @@ class LearnedOptimizer(Optimizer):
     def reset_state(self) -> None:
         """Forget all accumulators, counters and observed losses, as if no step had been taken; settings stay."""
         self.state.clear()
-        self._set_run({name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | self._rule.init_run())
+        self._set_run({name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | self._run_start())
         self._attach(self._rule, self._weights)
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
@@ -285,7 +292,7 @@ class LearnedOptimizer(Optimizer):
         for p, group in self._trainable():
             if p.numel() and not self.state[p]:
                 distributed.check_local(p)
-                self.state[p] = self._rule.init_state(p, group["axis_order"], self._weights.theta)
+                self.state[p] = self._rule.init_state(p, group, self._weights.theta)
 
     def _active(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
         pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
@@ -299,11 +306,13 @@ class LearnedOptimizer(Optimizer):
 
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
         first = self.param_groups[0]
-        key = tuple((id(p), p.device, group["axis_order"]) for p, group in zip(params, groups, strict=True))
+        words = self._words()
+        pairs = zip(params, groups, strict=True)
+        key = tuple((id(p), p.device, *(group[name] for name in words)) for p, group in pairs)
         if self._plan is None or self._plan.key != key:
             self._plan = _Plan(key, params, groups, self._rule, self._weights)
         plan, device = self._plan, params[0].device
-        run = {name: first[name].to(device) for name in (*_COUNTERS, *self._rule.init_run())}
+        run = {name: first[name].to(device) for name in (*_COUNTERS, *self._run_start())}
         if self._reported is None:
             self._reported = int(run["nonfinite_steps"])
         states = [self.state[p] for p in params]
@@ -311,21 +320,30 @@ class LearnedOptimizer(Optimizer):
         batch = Batch(
             layout=plan.layout,
             params=params,
-            grads=[p.grad for p in params],
+            grads=self._gradients(params),
             state={name: [state.get(name) for state in states] for name in names},
-            lr=plan.per_tensor("lr", groups),
-            weight_decay=plan.per_tensor("weight_decay", groups),
+            settings={name: plan.per_tensor(name, groups) for name in self._numbers()},
+            labels={name: [group[name] for group in groups] for name in words},
         )
-        numeric = [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], float)]
-        outcome = self._rule.update(
-            batch,
-            run,
-            plan.weights,
-            first,
-            None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=device),
-            {name: plan.per_tensor(name, groups) for name in numeric},
-        )
+        loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=device)
+        outcome = self._rule.update(batch, run, plan.weights, first, loss)
         self._finish(run, outcome)
+
+    def _gradients(self, params: list[Tensor]) -> list[Tensor]:
+        """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
+        if self._rule.nan_to_zero:
+            for p in params:
+                p.grad.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+        max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(params, max_norm)
+        return [p.grad for p in params]
+
+    def _numbers(self) -> list[str]:
+        return ["lr", "weight_decay", *(n for n in self._rule.per_group if isinstance(self._rule.defaults[n], float))]
+
+    def _words(self) -> list[str]:
+        return [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], str)]
 
     def _finish(self, run: Mapping[str, Tensor], outcome: Outcome) -> None:
         skipped = outcome.skipped.to(torch.int64)
@@ -440,7 +458,7 @@ def _positive_int(name: str, value: Any) -> int:
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Range checks, for the settings of a constructor or of a group."""
-    for name in ("lr", "weight_decay", "min_param_scale", "bank_scale"):
+    for name in _NON_NEGATIVE:
         value = settings.get(name, 0.0)
         if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
             continue
@@ -452,7 +470,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
         _positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
 
 
-def _public_class(rule: Rule) -> type[LearnedOptimizer]:
+def _public_class(rule: Rule, base: type[LearnedOptimizer]) -> type[LearnedOptimizer]:
     """The class of one rule: a name, a signature and a docstring over :class:`LearnedOptimizer`."""
     keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, keyword, default=value) for name, value in rule.defaults.items()]
@@ -465,9 +483,26 @@ def _public_class(rule: Rule) -> type[LearnedOptimizer]:
     __init__.__signature__ = inspect.Signature([inspect.Parameter("self", keyword), *signature.parameters.values()])
     __init__.__doc__ = LearnedOptimizer.__doc__
     body = {"__init__": __init__, "__doc__": rule.summary, "__module__": __name__, "__signature__": signature}
-    return type(rule.class_name, (LearnedOptimizer,), body)
+    return type(rule.class_name, (base,), body)
+
+
+class _Variants:
+    """Holds the classes of rules that share a public class with another, where pickle can find them."""
 
 
 PUBLIC_CLASSES: dict[str, type[LearnedOptimizer]] = {}
-for _rule in map(rules.get, rules.names()):
-    PUBLIC_CLASSES[_rule.name] = globals()[_rule.class_name] = _public_class(_rule)
+
+
+def _make_public_classes() -> None:
+    """One class per rule. Rules of one class name are variants: the one named by class comes first and is its base."""
+    for rule in map(rules.get, rules.names()):
+        first = globals().get(rule.class_name)
+        PUBLIC_CLASSES[rule.name] = cls = _public_class(rule, first or LearnedOptimizer)
+        if first is None:
+            globals()[rule.class_name] = cls
+        else:
+            cls.__qualname__ = f"{_Variants.__name__}.{rule.name}"
+            setattr(_Variants, rule.name, cls)
+
+
+_make_public_classes()

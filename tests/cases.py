@@ -20,8 +20,19 @@ class Case:
     file: str
     rule: str
     settings: dict[str, Any] = field(default_factory=dict)
+    per_tensor: dict[str, Any] = field(default_factory=dict)  # setting -> {tensor: value}, or a key of the file
     first: float = 1e-6
     last: float = 5e-6
+
+    def of_tensor(self, name: str, reference: golden.Golden) -> dict[str, Any]:
+        """Settings that the tensor ``name`` has for itself."""
+        found = {}
+        for setting, values in self.per_tensor.items():
+            if isinstance(values, str):
+                found[setting] = float(reference.raw[f"{values}/{name}"])
+            elif name in values:
+                found[setting] = values[name]
+        return found
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
@@ -33,6 +44,15 @@ CASES = (
     Case("velo.npz", "velo"),
     Case("velo_s.npz", "velo", {"bank_scale": 1.0}),
     Case("velo_s_ties.npz", "velo", {"bank_scale": 1.0}),
+    Case("small_fc_lopt.npz", "small_fc_lopt"),
+    Case("mulo.npz", "mulo", per_tensor={"step_scale": "mup_lr"}, last=2e-5),
+    Case("celo.npz", "celo"),
+    Case("celo_synth.npz", "celo"),
+    Case("celo_adam.npz", "celo_adam"),
+    Case("celo_adam_synth.npz", "celo_adam"),
+    Case("celo2_base.npz", "celo2_base", {"weight_decay": 0.01}),
+    Case("celo2.npz", "celo2", {"weight_decay": 0.01}, per_tensor={"branch": {"h_row16": "adam"}}),
+    Case("rnn_mlp.npz", "rnn_mlp"),
 )
 # Tensors whose reference starts at zero are compared in absolute terms.
 ABSOLUTE = {"h_row16": 5e-5}

@@ -14,17 +14,21 @@ import pytest
 import torch
 from cases import ABSOLUTE, Case, rows
 
-from hf_lopt import LearnedOptimizer
+from hf_lopt import LearnedOptimizer, rules
 
 
 AXIS_ORDERS = ("jax", "torch")
 
 
-def build(case: Case, reference: golden.Golden, params: list, axis_order: str) -> LearnedOptimizer:
+def build(case: Case, reference: golden.Golden, params: list, orders: list[str] | str) -> LearnedOptimizer:
+    """One group per tensor, with its axis order and its settings."""
+    orders = [orders] * len(params) if isinstance(orders, str) else orders
+    named = zip(params, reference.names, orders, strict=True)
+    groups = [{"params": [p], "axis_order": o} | case.of_tensor(name, reference) for p, name, o in named]
     settings = dict(case.settings)
-    if LearnedOptimizer(params, case.rule, weights=reference.theta, **settings).rule.needs_horizon:
+    if rules.get(case.rule).needs_horizon:
         settings["num_training_steps"] = reference.num_steps
-    return LearnedOptimizer(params, case.rule, weights=reference.theta, axis_order=axis_order, **settings)
+    return LearnedOptimizer(groups, case.rule, weights=reference.theta, **settings)
 
 
 def through_a_file(optimizer: LearnedOptimizer, fresh: LearnedOptimizer) -> LearnedOptimizer:
@@ -57,22 +61,23 @@ def check_state(optimizer: LearnedOptimizer, reference: golden.Golden, params: l
     """Accumulators and scheduler state; the files have decays on the last axis."""
     stored = reference.state(t)
     keys = {"mom": "momentum", "rms": "second_moment", "fac_diag": "factored_diag"}
+    keys |= {"adam_mom": "momentum", "adam_rms": "second_moment"}
     if axis_order == "jax":
         keys |= {"fac_row": "factored_row", "fac_col": "factored_col"}
     for i, (name, p) in enumerate(zip(reference.names, params, strict=True)):
         for key, ours in keys.items():
             want = stored.get(f"{key}/{name}")
-            if want is None:
-                continue
+            if want is None or ours not in optimizer.state[p]:
+                continue  # Celo-Adam's reference carries factored accumulators that nothing uses
             want = golden.to_layout(np.moveaxis(want, -1, 0), axis_order, leading=1)
             got = optimizer.state[p][ours].numpy().reshape(want.shape)
             np.testing.assert_allclose(
                 got, want, rtol=2e-5, atol=1e-5 * np.abs(want).max(), err_msg=f"{key} {name} {t}"
             )
-        for key, ours in (("lstm_h", "lstm_hidden"), ("lstm_c", "lstm_cell")):
+        for key, ours in (("lstm_h", "lstm_hidden"), ("lstm_c", "lstm_cell"), ("from_mlp", "from_mlp")):
             if key in stored:
                 got = optimizer.state[p][ours].numpy()[: stored[key].shape[1]]
-                np.testing.assert_allclose(got, stored[key][i], atol=2e-5, err_msg=f"{key} {name} {t}")
+                np.testing.assert_allclose(got, stored[key][i], rtol=2e-5, atol=4e-5, err_msg=f"{key} {name} {t}")
 
 
 def check_report(optimizer: LearnedOptimizer, reference: golden.Golden, t: int) -> None:
@@ -87,7 +92,13 @@ def check_report(optimizer: LearnedOptimizer, reference: golden.Golden, t: int) 
         if key in stored and ours in report:
             got = report[ours].numpy()
             np.testing.assert_allclose(got, stored[key], rtol=tolerance, atol=tolerance, err_msg=f"{key}, step {t}")
-    for key, ours in (("loss/means", "loss_means"), ("loss/running_min", "loss_min")):
+    for key, ours in (
+        ("loss/means", "loss_means"),
+        ("loss/running_min", "loss_min"),
+        ("train_loss_mean", "loss_mean"),
+        ("train_loss_var", "loss_var"),
+        ("clip_value", "clip_value"),
+    ):
         if key in stored:
             np.testing.assert_allclose(optimizer.param_groups[0][ours].numpy(), stored[key], rtol=1e-6)
 
@@ -114,16 +125,12 @@ def test_follows_the_reference(case: Case, axis_order: str):
 
 @pytest.mark.parametrize("case", rows())
 def test_axis_order_is_per_group(case: Case):
-    """Half of the tensors in torch layout, half in JAX layout, in two groups of one optimizer."""
+    """Half of the tensors in torch layout, half in JAX layout, in one optimizer."""
     reference = golden.read(case.file)
     orders = [AXIS_ORDERS[i % 2] for i in range(len(reference.names))]
     both = {order: golden.parameters(reference, order) for order in AXIS_ORDERS}
     params = [both[order][i] for i, order in enumerate(orders)]
-    groups = [
-        {"params": [p for p, o in zip(params, orders, strict=True) if o == order], "axis_order": order}
-        for order in AXIS_ORDERS
-    ]
-    optimizer = build(case, reference, groups, "torch")
+    optimizer = build(case, reference, params, orders)
     for t in range(1, reference.steps + 1):
         for p, order, name in zip(params, orders, reference.names, strict=True):
             p.grad = torch.tensor(golden.to_layout(reference.grad(t, name), order))

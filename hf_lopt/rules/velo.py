@@ -7,6 +7,7 @@ google/learned_optimization, general_lopt hyper_v2.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +31,18 @@ UNITS = (sum(VELO.widths()), 4, 4, 3)
 STEP_MULT = EXP_MULT = 0.001
 
 
-def _shapes() -> dict[str, tuple[int | str, ...]]:
+def scheduler_shapes(inputs: int, heads: Mapping[str, int | str]) -> dict[str, tuple[int | str, ...]]:
+    """Leaves of the scheduler: mixing layer, LSTM, its initial state, and linear heads with their widths."""
+    shapes: dict[str, tuple[int | str, ...]] = {f"lstm_init_state/{name}": (1, "H") for name in ("hidden", "cell")}
+    dense = {name: (inputs, "H") for name in ("linear", "linear_1", "linear_2")} | {"rnn/linear": ("2H", "4H")}
+    dense |= {name: ("H", width) for name, width in heads.items()}
+    for name, shape in dense.items():
+        shapes |= {f"rnn_params/{name}/w": shape, f"rnn_params/{name}/b": shape[1:]}
+    return shapes
+
+
+def bank_shapes() -> dict[str, tuple[int | str, ...]]:
+    """Leaves of the bank of per-element networks."""
     shapes: dict[str, tuple[int | str, ...]] = {
         f"{PREFIX}w0__{k}": ("K", width, UNITS[1]) for k, width in enumerate(VELO.widths())
     }
@@ -38,20 +50,41 @@ def _shapes() -> dict[str, tuple[int | str, ...]]:
         shapes[f"{PREFIX}b{layer}"] = ("K", n_out)
         if layer:
             shapes[f"{PREFIX}w{layer}"] = ("K", n_in, n_out)
-    shapes |= {f"lstm_init_state/{name}": (1, "H") for name in ("hidden", "cell")}
-    dense = {"linear": (30, "H"), "linear_1": (30, "H"), "linear_2": (30, "H"), "rnn/linear": ("2H", "4H")}
-    dense |= {"rnn_to_controls": ("H", "K"), "step_size": ("H", 1)}
-    for name, shape in dense.items():
-        shapes |= {f"rnn_params/{name}/w": shape, f"rnn_params/{name}/b": shape[1:]}
     return shapes
 
 
-def init_state(p: Tensor, axis_order: str, theta: Theta) -> dict[str, Tensor]:
-    """Accumulators and the scheduler's state, (H,) each, which starts at learned values."""
-    state = accumulators.init(p, axis_order, VELO.decays)
-    for key, leaf in (("lstm_hidden", "hidden"), ("lstm_cell", "cell")):
-        state[key] = theta[f"lstm_init_state/{leaf}"][0].to(p.device, copy=True)
-    return state
+@dataclass
+class Schedule:
+    """What the scheduler gives for one step, beside the internals worth a look."""
+
+    hidden: Tensor  # (T, H)
+    cell: Tensor  # (T, H)
+    loss_buffer: dict[str, Tensor]
+    inputs: Tensor  # (T, I)
+    loss_features: Tensor  # (9,)
+
+
+def schedule(
+    batch: base.Batch, run: Mapping[str, Tensor], theta: Theta, horizon: int, loss: Tensor, own: Tensor | None
+) -> Schedule:
+    """One step of the LSTM of each tensor, from features of the run and ``own`` features of each tensor (T, ...)."""
+    loss_buffer, loss_features = update_loss_buffer(run, loss, run["step"], horizon)
+    shared = torch.cat([time_features(run["step"], horizon), loss_features]).expand(len(batch.params), -1)
+    inputs = shared if own is None else torch.cat([shared, own], 1)
+    hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
+    hidden, cell = networks.lstm(networks.mix(inputs, theta), hidden, cell, theta)
+    return Schedule(hidden, cell, loss_buffer, inputs, loss_features)
+
+
+def init_scheduler(p: Tensor, theta: Theta) -> dict[str, Tensor]:
+    """The scheduler's state of one tensor, (H,) each, which starts at learned values."""
+    leaves = {"lstm_hidden": "hidden", "lstm_cell": "cell"}
+    return {key: theta[f"lstm_init_state/{leaf}"][0].to(p.device, copy=True) for key, leaf in leaves.items()}
+
+
+def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
+    """Accumulators and scheduler state."""
+    return accumulators.init(p, group["axis_order"], VELO.decays) | init_scheduler(p, theta)
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,50 +99,56 @@ def update(
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
-    per_group: Mapping[str, Tensor],
 ) -> base.Outcome:
     """One step. Inputs of the scheduler come from the state before this step, its loss features from after."""
-    horizon, layout, theta = settings["num_training_steps"], batch.layout, weights["theta"]
-    row_sums, col_sums, stats = base.sums(batch, VELO)
+    layout, theta = batch.layout, weights["theta"]
+    row_sums, col_sums, stats = base.sums(batch, VELO, moments=True)
     factors = base.factors(batch, VELO, row_sums, col_sums)
     mean_squares = base.mean_squares(batch, VELO, factors)
     loss, skip = base.agree(stats, mean_squares, loss)
     mean_p2 = mean_squares[:, VELO.column("p")]
 
-    loss_buffer, loss_features = update_loss_buffer(run, loss, run["step"], horizon)
-    shared = torch.cat([time_features(run["step"], horizon), loss_features])
     if "ranks" not in layout.cache:
         layout.cache["ranks"] = rank_one_hot(layout.shapes, layout.device)
     own = velo_tensor_features(stats, mean_p2, layout.numel, layout.cache["ranks"], VELO.decays)
-    inputs = torch.cat([shared.expand(len(own), -1), own], 1)
-    hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
-    hidden, cell = networks.lstm(networks.mix(inputs, theta), hidden, cell, theta)
-    controls = networks.linear(hidden, theta, "rnn_params/rnn_to_controls")
-    lr_mult = networks.linear(hidden, theta, "rnn_params/step_size").squeeze(1)
+    plan = schedule(batch, run, theta, settings["num_training_steps"], loss, own)
+    controls = networks.linear(plan.hidden, theta, "rnn_params/rnn_to_controls")
+    lr_mult = networks.linear(plan.hidden, theta, "rnn_params/step_size").squeeze(1)
+    outcome = finish(batch, run, plan, controls @ weights["bank"], lr_mult, factors, mean_squares, skip)
+    outcome.report["controls"] = controls
+    return outcome
 
-    network = networks.split_layers(controls @ weights["bank"], UNITS).first_outputs(2)  # the third is unused
-    network = network.scaled(VELO.scales(mean_squares))
-    rms = (mean_p2 + 1e-9).sqrt().to(torch.float32)
-    scale = batch.lr * lr_mult * torch.maximum(rms, per_group["min_param_scale"]) * STEP_MULT
+
+def finish(
+    batch: base.Batch,
+    run: Mapping[str, Tensor],
+    plan: Schedule,
+    networks_: Tensor,
+    lr_mult: Tensor,
+    factors: accumulators.Factors,
+    mean_squares: Tensor,
+    skip: Tensor,
+) -> base.Outcome:
+    """Pass 2 of VeLO and Celo: evaluate the networks (T or 1, P) and store everything. The third output is unused."""
+    network = networks.split_layers(networks_, UNITS).first_outputs(2).scaled(VELO.scales(mean_squares))
+    rms = (mean_squares[:, VELO.column("p")] + 1e-9).sqrt().to(torch.float32)
+    scale = batch["lr"] * lr_mult * torch.maximum(rms, batch["min_param_scale"]) * STEP_MULT
     sums = base.apply_network(batch, VELO, factors, network, scale, EXP_MULT, skip)
-
     base.store(
         batch,
         skip,
         factored_row=factors.rows,
         factored_col=factors.cols,
-        lstm_hidden=hidden.unbind(),
-        lstm_cell=cell.unbind(),
+        lstm_hidden=plan.hidden.unbind(),
+        lstm_cell=plan.cell.unbind(),
     )
-    new_run = base.keep_if(skip, run, loss_buffer)
     report = {
         "lr_mult": lr_mult,
-        "update_rms": (sums[:, 0].sum() / layout.numel.sum()).sqrt(),
-        "scheduler_inputs": inputs,
-        "loss_features": loss_features,
-        "controls": controls,
+        "update_rms": base.rms(sums[:, 0], batch.layout.numel),
+        "scheduler_inputs": plan.inputs,
+        "loss_features": plan.loss_features,
     }
-    return base.Outcome(new_run, skip, report)
+    return base.Outcome(base.keep_if(skip, run, plan.loss_buffer), skip, report)
 
 
 VELO_RULE = base.Rule(
@@ -127,12 +166,20 @@ VELO_RULE = base.Rule(
         "max_nonfinite_steps": 10,
     },
     per_group=("axis_order", "min_param_scale"),
-    shapes=_shapes(),
+    shapes=bank_shapes() | scheduler_shapes(30, {"rnn_to_controls": "K", "step_size": 1}),
     init_state=init_state,
-    init_run=init_loss_buffer,
+    init_run=lambda theta: init_loss_buffer(),
     prepare=prepare,
     update=update,
     finetune_lr=0.05,
 )
 
-RULES = (VELO_RULE,)
+# The 64-unit network of the Celo paper's repository: the same rule with the bank taken as it is.
+VELO_S_RULE = replace(
+    VELO_RULE,
+    name="velo_s",
+    summary="VeLO with an LSTM of 64 units and a bank of 32 networks. Needs the loss and the horizon.",
+    defaults=dict(VELO_RULE.defaults) | {"bank_scale": 1.0},
+)
+
+RULES = (VELO_RULE, VELO_S_RULE)

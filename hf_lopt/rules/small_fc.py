@@ -1,0 +1,120 @@
+"""small_fc_lopt, μLO and ELO: one per-element network for all tensors, with features of the step count.
+
+Metz et al. 2022, "Practical tradeoffs between memory, compute, and performance in learned optimizers" (small_fc_lopt;
+google/learned_optimization, adafac_mlp_lopt); Therien et al. 2024, "μLO: Compute-Efficient Meta-Generalization of
+Learned Optimizers".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import accumulators, networks
+from hf_lopt.accumulators import Decays
+from hf_lopt.features import SMALL_FC, step_features
+from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.rules import base
+
+
+PREFIX = "nn/~/"
+OFFSETS = {"momentum": "momentum_decays", "second_moment": "rms_decays", "factored": "adafactor_decays"}
+
+
+def _shapes() -> dict[str, tuple[int | str, ...]]:
+    d, inputs = SMALL_FC.decays, sum(SMALL_FC.widths()) + 11
+    shapes: dict[str, tuple[int | str, ...]] = {leaf: (len(getattr(d, kind)),) for kind, leaf in OFFSETS.items()}
+    for layer, (n_in, n_out) in enumerate(((inputs, "U"), ("U", "V"), ("V", 2))):
+        shapes |= {f"{PREFIX}w{layer}": (n_in, n_out), f"{PREFIX}b{layer}": (n_out,)}
+    return shapes
+
+
+def learned_decays(decays: tuple[float, ...], offsets: Tensor, clip: bool) -> tuple[float, ...]:
+    """1 - (1 - b) exp(10 theta) in float32, as the reference computes it; not every kind is kept inside [0, 1]."""
+    new = 1.0 - (1.0 - torch.tensor(decays, dtype=torch.float32)) * torch.exp(10.0 * offsets.cpu())
+    return tuple((new.clamp(0.0, 1.0) if clip else new).tolist())
+
+
+def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Features with the learned decays, and the network with a leading axis of size 1: all tensors share it."""
+    initial = SMALL_FC.decays
+    decays = {
+        kind: learned_decays(getattr(initial, kind), theta[leaf], clip=kind != "momentum")
+        for kind, leaf in OFFSETS.items()
+    }
+    layers = [tuple(theta[f"{PREFIX}{kind}{layer}"].unsqueeze(0) for layer in range(3)) for kind in "wb"]
+    return {"features": replace(SMALL_FC, decays=Decays(**decays)), "network": ElementNetwork(*layers)}
+
+
+def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
+    return accumulators.init(p, group["axis_order"], SMALL_FC.decays)
+
+
+def update(
+    batch: base.Batch,
+    run: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    loss: Tensor | None,
+) -> base.Outcome:
+    """One step: o0 exp(exp_mult o1) step_mult, times lr and the step_scale of the group."""
+    features, network = weights["features"], weights["network"]
+    row_sums, col_sums, stats = base.sums(batch, features)
+    factors = base.factors(batch, features, row_sums, col_sums)
+    mean_squares = base.mean_squares(batch, features, factors)
+    _, skip = base.agree(stats, mean_squares, None)
+    network = networks.fold_constants(network, step_features(run["step"])).scaled(features.scales(mean_squares))
+    scale = batch["lr"] * batch["step_scale"] * settings["step_mult"]
+    sums = base.apply_network(batch, features, factors, network, scale, settings["exp_mult"], skip)
+    base.store(batch, skip, factored_row=factors.rows, factored_col=factors.cols)
+    return base.Outcome({}, skip, {"update_rms": base.rms(sums[:, 0], batch.layout.numel)})
+
+
+SMALL_FC_RULE = base.Rule(
+    name="small_fc_lopt",
+    class_name="SmallFC",
+    summary="small_fc_lopt (Metz et al. 2022): one per-element network 39-32-32-2 with features of the step count.",
+    defaults={
+        "lr": 1.0,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "step_mult": 0.001,
+        "exp_mult": 0.001,
+        "step_scale": 1.0,
+        "max_grad_norm": 0.0,
+        "max_nonfinite_steps": 10,
+    },
+    per_group=("axis_order", "step_scale"),
+    shapes=_shapes(),
+    init_state=init_state,
+    init_run=lambda theta: {},
+    prepare=prepare,
+    update=update,
+    needs_horizon=False,
+    needs_loss=False,
+)
+MULO_RULE = replace(
+    SMALL_FC_RULE,
+    name="mulo",
+    class_name="MuLO",
+    summary="μLO (Therien et al. 2024): small_fc_lopt with a width multiplier for each tensor, its step_scale.",
+    defaults=dict(SMALL_FC_RULE.defaults) | {"step_mult": 0.01},
+    nan_to_zero=True,
+)
+# Published as a plain optimizer: the schedule is the caller's, lr is the step size.
+ELO_RULE = replace(
+    SMALL_FC_RULE,
+    name="elo",
+    class_name="ELO",
+    summary="ELO: the small_fc network without decay offsets, under an ordinary learning-rate schedule.",
+    defaults=dict(SMALL_FC_RULE.defaults) | {"lr": 1e-3, "step_mult": 1.0},
+    own_schedule=False,
+    nan_to_zero=True,
+)
+
+RULES = (SMALL_FC_RULE, MULO_RULE, ELO_RULE)
