@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import distributed, rules
-from hf_lopt.accumulators import AXIS_ORDERS
+from hf_lopt._checks import Watch, check_settings, positive_int
 from hf_lopt.rules.base import Batch, Layout, Outcome, Rule
 from hf_lopt.weights import Weights
 
@@ -22,10 +22,6 @@ from hf_lopt.weights import Weights
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Settings that identify a run: a checkpoint of another value continues something else.
 _IDENTITY = ("rule", "weights_sha256")
-_NON_NEGATIVE = (
-    *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
-    *("adam_lr_mult", "max_grad_norm"),
-)
 _COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 
 
@@ -85,13 +81,15 @@ class LearnedOptimizer(Optimizer):
         if settings.get("num_training_steps") is None and rule_.needs_horizon:
             settings["num_training_steps"] = 0  # "not set", with a type that a checkpoint can hold
         elif rule_.needs_horizon:
-            settings["num_training_steps"] = _positive_int("num_training_steps", settings["num_training_steps"])
+            settings["num_training_steps"] = positive_int("num_training_steps", settings["num_training_steps"])
         spec = settings.pop("weights")
-        _check_settings(settings)
+        check_settings(settings)
         weights = rule_.load_weights(spec, **settings)
         self._attach(rule_, weights)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
+        if "max_training_steps" in settings:
+            defaults |= {"accumulated": 0, "accumulated_loss": torch.zeros(())}
         defaults |= {name: torch.zeros((), dtype=torch.int64) for name in _COUNTERS} | rule_.init_run(weights.theta)
         super().__init__(params, defaults)
 
@@ -101,9 +99,7 @@ class LearnedOptimizer(Optimizer):
         self._plan: _Plan | None = None
         self._pending: Tensor | float | None = None
         self._report: dict[str, Tensor] = {}
-        self._reported: int | None = None  # skipped steps that have been warned about
-        self._host: Tensor | None = None  # counters as an accelerator last sent them
-        self._warned_horizon = False
+        self._watch = Watch(rule.class_name)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_rule": self._rule.name, "_weights": self._weights}
@@ -138,7 +134,7 @@ class LearnedOptimizer(Optimizer):
         super().add_param_group(own)
         group = self.param_groups[-1]
         try:
-            _check_settings(group)
+            check_settings(group)
             for p in group["params"]:
                 distributed.check_local(p)
                 if p.dtype not in _DTYPES:
@@ -174,8 +170,8 @@ class LearnedOptimizer(Optimizer):
 
     @num_training_steps.setter
     def num_training_steps(self, value: int) -> None:
-        self._set_run({"num_training_steps": _positive_int("num_training_steps", value)})
-        self._warned_horizon = False
+        self._set_run({"num_training_steps": positive_int("num_training_steps", value)})
+        self._watch.warned_horizon = False
 
     @property
     def steps_done(self) -> int:
@@ -258,12 +254,15 @@ class LearnedOptimizer(Optimizer):
         if self._idle():
             return result
         loss, self._pending = self._pending, None
-        params, groups = self._active()
-        if params:
-            device_type = params[0].device.type
+        if self._interval() > 1:
+            loss = self._accumulate([p for p, _ in self._active()], loss)
+            if loss is None:
+                return result
+        active = self._active()
+        if active:
             # A surrounding autocast would run the meta-network in half precision.
-            with torch.autocast(device_type, enabled=False):
-                self._update(params, groups, loss)
+            with torch.autocast(active[0][0].device.type, enabled=False):
+                self._update([p for p, _ in active], [group for _, group in active], loss)
         return result
 
     def _idle(self) -> bool:
@@ -294,7 +293,8 @@ class LearnedOptimizer(Optimizer):
                 distributed.check_local(p)
                 self.state[p] = self._rule.init_state(p, group, self._weights.theta)
 
-    def _active(self) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    def _active(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Parameters that take part in this step, with their groups."""
         pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
         for p, _ in pairs:
             if p.grad.is_sparse:
@@ -302,7 +302,37 @@ class LearnedOptimizer(Optimizer):
                     f"{self._rule.class_name} does not support sparse gradients (parameter of shape "
                     f"{tuple(p.shape)}); create the embedding with sparse=False"
                 )
-        return [p for p, _ in pairs], [group for _, group in pairs]
+        return pairs
+
+    def _interval(self) -> int:
+        """Calls of step() for one update: more than 1 where the run is longer than the weights were trained for."""
+        group = self.param_groups[0]
+        longest = group.get("max_training_steps", 0)
+        return math.ceil(group["num_training_steps"] / longest) if longest else 1
+
+    def _horizon(self) -> int:
+        """Length of the run in updates."""
+        return self.param_groups[0].get("num_training_steps", 0) // self._interval()
+
+    def _accumulate(self, params: list[Tensor], loss: Tensor | float) -> Tensor | float | None:
+        """Sum gradients and losses over calls. After ``_interval()`` of them the means become the gradients, in place,
+        and the mean loss is returned; until then None."""
+        for p in params:
+            if "gradient_sum" not in self.state[p]:
+                self.state[p]["gradient_sum"] = torch.zeros_like(p, dtype=torch.float32)
+            self.state[p]["gradient_sum"] += p.grad
+        interval, first = self._interval(), self.param_groups[0]
+        count = first["accumulated"] + 1
+        total = first["accumulated_loss"].to(params[0].device if params else "cpu") + loss
+        if count < interval:
+            self._set_run({"accumulated": count, "accumulated_loss": total})
+            return None
+        self._set_run({"accumulated": 0, "accumulated_loss": torch.zeros_like(total)})
+        for p, _ in self._trainable():
+            if "gradient_sum" in self.state[p]:
+                p.grad = (self.state[p]["gradient_sum"] / interval).to(p.dtype)
+                self.state[p]["gradient_sum"].zero_()
+        return total / interval
 
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
         first = self.param_groups[0]
@@ -313,8 +343,7 @@ class LearnedOptimizer(Optimizer):
             self._plan = _Plan(key, params, groups, self._rule, self._weights)
         plan, device = self._plan, params[0].device
         run = {name: first[name].to(device) for name in (*_COUNTERS, *self._run_start())}
-        if self._reported is None:
-            self._reported = int(run["nonfinite_steps"])
+        self._watch.start(run["nonfinite_steps"])
         states = [self.state[p] for p in params]
         names = dict.fromkeys(name for state in states for name in state)
         batch = Batch(
@@ -326,7 +355,10 @@ class LearnedOptimizer(Optimizer):
             labels={name: [group[name] for group in groups] for name in words},
         )
         loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=device)
-        outcome = self._rule.update(batch, run, plan.weights, first, loss)
+        settings = dict(first)
+        if "num_training_steps" in settings:
+            settings["num_training_steps"] = self._horizon()
+        outcome = self._rule.update(batch, run, plan.weights, settings, loss)
         self._finish(run, outcome)
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
@@ -354,43 +386,9 @@ class LearnedOptimizer(Optimizer):
         }
         self._set_run(outcome.run | counters)
         self._report = outcome.report
-        self._watch(torch.stack([counters[name] for name in _COUNTERS]))
-
-    def _watch(self, counters: Tensor) -> None:
-        """Warn and raise by the counters. An accelerator's are read one step late, from a copy nobody waits for."""
-        if counters.device.type == "cpu":
-            step, total, in_a_row = counters.tolist()
-        else:
-            if self._host is None:
-                self._host = counters.cpu().pin_memory()
-            step, total, in_a_row = self._host.tolist()
-            self._host.copy_(counters, non_blocking=True)
-        if total > self._reported:
-            self._reported = total
-            self._complain(total, in_a_row)
-        horizon = self.param_groups[0].get("num_training_steps", 0)
-        if horizon and step > horizon and not self._warned_horizon:
-            self._warned_horizon = True
-            warnings.warn(
-                f"{self._rule.class_name} has taken {step} steps, more than num_training_steps={horizon}: its "
-                "schedule is over and it goes on with the last stretch of it. Set the length of the whole run.",
-                stacklevel=2,
-            )
-
-    def _complain(self, total: int, in_a_row: int) -> None:
-        limit = self.param_groups[0]["max_nonfinite_steps"]
-        if in_a_row >= limit:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row had a non-finite loss, gradient or parameter and were skipped "
-                f"(max_nonfinite_steps={limit}). Nothing was changed by them: lower lr, check the data and the loss, "
-                "or raise max_nonfinite_steps."
-            )
-        warnings.warn(
-            f"skipped a step with a non-finite loss, gradient or parameter ({total} so far, {in_a_row} in a row; "
-            f"an error follows at {limit} in a row)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        values = torch.stack([counters[name] for name in _COUNTERS])
+        group = self.param_groups[0]
+        self._watch.look(values, group["max_nonfinite_steps"], self._horizon())
 
     @property
     def report(self) -> dict[str, Tensor]:
@@ -444,30 +442,6 @@ class LearnedOptimizer(Optimizer):
                     if isinstance(value, Tensor) and value.is_floating_point():
                         self.state[p][key] = value.to(device=p.device, copy=True)
         self._attach(self._rule, self._weights)
-
-
-def _positive_int(name: str, value: Any) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = int(value) if isinstance(value, float) and value.is_integer() else 0
-    if number <= 0 or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number of optimizer steps above 0, got {value!r}")
-    return number
-
-
-def _check_settings(settings: Mapping[str, Any]) -> None:
-    """Range checks, for the settings of a constructor or of a group."""
-    for name in _NON_NEGATIVE:
-        value = settings.get(name, 0.0)
-        if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if settings.get("axis_order", "torch") not in AXIS_ORDERS:
-        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {settings['axis_order']!r}")
-    if "max_nonfinite_steps" in settings:
-        _positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
 
 
 def _public_class(rule: Rule, base: type[LearnedOptimizer]) -> type[LearnedOptimizer]:

@@ -164,6 +164,7 @@ VELO_RULE = base.Rule(
         "min_param_scale": 0.0,
         "bank_scale": 100.0,
         "max_nonfinite_steps": 10,
+        "max_training_steps": 0,  # the reference's wrapper: 150,000; beyond it, gradients are accumulated
     },
     per_group=("axis_order", "min_param_scale"),
     shapes=bank_shapes() | scheduler_shapes(30, {"rnn_to_controls": "K", "step_size": 1}),
