@@ -10,20 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from hf_lopt import distributed
 from hf_lopt._ops import FACTORED_EPS, complement
 
 
-AXIS_ORDERS = ("torch", "jax")
+AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked")
 
 
 def reference_axes(rank: int, axis_order: str) -> list[int]:
-    """The axes of a tensor in the order in which the reference stores them."""
+    """The axes of a tensor in the order in which the reference stores them, (*kernel, in, out) or (*stack, in, out).
+
+    ``axis_order`` says how the tensor holds them: "torch" (out, in, *kernel), "torch_transposed" (in, out, *kernel),
+    which are torch.nn's convolutions and transposed convolutions, "torch_stacked" (*stack, out, in), and "jax" as the
+    reference does.
+    """
     if axis_order not in AXIS_ORDERS:
         raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {axis_order!r}")
-    return [*range(2, rank), 1, 0] if axis_order == "torch" and rank >= 2 else list(range(rank))
+    if axis_order == "jax" or rank < 2:
+        return list(range(rank))
+    if axis_order == "torch":
+        return [*range(2, rank), 1, 0]
+    if axis_order == "torch_transposed":
+        return [*range(2, rank), 0, 1]
+    return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def reference_shape(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
@@ -34,9 +45,8 @@ def reference_shape(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
 def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int, int]:
     """The largest axis A and the second largest axis B of ``shape``, as indices into it; ``(-1, -1)`` for rank < 2.
 
-    Ties go to the later axis in the reference's layout, by a stable sort of the sizes. ``axis_order="jax"`` takes the
-    axes as they stand; ``"torch"`` reads two axes as (out, in) and more as (out, in, *kernel), which the reference
-    stores as (*kernel, in, out). Adafactor's factored second moment: Shazeer & Stern 2018, section 3.
+    Ties go to the later axis in the reference's layout (:func:`reference_axes`), by a stable sort of the sizes.
+    Adafactor's factored second moment: Shazeer & Stern 2018, section 3.
     """
     if len(shape) < 2:
         return -1, -1
@@ -55,23 +65,22 @@ class Decays:
 
 
 def init(p: Tensor, axis_order: str, decays: Decays) -> dict[str, Tensor]:
-    """Zero accumulators of one parameter, float32, on its device.
+    """Zero accumulators of one parameter, float32, on its device and cut as it is.
 
     ``momentum`` (D, *shape), ``second_moment`` (D, *shape); for rank >= 2 ``factored_row`` (D, *shape without A) and
     ``factored_col`` (D, *shape without B), otherwise ``factored_diag`` (D, *shape).
     """
-
-    def zeros(count: int, skip: int = -1) -> Tensor:
-        shape = [n for axis, n in enumerate(p.shape) if axis != skip]
-        return torch.zeros(count, *shape, dtype=torch.float32, device=p.device)
-
-    state = {"momentum": zeros(len(decays.momentum)), "second_moment": zeros(len(decays.second_moment))}
+    state = {
+        "momentum": distributed.zeros(p, len(decays.momentum)),
+        "second_moment": distributed.zeros(p, len(decays.second_moment)),
+    }
     if decays.factored:
         a, b = factored_axes(p.shape, axis_order)
         if a < 0:
-            state["factored_diag"] = zeros(len(decays.factored))
+            state["factored_diag"] = distributed.zeros(p, len(decays.factored))
         else:
-            state["factored_row"], state["factored_col"] = (zeros(len(decays.factored), axis) for axis in (a, b))
+            state["factored_row"] = distributed.zeros(p, len(decays.factored), dropped=a)
+            state["factored_col"] = distributed.zeros(p, len(decays.factored), dropped=b)
     return state
 
 
@@ -86,35 +95,80 @@ class Factors:
 
 
 def update_factored(
-    rows: Sequence[Tensor | None],
-    cols: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor],
     row_sums: Sequence[Tensor],
     col_sums: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
     row_axes: Sequence[int],
     col_axes: Sequence[int],
     decays: Sequence[float],
+    cuts: Sequence[distributed.Sharding | None] | None = None,
 ) -> Factors:
     """New row and column accumulators and their inverse-root factors, from the sums of g² over the whole tensor.
 
     R <- b R + (1-b) mean_A(g² + 1e-30), C <- b C + (1-b) mean_B(g² + 1e-30); row factor
-    1/sqrt(max(R / (mean_B(R) + 1e-9), 1e-9)), column factor 1/sqrt(max(C, 1e-9)). ``shapes`` are the
-    global shapes. Returns new tensors; the arguments stay as they are.
+    1/sqrt(max(R / (mean_B(R) + 1e-9), 1e-9)), column factor 1/sqrt(max(C, 1e-9)). ``shapes`` are the global shapes.
+    Returns new tensors; the arguments stay as they are.
+
+    With ``cuts`` the arguments are local: sums of the shard, accumulators cut along the axes that they keep. The sums
+    are completed in one reduction. It also brings mean_B(R) where B is cut, which is linear in R and in the sums.
     """
-    out: tuple[list[Tensor], ...] = ([], [], [], [])
-    for i, (a, b) in enumerate(zip(row_axes, col_axes, strict=True)):
-        if a < 0:
-            for part in out:
-                part.append(row_sums[i])
-            continue
+    cuts = cuts or [None] * len(row_axes)
+    factored = [i for i, a in enumerate(row_axes) if a >= 0]
+    row_means: dict[int, Tensor] = {}
+    if any(cut is not None for cut in cuts):
+        row_sums, col_sums, row_means = _complete(rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, cuts)
+    out: tuple[list[Tensor], ...] = tuple(list(row_sums) for _ in range(4))  # empty tensors for rank < 2
+    for i in factored:
+        a, b = row_axes[i], col_axes[i]
         row = ema(rows[i], row_sums[i] / shapes[i][a] + FACTORED_EPS, decays)
         col = ema(cols[i], col_sums[i] / shapes[i][b] + FACTORED_EPS, decays)
-        # Axis B in the row accumulator, which has lost axis A and gained the decays in front.
-        mean = row.mean(b + 1 if b < a else b, keepdim=True)
+        mean = row_means[i] if i in row_means else row.mean(_axis_of_b(a, b), keepdim=True)
         row_factor = (row / (mean + 1e-9)).clamp_min_(1e-9).rsqrt_()
         for part, x in zip(out, (row, col, row_factor, col.clamp_min(1e-9).rsqrt_()), strict=True):
-            part.append(x)
+            part[i] = x
     return Factors(*out)
+
+
+def _axis_of_b(a: int, b: int) -> int:
+    """Axis B in the row accumulator, which has lost axis A and gained the decays in front."""
+    return b + 1 if b < a else b
+
+
+def _complete(
+    rows: Sequence[Tensor],
+    row_sums: Sequence[Tensor],
+    col_sums: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+    row_axes: Sequence[int],
+    col_axes: Sequence[int],
+    decays: Sequence[float],
+    cuts: Sequence[distributed.Sharding | None],
+) -> tuple[list[Tensor], list[Tensor], dict[int, Tensor]]:
+    """Row and column sums over all shards, and mean_B of the new row accumulators where B is cut."""
+    row_sums, col_sums = list(row_sums), list(col_sums)
+    items, places = [], []
+    for i, (a, b, cut) in enumerate(zip(row_axes, col_axes, cuts, strict=True)):
+        if cut is None or a < 0:
+            continue
+        items += [(row_sums[i], cut.groups([a])), (col_sums[i], cut.groups([b]))]
+        places += [("row", i), ("col", i)]
+        if cut.groups([b]):
+            axis = _axis_of_b(a, b)
+            # The old accumulator is whole along A already, the sums are not.
+            items.append((rows[i].sum(axis, keepdim=True), cut.groups([b])))
+            items.append((row_sums[i].sum(axis - 1, keepdim=True), cut.groups([a, b])))
+            places += [("old", i), ("new", i)]
+    totals: dict[tuple[str, int], Tensor] = dict(zip(places, distributed.sum_over(items), strict=True))
+    means = {}
+    for (kind, i), total in totals.items():
+        if kind in ("row", "col"):
+            (row_sums if kind == "row" else col_sums)[i] = total
+        elif kind == "new":
+            n_a, n_b = shapes[i][row_axes[i]], shapes[i][col_axes[i]]
+            means[i] = ema(totals["old", i] / n_b, total / (n_a * n_b) + FACTORED_EPS, decays)
+    return row_sums, col_sums, means
 
 
 def ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from hf_lopt import distributed, rules
 from hf_lopt._checks import Watch, check_settings, positive_int
-from hf_lopt.rules.base import Batch, Layout, Outcome, Rule
+from hf_lopt.rules.base import Outcome, Rule
+from hf_lopt.rules.passes import Batch, Layout
 from hf_lopt.weights import Weights
 
 
@@ -136,7 +137,7 @@ class LearnedOptimizer(Optimizer):
         try:
             check_settings(group)
             for p in group["params"]:
-                distributed.check_local(p)
+                distributed.sharding(p)  # refuses what cannot be updated
                 if p.dtype not in _DTYPES:
                     raise ValueError(
                         f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "
@@ -290,7 +291,6 @@ class LearnedOptimizer(Optimizer):
         """State for every trainable parameter, with a gradient or not, so that it is the same on every rank."""
         for p, group in self._trainable():
             if p.numel() and not self.state[p]:
-                distributed.check_local(p)
                 self.state[p] = self._rule.init_state(p, group, self._weights.theta)
 
     def _active(self) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -319,8 +319,8 @@ class LearnedOptimizer(Optimizer):
         and the mean loss is returned; until then None."""
         for p in params:
             if "gradient_sum" not in self.state[p]:
-                self.state[p]["gradient_sum"] = torch.zeros_like(p, dtype=torch.float32)
-            self.state[p]["gradient_sum"] += p.grad
+                self.state[p]["gradient_sum"] = distributed.zeros(p, None)
+            distributed.local(self.state[p]["gradient_sum"]).add_(self._gradient(p))
         interval, first = self._interval(), self.param_groups[0]
         count = first["accumulated"] + 1
         total = first["accumulated_loss"].to(params[0].device if params else "cpu") + loss
@@ -330,8 +330,9 @@ class LearnedOptimizer(Optimizer):
         self._set_run({"accumulated": 0, "accumulated_loss": torch.zeros_like(total)})
         for p, _ in self._trainable():
             if "gradient_sum" in self.state[p]:
-                p.grad = (self.state[p]["gradient_sum"] / interval).to(p.dtype)
-                self.state[p]["gradient_sum"].zero_()
+                gradient_sum = self.state[p]["gradient_sum"]
+                p.grad = (gradient_sum / interval).to(p.dtype)
+                distributed.local(gradient_sum).zero_()
         return total / interval
 
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
@@ -344,11 +345,11 @@ class LearnedOptimizer(Optimizer):
         plan, device = self._plan, params[0].device
         run = {name: first[name].to(device) for name in (*_COUNTERS, *self._run_start())}
         self._watch.start(run["nonfinite_steps"])
-        states = [self.state[p] for p in params]
+        states = [{key: distributed.local(value) for key, value in self.state[p].items()} for p in params]
         names = dict.fromkeys(name for state in states for name in state)
         batch = Batch(
             layout=plan.layout,
-            params=params,
+            params=[distributed.local(p) for p in params],
             grads=self._gradients(params),
             state={name: [state.get(name) for state in states] for name in names},
             settings={name: plan.per_tensor(name, groups) for name in self._numbers()},
@@ -365,11 +366,16 @@ class LearnedOptimizer(Optimizer):
         """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
         if self._rule.nan_to_zero:
             for p in params:
-                p.grad.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+                distributed.local(p.grad).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
         max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
         if max_norm:
             torch.nn.utils.clip_grad_norm_(params, max_norm)
-        return [p.grad for p in params]
+        return [self._gradient(p) for p in params]
+
+    @staticmethod
+    def _gradient(p: Tensor) -> Tensor:
+        """The local gradient, cut as the parameter is."""
+        return distributed.local(p.grad, like=distributed.sharding(p))
 
     def _numbers(self) -> list[str]:
         return ["lr", "weight_decay", *(n for n in self._rule.per_group if isinstance(self._rule.defaults[n], float))]

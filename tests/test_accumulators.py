@@ -39,8 +39,34 @@ def test_factored_axes(shape, jax, torch_):
     assert accumulators.factored_axes(shape, "torch") == torch_
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis_order", "reference", "axes"),
+    [
+        # A transposed convolution (in, out, *kernel) is (*kernel, in, out) in the reference: out is the later of equals.
+        ((8, 8, 3, 3), "torch_transposed", [2, 3, 0, 1], (1, 0)),
+        ((4, 4, 4), "torch_transposed", [2, 0, 1], (1, 0)),
+        ((6, 6), "torch_transposed", [0, 1], (1, 0)),
+        ((9, 5, 3), "torch_transposed", [2, 0, 1], (0, 1)),
+        # A stack (*stack, out, in) keeps its leading axes.
+        ((2, 6, 6), "torch_stacked", [0, 2, 1], (1, 2)),
+        ((4, 4, 4), "torch_stacked", [0, 2, 1], (1, 2)),
+        ((9, 5, 3), "torch_stacked", [0, 2, 1], (0, 1)),
+        ((2, 3, 6, 6), "torch_stacked", [0, 1, 3, 2], (2, 3)),
+        ((6, 6), "torch_stacked", [1, 0], (0, 1)),
+        ((5,), "torch_stacked", [0], (-1, -1)),
+        ((), "torch_transposed", [], (-1, -1)),
+    ],
+)
+def test_other_layouts(shape, axis_order, reference, axes):
+    assert accumulators.reference_axes(len(shape), axis_order) == reference
+    assert accumulators.factored_axes(shape, axis_order) == axes
+    # The same array in the reference's own layout has the same axes.
+    same = accumulators.reference_shape(shape, axis_order)
+    assert tuple(reference[a] if a >= 0 else a for a in accumulators.factored_axes(same, "jax")) == axes
+
+
 def test_unknown_axis_order():
-    with pytest.raises(ValueError, match="axis_order must be one of torch, jax, got 'C'"):
+    with pytest.raises(ValueError, match="axis_order must be one of torch, jax, .*, got 'C'"):
         accumulators.factored_axes((2, 2), "C")
 
 

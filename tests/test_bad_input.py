@@ -25,7 +25,7 @@ from hf_lopt import LearnedOptimizer, VeLO
         ({"num_training_steps": -5}, "num_training_steps .* got -5"),
         ({"num_training_steps": 2.5}, "num_training_steps .* got 2.5"),
         ({"num_training_steps": True}, "num_training_steps .* got True"),
-        ({"axis_order": "tf"}, "axis_order must be one of torch, jax, got 'tf'"),
+        ({"axis_order": "tf"}, "axis_order must be one of torch, jax.*got 'tf'"),
         ({"max_nonfinite_steps": 0}, "max_nonfinite_steps .* got 0"),
     ],
 )

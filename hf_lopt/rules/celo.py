@@ -16,7 +16,7 @@ from hf_lopt import _ops, accumulators, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CLIP_GRADIENT, VELO
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, velo
+from hf_lopt.rules import base, passes, velo
 
 
 SHARED_INPUTS = 18
@@ -36,7 +36,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -44,15 +44,12 @@ def update(
 ) -> base.Outcome:
     """One step of Celo: VeLO's passes, with a softmax over the bank. The published bank holds one network."""
     theta = weights["theta"]
-    row_sums, col_sums, stats = base.sums(batch, VELO)
-    factors = base.factors(batch, VELO, row_sums, col_sums)
-    mean_squares = base.mean_squares(batch, VELO, factors)
-    loss, skip = base.agree(stats, mean_squares, loss)
+    (reading,), loss, skip = passes.read([(batch, VELO)], loss)
     plan = velo.schedule(batch, run, theta, settings["num_training_steps"], loss, own=None)
     controls = networks.linear(plan.hidden, theta, "rnn_params/rnn_to_controls")
     mixture = torch.softmax(controls, 1) @ weights["bank"]
     lr_mult = lr_multiplier(plan.hidden, theta)
-    outcome = velo.finish(batch, run, plan, mixture, lr_mult, factors, mean_squares, skip)
+    outcome = velo.finish(batch, run, plan, mixture, lr_mult, reading, skip)
     outcome.report["controls"] = controls
     return outcome
 
@@ -63,15 +60,15 @@ def init_adam_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[s
 
 
 def update_adam(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
 ) -> base.Outcome:
     """One step of Celo-Adam: p <- p - 0.001 lr_mult mhat / (sqrt(vhat + 1e-10) + 1e-8), gradients in +-1000."""
-    theta, layout = weights["theta"], batch.layout
-    loss, skip = base.agree_on_tensors(batch, loss)
+    theta = weights["theta"]
+    _, loss, skip = passes.read([], loss, others=[batch])
     plan = velo.schedule(batch, run, theta, settings["num_training_steps"], loss, own=None)
     lr_mult = lr_multiplier(plan.hidden, theta)
     t = (run["step"] + 1).double()
@@ -82,14 +79,14 @@ def update_adam(
         *((1.0 / (1.0 - decay**t)).float() for decay in (*ADAM.momentum, *ADAM.second_moment)),
         *(INNER_EPS, OUTER_EPS, skip),
     )
-    base.store(batch, skip, lstm_hidden=plan.hidden.unbind(), lstm_cell=plan.cell.unbind())
+    passes.store(batch, skip, lstm_hidden=plan.hidden.unbind(), lstm_cell=plan.cell.unbind())
     report = {
         "lr_mult": lr_mult,
-        "update_rms": base.rms(sums, layout.numel),
+        "update_rms": passes.update_rms(batch, sums),
         "scheduler_inputs": plan.inputs,
         "loss_features": plan.loss_features,
     }
-    return base.Outcome(base.keep_if(skip, run, plan.loss_buffer), skip, report)
+    return base.Outcome(passes.keep_if(skip, run, plan.loss_buffer), skip, report)
 
 
 _DEFAULTS = {key: value for key, value in velo.VELO_RULE.defaults.items() if key != "bank_scale"}

@@ -5,7 +5,7 @@ github.com/amoudgl/celo, Celo2. Newton-Schulz orthogonalisation: Jordan et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from hf_lopt import _ops, accumulators, distributed
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CELO2, CELO2_VECTOR
 from hf_lopt.networks import ElementNetwork, Theta
-from hf_lopt.rules import base
+from hf_lopt.rules import base, passes
 from hf_lopt.rules.small_fc import SMALL_FC_RULE
 
 
@@ -77,23 +77,29 @@ def normalise(x: Tensor) -> Tensor:
     return x * (mean + CELO2.norm_eps).rsqrt()
 
 
-def _finished(step: Tensor, axes: Sequence[int], orthogonalize: bool) -> Tensor:
-    """The network's output as a step: orthogonal and of unit mean square, matrix by matrix over ``axes``."""
-    if step.dim() < 2:
-        return normalise(step)
-    matrices = step.movedim(tuple(axes), (-2, -1))
-    matrices = normalise(newton_schulz(matrices) if orthogonalize else matrices)
-    return matrices.movedim((-2, -1), tuple(axes))
+def _finished(batch: passes.Batch, steps: list[Tensor], orthogonalize: bool) -> list[Tensor]:
+    """The network's outputs as steps: orthogonal and of unit mean square, matrix by matrix."""
+
+    def finish(step: Tensor, axes: tuple[int, int]) -> Tensor:
+        if step.dim() < 2:
+            return normalise(step)
+        matrices = step.movedim(axes, (-2, -1))
+        return normalise(newton_schulz(matrices) if orthogonalize else matrices).movedim((-2, -1), axes)
+
+    layout = batch.layout
+    axes = [passes.matrix_axes(len(s), order) for s, order in zip(layout.shapes, layout.axis_orders, strict=True)]
+    return distributed.on_whole_tensors(finish, steps, layout.cuts, layout.shapes, axes)
 
 
-def _branch(batch: base.Batch, i: int) -> str:
-    if uses_adam(batch.params[i], {"branch": batch.labels["branch"][i]}):
+def _branch(batch: passes.Batch, i: int) -> str:
+    p = batch.layout.wholes[i]
+    if uses_adam(p, {"branch": batch.labels["branch"][i]}):
         return "adam"
-    rank = batch.params[i].dim()
+    rank = p.dim()
     return "vectors" if rank < 2 else "matrices" if rank == 2 else "stacks"
 
 
-def _parts(batch: base.Batch) -> dict[str, base.Batch]:
+def _parts(batch: passes.Batch) -> dict[str, passes.Batch]:
     """The batch by kind: Adam's tensors, vectors, matrices, and stacks of matrices, each normalised by itself."""
     cache = batch.layout.cache
     if "parts" not in cache:
@@ -104,7 +110,7 @@ def _parts(batch: base.Batch) -> dict[str, base.Batch]:
 
 
 def update(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -113,34 +119,20 @@ def update(
     """One step: p <- p - lr (step + weight_decay p), and adam_lr_mult times as far in the Adam branch."""
     parts = _parts(batch)
     adam = parts.pop("adam", None)
-    measured, bad = [], []
-    for name, part in parts.items():
-        features = CELO2_VECTOR if name == "vectors" else CELO2
-        row_sums, col_sums, stats = base.sums(part, features)
-        factors = base.factors(part, features, row_sums, col_sums)
-        mean_squares = base.mean_squares(part, features, factors)
-        measured.append((name, part, features, factors, mean_squares))
-        bad.append(base.non_finite(stats, mean_squares))
+    work = [(part, CELO2_VECTOR if name == "vectors" else CELO2) for name, part in parts.items()]
+    readings, _, skip = passes.read(work, others=[] if adam is None else [adam])
+    sums = torch.zeros_like(batch.layout.numel)
+    for (name, part), (_, features), reading in zip(parts.items(), work, readings, strict=True):
+        network = weights["vector_network" if name == "vectors" else "network"]
+        steps = passes.network_outputs(part, features, reading, network, skip)
+        steps = _finished(part, steps, settings["orthogonalize"])
+        sums[part.index] = passes.descend(part, steps, skip)
     if adam is not None:
-        bad.append(base.non_finite_tensors(adam))
-    _, skip = distributed.agree(None, torch.stack(bad).any())
-
-    sums = []
-    for name, part, features, factors, mean_squares in measured:
-        network = weights["vector_network" if name == "vectors" else "network"].scaled(features.scales(mean_squares))
-        steps = base.network_outputs(part, features, factors, network, skip)
-        axes = [
-            base.matrix_axes(p.dim(), order) for p, order in zip(part.params, part.layout.axis_orders, strict=True)
-        ]
-        steps = [_finished(s, a, settings["orthogonalize"]) for s, a in zip(steps, axes, strict=True)]
-        sums.append(base.descend(part, steps, skip))
-        base.store(part, skip, factored_row=factors.rows, factored_col=factors.cols)
-    if adam is not None:
-        sums.append(_adam(adam, run, settings, skip))
-    return base.Outcome({}, skip, {"update_rms": base.rms(torch.cat(sums), batch.layout.numel)})
+        sums[adam.index] = _adam(adam, run, settings, skip)
+    return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums)})
 
 
-def _adam(batch: base.Batch, run: Mapping[str, Tensor], settings: Mapping[str, Any], skip: Tensor) -> Tensor:
+def _adam(batch: passes.Batch, run: Mapping[str, Tensor], settings: Mapping[str, Any], skip: Tensor) -> Tensor:
     """The Adam branch. Celo2 has its epsilon inside the root and no bias correction, ELO-Celo2 the usual form."""
     corrected = settings["adam_bias_correction"]
     t = (run["step"] + 1).double()

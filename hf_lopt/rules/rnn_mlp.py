@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import accumulators, networks
+from hf_lopt import accumulators, distributed, networks
 from hf_lopt.features import RNN_MLP, STEP_SCALES
 from hf_lopt.networks import ElementNetwork, Theta
-from hf_lopt.rules import base
+from hf_lopt.rules import base, passes
 from hf_lopt.rules.velo import VELO_RULE, init_scheduler
 
 
@@ -91,66 +91,86 @@ def loss_features(run: Mapping[str, Tensor], loss: Tensor) -> tuple[dict[str, Te
     return {"loss_mean": mean, "loss_var": var}, normalised.clamp(-5.0, 5.0).float()
 
 
-def tensor_features(p: Tensor, g: Tensor, m: Tensor, v: Tensor, shape: tuple[int, ...]) -> list[Tensor]:
-    """Inputs of the LSTM from one tensor, in the trained order, which is alphabetical: gradient norm, is-scalar, mean
-    of m (size, sign), mean of v (size, sign), mean of p (size, sign), norm of p, shape (4), variances of m, v, p."""
-    means = [x.mean() for x in (m, v, p)]
-    variances = [(x - mean).square().mean() for x, mean in zip((m, v, p), means, strict=True)]
-    signed = [x for mean in means for x in (_log_magnitude(mean), torch.sign(mean))]
-    sizes = [math.log(n) - 1.0 for n in (*shape, *[1] * (4 - len(shape)))]
-    constants = p.new_tensor([1.0 if not shape else -1.0, *sizes])
-    norms = [_log_magnitude(torch.linalg.vector_norm(x)) for x in (g, p)]
-    parts = [norms[0], constants[0], *signed, norms[1], *constants[1:], *map(_log_magnitude, variances)]
-    return parts
+def _moments(x: Tensor) -> Tensor:
+    """(Σx, Σx²) in float64."""
+    x = x.double()
+    return torch.stack([x.sum(), x.square().sum()])
+
+
+def tensor_sums(batch: passes.Batch) -> Tensor:
+    """(Σx, Σx²) of the gradient, the updated momenta, the updated second moments and the parameter: (T, 8) float64, of
+    the whole tensors."""
+    d = RNN_MLP.decays
+    rows = []
+    for p, g, m, v in zip(batch.params, batch.grads, *batch.accumulators(), strict=True):
+        m, v = accumulators.ema(m, g, d.momentum), accumulators.ema(v, g.square(), d.second_moment)
+        rows.append(torch.cat([_moments(x) for x in (g, m, v, p)]))
+    groups = [cut.groups() if cut else () for cut in batch.layout.cuts]
+    return torch.stack(distributed.sum_over(list(zip(rows, groups, strict=True))))
+
+
+def tensor_features(sums: Tensor, numel: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Inputs of the LSTM from each tensor: (T, 13) before the two losses, (T, 3) after them. The trained order is
+    alphabetical: gradient norm, is-scalar, mean of m, v and p (size and sign each), norm of p, shape (4); variances of
+    m, v, p. ``shapes`` are the reference's."""
+    count = torch.stack(
+        [numel, *[len(d) * numel for d in (RNN_MLP.decays.momentum, RNN_MLP.decays.second_moment)], numel]
+    )
+    total, square = sums.unflatten(1, (4, 2)).unbind(2)
+    mean = (total / count.T)[:, 1:]
+    variance = ((square / count.T)[:, 1:] - mean.square()).clamp_min(0.0)
+    norms = _log_magnitude(square[:, [0, 3]].sqrt())
+    scalar = [1.0 if not shape else -1.0 for shape in shapes]
+    sizes = [[math.log(n) - 1.0 for n in (*shape, *[1] * (4 - len(shape)))] for shape in shapes]
+    means = torch.stack([_log_magnitude(mean), torch.sign(mean)], 2).flatten(1)
+    before = [norms[:, :1], sums.new_tensor(scalar).unsqueeze(1), means, norms[:, 1:], sums.new_tensor(sizes)]
+    return torch.cat(before, 1).float(), _log_magnitude(variance).float()
 
 
 def update(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
 ) -> base.Outcome:
     """One step. The LSTM sees accumulators that are already updated, the network what the LSTM says in this step."""
-    theta, layout = weights["theta"], batch.layout
-    loss, skip = base.agree_on_tensors(batch, loss)
+    theta, layout, size = weights["theta"], batch.layout, batch.layout.numel
     k = (run["step"] + 1).double()
     bound = (CLIP_FACTOR * run["clip_value"] / (1.0 - CLIP_DECAY**k)).float()
-    batch = replace(batch, grads=[g.float().clamp(-bound, bound) for g in batch.grads])
-    mean_square = torch.stack([g.square().mean() for g in batch.grads]).mean()
+    # NaN stays NaN, infinity would not.
+    clipped = [torch.where(g.isfinite(), g, math.nan).float().clamp(-bound, bound) for g in batch.grads]
+    batch = replace(batch, grads=clipped)
+    sums = tensor_sums(batch)
+    (reading,), loss, skip = passes.read([(batch, RNN_MLP)], loss)
+    mean_square = (sums[:, 1] / size).mean().float()
     clip_value = CLIP_DECAY * run["clip_value"] + (1.0 - CLIP_DECAY) * (1e-8 + mean_square).sqrt()
     loss_state, losses = loss_features(run, loss)
 
-    rows = []
-    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
-        m = accumulators.ema(batch.state["momentum"][i], g, RNN_MLP.decays.momentum)
-        v = accumulators.ema(batch.state["second_moment"][i], g.square(), RNN_MLP.decays.second_moment)
-        shape = accumulators.reference_shape(p.shape, layout.axis_orders[i])
-        own = tensor_features(p.float(), g, m, v, shape)
-        # Trained order is alphabetical: the losses stand between the shape and the variances.
-        own = torch.stack([*own[:-3], losses[0], losses[1], *own[-3:]])
-        rows.append(torch.cat([run["from_lstm"], batch.state["from_mlp"][i], own]))
-    inputs = torch.stack(rows)
+    shapes = [accumulators.reference_shape(s, o) for s, o in zip(layout.shapes, layout.axis_orders, strict=True)]
+    before, after = tensor_features(sums, size, shapes)
+    rows = len(batch.params)
+    from_mlp = torch.stack(batch.tensors("from_mlp"))
+    inputs = torch.cat([run["from_lstm"].expand(rows, -1), from_mlp, before, losses.expand(rows, -1), after], 1)
     hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
     hidden, cell = networks.lstm(inputs, hidden, cell, theta)
     from_lstm = networks.linear(hidden, theta, "rnn_to_in_params/rnn_to_in").mean(0)
     to_mlp = networks.linear(hidden, theta, "rnn_to_ff_params/rnn_to_ff")
 
-    factors = base.factors(batch, RNN_MLP, [], [])
-    mean_squares = base.mean_squares(batch, RNN_MLP, factors)
-    size = layout.numel
     times = torch.sin(run["step"].float() / (torch.tensor(STEP_SCALES, device=layout.device) * math.pi))
-    norm = torch.log((mean_squares[:, RNN_MLP.column("p")] * size).sqrt() + 1e-8)
-    count = torch.full_like(norm, math.log(len(batch.params)) - 1.0)
+    norm = torch.log((reading.mean_squares[:, RNN_MLP.column("p")] * size).sqrt() + 1e-8)
+    count = torch.full_like(norm, math.log(rows) - 1.0)
     per_tensor = torch.stack([count, norm, torch.log(size)], 1).float()
-    constants = torch.cat([times.expand(len(rows), -1), per_tensor, to_mlp], 1)
-    network = networks.fold_constants(weights["network"], constants).scaled(RNN_MLP.scales(mean_squares))
-    sums = base.apply_network(batch, RNN_MLP, factors, network, batch["lr"] * STEP_MULT, EXP_MULT, skip)
+    constants = torch.cat([times.expand(rows, -1), per_tensor, to_mlp], 1)
+    network = networks.fold_constants(weights["network"], constants)
+    sums = passes.apply_network(batch, RNN_MLP, reading, network, batch["lr"] * STEP_MULT, EXP_MULT, skip)
 
-    from_mlp = (sums[:, 1:] / size.unsqueeze(1)).float().unbind()
-    base.store(batch, skip, lstm_hidden=hidden.unbind(), lstm_cell=cell.unbind(), from_mlp=from_mlp)
-    new_run = base.keep_if(skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
-    report = {"update_rms": base.rms(sums[:, 0], size), "scheduler_inputs": inputs}
+    groups = [cut.groups() if cut else () for cut in layout.cuts]
+    messages = torch.stack(distributed.sum_over(list(zip(sums[:, 1:], groups, strict=True))))
+    from_mlp = (messages / size.unsqueeze(1)).float().unbind()
+    passes.store(batch, skip, lstm_hidden=hidden.unbind(), lstm_cell=cell.unbind(), from_mlp=from_mlp)
+    new_run = passes.keep_if(skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
+    report = {"update_rms": passes.update_rms(batch, sums[:, 0]), "scheduler_inputs": inputs}
     return base.Outcome(new_run, skip, report)
 
 

@@ -18,7 +18,7 @@ from hf_lopt import accumulators, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import SMALL_FC, step_features
 from hf_lopt.networks import ElementNetwork, Theta
-from hf_lopt.rules import base
+from hf_lopt.rules import base, passes
 
 
 PREFIX = "nn/~/"
@@ -55,7 +55,7 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
 
 
 def update(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -63,15 +63,11 @@ def update(
 ) -> base.Outcome:
     """One step: o0 exp(exp_mult o1) step_mult, times lr and the step_scale of the group."""
     features, network = weights["features"], weights["network"]
-    row_sums, col_sums, stats = base.sums(batch, features)
-    factors = base.factors(batch, features, row_sums, col_sums)
-    mean_squares = base.mean_squares(batch, features, factors)
-    _, skip = base.agree(stats, mean_squares, None)
-    network = networks.fold_constants(network, step_features(run["step"])).scaled(features.scales(mean_squares))
+    (reading,), _, skip = passes.read([(batch, features)])
+    network = networks.fold_constants(network, step_features(run["step"]))
     scale = batch["lr"] * batch["step_scale"] * settings["step_mult"]
-    sums = base.apply_network(batch, features, factors, network, scale, settings["exp_mult"], skip)
-    base.store(batch, skip, factored_row=factors.rows, factored_col=factors.cols)
-    return base.Outcome({}, skip, {"update_rms": base.rms(sums[:, 0], batch.layout.numel)})
+    sums = passes.apply_network(batch, features, reading, network, scale, settings["exp_mult"], skip)
+    return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums[:, 0])})
 
 
 SMALL_FC_RULE = base.Rule(

@@ -23,7 +23,7 @@ from hf_lopt.features import (
     velo_tensor_features,
 )
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base
+from hf_lopt.rules import base, passes
 
 
 PREFIX = "ff_mod_stack/~/"
@@ -65,7 +65,7 @@ class Schedule:
 
 
 def schedule(
-    batch: base.Batch, run: Mapping[str, Tensor], theta: Theta, horizon: int, loss: Tensor, own: Tensor | None
+    batch: passes.Batch, run: Mapping[str, Tensor], theta: Theta, horizon: int, loss: Tensor, own: Tensor | None
 ) -> Schedule:
     """One step of the LSTM of each tensor, from features of the run and ``own`` features of each tensor (T, ...)."""
     loss_buffer, loss_features = update_loss_buffer(run, loss, run["step"], horizon)
@@ -94,7 +94,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -102,53 +102,41 @@ def update(
 ) -> base.Outcome:
     """One step. Inputs of the scheduler come from the state before this step, its loss features from after."""
     layout, theta = batch.layout, weights["theta"]
-    row_sums, col_sums, stats = base.sums(batch, VELO, moments=True)
-    factors = base.factors(batch, VELO, row_sums, col_sums)
-    mean_squares = base.mean_squares(batch, VELO, factors)
-    loss, skip = base.agree(stats, mean_squares, loss)
-    mean_p2 = mean_squares[:, VELO.column("p")]
-
+    (reading,), loss, skip = passes.read([(batch, VELO)], loss, moments=True)
     if "ranks" not in layout.cache:
         layout.cache["ranks"] = rank_one_hot(layout.shapes, layout.device)
-    own = velo_tensor_features(stats, mean_p2, layout.numel, layout.cache["ranks"], VELO.decays)
+    mean_p2 = reading.mean_squares[:, VELO.column("p")]
+    own = velo_tensor_features(reading.stats, mean_p2, layout.numel, layout.cache["ranks"], VELO.decays)
     plan = schedule(batch, run, theta, settings["num_training_steps"], loss, own)
     controls = networks.linear(plan.hidden, theta, "rnn_params/rnn_to_controls")
     lr_mult = networks.linear(plan.hidden, theta, "rnn_params/step_size").squeeze(1)
-    outcome = finish(batch, run, plan, controls @ weights["bank"], lr_mult, factors, mean_squares, skip)
+    outcome = finish(batch, run, plan, controls @ weights["bank"], lr_mult, reading, skip)
     outcome.report["controls"] = controls
     return outcome
 
 
 def finish(
-    batch: base.Batch,
+    batch: passes.Batch,
     run: Mapping[str, Tensor],
     plan: Schedule,
     networks_: Tensor,
     lr_mult: Tensor,
-    factors: accumulators.Factors,
-    mean_squares: Tensor,
+    reading: passes.Reading,
     skip: Tensor,
 ) -> base.Outcome:
     """Pass 2 of VeLO and Celo: evaluate the networks (T or 1, P) and store everything. The third output is unused."""
-    network = networks.split_layers(networks_, UNITS).first_outputs(2).scaled(VELO.scales(mean_squares))
-    rms = (mean_squares[:, VELO.column("p")] + 1e-9).sqrt().to(torch.float32)
+    network = networks.split_layers(networks_, UNITS).first_outputs(2)
+    rms = (reading.mean_squares[:, VELO.column("p")] + 1e-9).sqrt().to(torch.float32)
     scale = batch["lr"] * lr_mult * torch.maximum(rms, batch["min_param_scale"]) * STEP_MULT
-    sums = base.apply_network(batch, VELO, factors, network, scale, EXP_MULT, skip)
-    base.store(
-        batch,
-        skip,
-        factored_row=factors.rows,
-        factored_col=factors.cols,
-        lstm_hidden=plan.hidden.unbind(),
-        lstm_cell=plan.cell.unbind(),
-    )
+    sums = passes.apply_network(batch, VELO, reading, network, scale, EXP_MULT, skip)
+    passes.store(batch, skip, lstm_hidden=plan.hidden.unbind(), lstm_cell=plan.cell.unbind())
     report = {
         "lr_mult": lr_mult,
-        "update_rms": base.rms(sums[:, 0], batch.layout.numel),
+        "update_rms": passes.update_rms(batch, sums[:, 0]),
         "scheduler_inputs": plan.inputs,
         "loss_features": plan.loss_features,
     }
-    return base.Outcome(base.keep_if(skip, run, plan.loss_buffer), skip, report)
+    return base.Outcome(passes.keep_if(skip, run, plan.loss_buffer), skip, report)
 
 
 VELO_RULE = base.Rule(

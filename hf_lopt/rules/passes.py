@@ -1,0 +1,352 @@
+"""The passes of a step over a batch of tensors, and the reductions between them.
+
+    pass 0   sums of g² over rows and columns   -> reduction 1 -> row and column factors
+    pass 1   mean squares of all features       -> reduction 2, with the loss and what is not finite
+    pass 2   accumulators, network, parameters
+
+A rule calls :func:`read` for everything before pass 2, decides, and calls :func:`apply_network` or
+:func:`network_outputs`. Tensors are the local shards of sharded parameters; what :func:`read` returns is of the whole
+tensors, the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import _ops, accumulators, distributed
+from hf_lopt.accumulators import Factors, factored_axes
+from hf_lopt.features import ElementFeatures
+from hf_lopt.networks import ElementNetwork
+
+
+class Layout:
+    """What is fixed for a list of parameters: axes, shapes, sizes, shards. Built once and reused for the same list."""
+
+    def __init__(self, params: Sequence[Tensor], axis_orders: Sequence[str], sliced: bool = False):
+        self.wholes = list(params)
+        self.cuts = [distributed.sharding(p) for p in params]
+        self.sharded = any(cut is not None for cut in self.cuts)
+        self.device = params[0].device
+        self.axis_orders = list(axis_orders)
+        self.shapes = [tuple(p.shape) for p in params]
+        axes = [factored_axes(shape, order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
+        self.row_axes, self.col_axes = [a for a, _ in axes], [b for _, b in axes]
+        self.numel = torch.tensor([p.numel() for p in params], dtype=torch.float64, device=self.device)
+        # Stacks of matrices that are normalised one by one count each matrix as a tensor of its own.
+        self.slice_axes: list[int] = []
+        self.slices = [1] * len(self.shapes)  # of the local shard
+        self.slice_numel = self.numel
+        if sliced:
+            pairs = [matrix_axes(len(shape), order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
+            self.slice_axes = [axis for pair in pairs for axis in pair]
+            local_shapes = [distributed.local(p).shape for p in params]
+            self.slices = [
+                math.prod(n for axis, n in enumerate(shape) if axis not in pair)
+                for shape, pair in zip(local_shapes, pairs, strict=True)
+            ]
+            sizes = [[s[a] * s[b]] * count for s, (a, b), count in zip(self.shapes, pairs, self.slices, strict=True)]
+            self.slice_numel = torch.tensor([n for ns in sizes for n in ns], dtype=torch.float64, device=self.device)
+        self.nothing = torch.empty(0, device=self.device)
+        self.root = self  # of a subset: the layout of the whole list
+        self.replicas = torch.tensor([_replicas(cut) for cut in self.cuts], dtype=torch.float64, device=self.device)
+        self.cache: dict[Any, Any] = {}  # what the next step of a rule can take from this one
+        self.versions: list[int] = []  # of the accumulators, when the cached statistics were taken
+
+
+def _replicas(cut: distributed.Sharding | None) -> int:
+    """Ranks that hold the same shard."""
+    shards = 1 if cut is None else math.prod(cut.mesh.size(d) for d, axis in enumerate(cut.axes) if axis >= 0)
+    return distributed.world_size() // shards
+
+
+def matrix_axes(rank: int, axis_order: str) -> tuple[int, int]:
+    """The last two axes in the reference's layout, which hold the matrix of a linear or convolution kernel."""
+    axes = accumulators.reference_axes(rank, axis_order)
+    return (axes[-2], axes[-1]) if rank >= 2 else (-1, -1)
+
+
+@dataclass
+class Batch:
+    """All tensors of one step. Lists have one entry per parameter; ``(T,)`` tensors one element."""
+
+    layout: Layout
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor | None]]  # key -> the state of each parameter; None where it has no such accumulator
+    settings: dict[str, Tensor]  # numbers of each parameter's group, (T,) float32: lr, weight_decay, …
+    labels: dict[str, list[str]]  # words of each parameter's group: axis_order, …
+    index: Tensor | None = None  # of a subset: its places in the whole list
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.settings[name]
+
+    def subset(self, key: Any, indices: Sequence[int], sliced: bool = False) -> Batch:
+        """The batch of some of the parameters; ``key`` names the selection, whose layout is kept."""
+
+        def pick(xs: Sequence) -> list:
+            return [xs[i] for i in indices]
+
+        if key not in self.layout.cache:
+            index = torch.tensor(indices, device=self.layout.device)
+            wholes, orders = pick(self.layout.wholes), pick(self.layout.axis_orders)
+            self.layout.cache[key] = Layout(wholes, orders, sliced), index
+            self.layout.cache[key][0].root = self.layout
+        layout, index = self.layout.cache[key]
+        return Batch(
+            layout,
+            pick(self.params),
+            pick(self.grads),
+            {name: pick(xs) for name, xs in self.state.items()},
+            {name: x[index] for name, x in self.settings.items()},
+            {name: pick(xs) for name, xs in self.labels.items()},
+            index,
+        )
+
+    def tensors(self, key: str) -> list[Tensor]:
+        """The state ``key`` of every parameter, an empty tensor where it has none."""
+        nothing = self.layout.nothing
+        return [nothing if x is None else x for x in self.state.get(key, [None] * len(self.params))]
+
+    def accumulators(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.tensors("momentum"), self.tensors("second_moment")
+
+
+@dataclass
+class Reading:
+    """What passes 0 and 1 have found in a batch, of the whole tensors."""
+
+    stats: Tensor  # (T, S) float64, see the operator ``sums``
+    factors: Factors
+    mean_squares: Tensor  # (T, F) float64; a sliced batch has a row for each of its matrices
+
+
+def read(
+    parts: Sequence[tuple[Batch, ElementFeatures]],
+    loss: Tensor | None = None,
+    *,
+    moments: bool = False,
+    others: Sequence[Batch] = (),
+) -> tuple[list[Reading], Tensor | None, Tensor]:
+    """Passes 0 and 1 over batches whose features share their factored decays.
+
+    ``moments``: statistics of the accumulators, too. ``others``: batches that are only looked at for values that are
+    not finite. Returns the readings, the mean loss over ranks, and whether to skip the step (bool, 0-d): true on all
+    ranks if anything that enters it is not finite on any. Nothing has been changed yet.
+    """
+    first = [_sums(batch, features, moments) for batch, features in parts]
+    factors = _factors(parts, first)
+    second = [
+        _ops.feature_sums(*_common(batch, features, f)) for (batch, features), f in zip(parts, factors, strict=True)
+    ]
+    bad = [_non_finite(stats, sums) for (_, _, stats), sums in zip(first, second, strict=True)]
+    bad += [_non_finite_tensors(batch) for batch in others]
+    stats, totals, loss, skip = _reduce(parts, [x[2] for x in first], second, loss, torch.stack(bad).any(), others)
+    readings = [
+        Reading(s, f, total / batch.layout.slice_numel.unsqueeze(1))
+        for (batch, _), s, f, total in zip(parts, stats, factors, totals, strict=True)
+    ]
+    return readings, loss, skip
+
+
+def _sums(batch: Batch, features: ElementFeatures, moments: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Pass 0. Statistics of the accumulators come from the pass that last wrote them, unless they have been changed
+    since. Those of the parameter do not: a user may edit it through ``.data``, which leaves no trace."""
+    layout = batch.layout
+    known = layout.cache.get("stats") if layout.versions == _versions(batch) else None
+    row_sums, col_sums, stats = _ops.sums(
+        *(batch.params, batch.grads, *batch.accumulators(), *_axes(batch, features)),
+        *(features.clip, moments and known is None),
+    )
+    if known is not None:
+        stats = torch.cat([stats[:, : _ops.STAT_P2], known[:, _ops.STAT_P2 :]], 1)
+    layout.cache["stats"] = stats
+    return row_sums, col_sums, stats
+
+
+def _versions(batch: Batch) -> list[int]:
+    return [x._version for xs in batch.accumulators() for x in xs]
+
+
+def _axes(batch: Batch, features: ElementFeatures) -> tuple[list[int], list[int]]:
+    none = [-1] * len(batch.params)
+    return (batch.layout.row_axes, batch.layout.col_axes) if features.decays.factored else (none, none)
+
+
+def _non_finite(stats: Tensor, sums: Tensor) -> Tensor:
+    """Bool, 0-d. Non-finite gradients are counted before they are clipped."""
+    return (stats[:, _ops.STAT_NONFINITE] > 0).any() | ~torch.isfinite(sums).all()
+
+
+def _non_finite_tensors(batch: Batch) -> Tensor:
+    tensors = [x for x in (*batch.grads, *batch.params) if x.numel()]
+    if not tensors:
+        return torch.zeros((), dtype=torch.bool, device=batch.layout.device)
+    return ~torch.isfinite(torch.stack([x.float() for x in torch._foreach_norm(tensors, math.inf)])).all()
+
+
+def _factors(parts: Sequence[tuple[Batch, ElementFeatures]], sums: Sequence[tuple]) -> list[Factors]:
+    """Row and column accumulators of all parts and their factors, in one reduction."""
+    decays = {features.decays.factored for _, features in parts}
+    assert len(decays) <= 1, decays
+    if decays <= {()}:
+        return [Factors(*[[batch.layout.nothing] * len(batch.params)] * 4) for batch, _ in parts]
+    joined = accumulators.update_factored(
+        [x for batch, _ in parts for x in batch.tensors("factored_row")],
+        [x for batch, _ in parts for x in batch.tensors("factored_col")],
+        [x for rows, _, _ in sums for x in rows],
+        [x for _, cols, _ in sums for x in cols],
+        [shape for batch, _ in parts for shape in batch.layout.shapes],
+        [axis for batch, _ in parts for axis in batch.layout.row_axes],
+        [axis for batch, _ in parts for axis in batch.layout.col_axes],
+        decays.pop(),
+        [cut for batch, _ in parts for cut in batch.layout.cuts],
+    )
+    out, start = [], 0
+    for batch, _ in parts:
+        span = slice(start, start + len(batch.params))
+        out.append(Factors(joined.rows[span], joined.cols[span], joined.row_factors[span], joined.col_factors[span]))
+        start = span.stop
+    return out
+
+
+def _reduce(
+    parts: Sequence[tuple[Batch, ElementFeatures]],
+    stats: list[Tensor],
+    sums: list[Tensor],
+    loss: Tensor | None,
+    bad: Tensor,
+    others: Sequence[Batch],
+) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
+    """Reduction 2: statistics, feature sums, loss and flag over all shards and ranks."""
+    if loss is not None:
+        bad = bad | ~torch.isfinite(loss)
+    if distributed.world_size() == 1:
+        return stats, sums, loss, bad
+    batches = [*(batch for batch, _ in parts), *others]
+    root, zero = batches[0].layout.root, torch.zeros_like(bad, dtype=torch.float64)
+    shared = [zero if loss is None else loss.double(), bad.double(), root.cache.get("local_update", zero)]
+    shared = torch.stack(shared)
+    items = [(shared, distributed.world_groups(cut for batch in batches for cut in batch.layout.cuts))]
+    for (batch, _), s, f in zip(parts, stats, sums, strict=True):
+        layout = batch.layout
+        rows = f.split(layout.slices)
+        for t, cut in enumerate(layout.cuts):
+            pair = layout.slice_axes[2 * t : 2 * t + 2] or None
+            items += [(s[t], cut.groups() if cut else ()), (rows[t], cut.groups(pair) if cut else ())]
+    shared, *rest = distributed.sum_over(items)
+    root.cache["whole_update"] = shared[2]
+    new_stats, new_sums = [], []
+    for batch, _ in parts:
+        count = 2 * len(batch.params)
+        own, rest = rest[:count], rest[count:]
+        new_stats.append(torch.stack(own[::2]))
+        new_sums.append(torch.cat(own[1::2]))
+    return (
+        new_stats,
+        new_sums,
+        None if loss is None else (shared[0] / distributed.world_size()).to(loss),
+        shared[1] > 0,
+    )
+
+
+def _common(batch: Batch, features: ElementFeatures, f: Factors) -> tuple:
+    layout, decays = batch.layout, features.decays
+    return (
+        *(features.names, batch.params, batch.grads, *batch.accumulators(), batch.tensors("factored_diag")),
+        *(f.rows, f.cols, f.row_factors, f.col_factors, *_axes(batch, features)),
+        layout.slice_axes,
+        *(decays.momentum, decays.second_moment, decays.factored),
+        *(features.clip, features.second_eps, features.diagonal_eps),
+    )
+
+
+def apply_network(
+    batch: Batch,
+    features: ElementFeatures,
+    reading: Reading,
+    network: ElementNetwork,
+    scale: Tensor,
+    exp_mult: float,
+    skip: Tensor,
+) -> Tensor:
+    """Pass 2: parameters and accumulators in place. Returns sums over local shards, (T, O - 1): Σ step², Σ o2 and on.
+
+    ``network`` takes normalised features; the normaliser is folded into it here. Weight decay is decoupled and scaled by
+    lr; both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
+    """
+    layout = batch.layout
+    network = network.scaled(features.scales(reading.mean_squares))
+    arguments = (network.weights, network.biases, scale, batch["lr"] * batch["weight_decay"], exp_mult, skip, ())
+    sums, stats = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
+    layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
+    _store_factors(batch, reading, skip)
+    layout.versions = _versions(batch)
+    return sums
+
+
+def network_outputs(
+    batch: Batch, features: ElementFeatures, reading: Reading, network: ElementNetwork, skip: Tensor
+) -> list[Tensor]:
+    """Pass 2 for a rule that makes more of the output o0 than a step: accumulators in place, parameters left alone.
+
+    Returns o0, float32, shaped like the local parameters.
+    """
+    network = network.scaled(features.scales(reading.mean_squares))
+    out = [torch.zeros_like(p, dtype=torch.float32) for p in batch.params]
+    ones = torch.ones_like(batch.layout.slice_numel, dtype=torch.float32)
+    arguments = (network.weights, network.biases, ones, torch.zeros_like(ones), 0.0, skip, out)
+    _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
+    _store_factors(batch, reading, skip)
+    return out
+
+
+def _store_factors(batch: Batch, reading: Reading, skip: Tensor) -> None:
+    store(batch, skip, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
+
+
+def descend(batch: Batch, steps: Sequence[Tensor], skip: Tensor) -> Tensor:
+    """p <- p - lr (step + weight_decay p), rounded once; returns Σ (lr step)² of the local shards, (T,) float64."""
+    lr, decay = batch["lr"], batch["weight_decay"]
+    sums = []
+    for t, (p, step) in enumerate(zip(batch.params, steps, strict=True)):
+        value = p.float()
+        scaled = step * lr[t]
+        p.copy_(torch.where(skip, value, torch.addcmul(value, value, lr[t] * decay[t], value=-1) - scaled))
+        sums.append(scaled.double().square().sum())
+    return torch.stack(sums)
+
+
+def update_rms(batch: Batch, sums_of_squares: Tensor) -> Tensor:
+    """Root mean square of the step over all elements of all tensors, 0-d, from the sums of squares of shards (T,).
+
+    With several ranks it is that of the step before.
+    """
+    cache, numel = batch.layout.cache, batch.layout.numel.sum()
+    total = (sums_of_squares / batch.layout.replicas).sum()
+    if distributed.world_size() > 1:
+        # Summed over ranks in the next step's reduction rather than in one of its own: the value is one step late.
+        cache["local_update"], total = total, cache.get("whole_update", total * distributed.world_size())
+    return (total / numel).sqrt()
+
+
+def store(batch: Batch, skip: Tensor, **new: Sequence[Tensor]) -> None:
+    """Write new per-tensor state unless the step is skipped."""
+    old, values = [], []
+    for key, tensors in new.items():
+        for target, value in zip(batch.state.get(key, []), tensors, strict=False):
+            if target is not None:
+                old.append(target)
+                values.append(torch.where(skip, target, value))
+    if old:
+        torch._foreach_copy_(old, values)
+
+
+def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``new`` run state, or ``old`` where the step is skipped."""
+    return {key: torch.where(skip, old[key], value) for key, value in new.items()}
