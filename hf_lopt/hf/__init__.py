@@ -1,0 +1,1 @@
+"""Learned optimizers inside transformers and Accelerate."""

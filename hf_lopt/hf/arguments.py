@@ -1,0 +1,207 @@
+"""From ``TrainingArguments`` to the class and the keywords of a learned optimizer.
+
+Trainer's defaults are AdamW's: a learning rate of 5e-5 that decays linearly. A rule with a schedule of its own needs
+neither, so arguments left at their class's default become the rule's own multiplier and a constant schedule. Trainer
+builds the scheduler, and every logger reads the arguments, after the optimizer has been made: changing them here is
+enough, and shows everywhere.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from hf_lopt import rules
+from hf_lopt.hf import limits
+from hf_lopt.optimizer import PUBLIC_CLASSES, LearnedOptimizer
+from hf_lopt.rules.base import Rule
+from hf_lopt.weights import Weights
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+SCHEDULE = "schedule"
+_SCHEDULES = ("auto", "keep")
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+# What was written into the arguments, so that a later train() does not take it for the user's choice.
+_WRITTEN = "_hf_lopt_written"
+_HARDLY_MOVES = 1e-3
+
+
+def optim_name(args: TrainingArguments) -> str:
+    """``args.optim`` as plain text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def parse_optim_args(text: str | None) -> dict[str, str]:
+    """``"a=1, b=2"`` as a dict. Spaces within a value stay, so that a path may hold them.
+
+    Raises:
+        ValueError: for an item that is not ``key=value``, or a key given twice.
+    """
+    found: dict[str, str] = {}
+    for item in text.split(",") if text and text.strip() else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key and equals and value):
+            raise ValueError(f"optim_args must read key=value,key=value; got {item!r} in {text!r}")
+        if key in found:
+            raise ValueError(f"optim_args gives {key} twice: {text!r}")
+        found[key] = value
+    return found
+
+
+def _convert(rule: Rule, key: str, value: str) -> Any:
+    """``value`` in the type of the constructor argument's default."""
+    default = rule.defaults[key]
+    if isinstance(default, str):
+        return value
+    if isinstance(default, bool):
+        kind, convert = "true or false", lambda text: _BOOLEANS[text.lower()]
+    elif isinstance(default, float):
+        kind, convert = "a number", float
+    else:  # a default of None stands for a number of steps or units
+        kind, convert = "a whole number", int
+    try:
+        return convert(value)
+    except (ValueError, KeyError):
+        raise ValueError(f"optim_args: {key} must be {kind}, got {value!r}") from None
+
+
+def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
+    """Constructor keywords of ``rule`` from ``args.optim_args``, and the schedule, "auto" or "keep".
+
+    Raises:
+        ValueError: for an unknown key or a value of the wrong kind; the message names the valid ones.
+    """
+    given = parse_optim_args(text)
+    schedule = given.pop(SCHEDULE, "auto")
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"optim_args: {SCHEDULE} must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
+    if "weight_decay" in given:
+        raise ValueError(
+            "optim_args: weight_decay is set by TrainingArguments(weight_decay=...), which leaves biases and norms out"
+        )
+    valid = [key for key in rule.defaults if key != "weight_decay"]
+    unknown = [key for key in given if key not in valid]
+    if unknown:
+        raise ValueError(
+            f"optim_args: {rule.name} takes no {', '.join(unknown)}; it takes {', '.join([*valid, SCHEDULE])}"
+        )
+    return {key: _convert(rule, key, value) for key, value in given.items()}, schedule
+
+
+def pretrained_name(model: nn.Module | None) -> str | None:
+    """The checkpoint that ``model`` was loaded from, or "a PEFT adapter"; None for training from scratch.
+
+    ``from_pretrained`` leaves its argument in ``config._name_or_path``. Submodules count, as in sentence-transformers
+    or under DDP. A random model built from a *configuration* that was loaded by name cannot be told apart.
+    """
+    modules = [] if model is None else list(model.modules())
+    if any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules):
+        return "a PEFT adapter"
+    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in modules)
+    return next((str(name) for name in names if name), None)
+
+
+def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> tuple[float, str]:
+    """The lr that ``rule`` wants by itself, and why it is not the default of its class ("" if it is)."""
+    lr = rule.defaults["lr"]
+    if rule.finetune_lr is None or weights.origin != "bundled":
+        return lr, ""
+    name = pretrained_name(model)
+    if name is None:
+        return lr, ""
+    reason = "the embedded weights take steps for training from scratch, which wreck pretrained parameters"
+    return rule.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch"
+
+
+def _untouched(args: TrainingArguments, field: str) -> bool:
+    """Whether ``field`` has its class's default or what was written here. TRL's defaults differ from transformers'."""
+    value = getattr(args, field)
+    return value == type(args).__dataclass_fields__[field].default or value == getattr(args, _WRITTEN, {}).get(field)
+
+
+def _choose_lr(
+    args: TrainingArguments, rule: Rule, given: float | None, own: tuple[float, str]
+) -> tuple[float, list[str]]:
+    """The lr, and what to tell about it."""
+    name = rule.class_name
+    if given is not None:
+        known = getattr(args, _WRITTEN, {}).get("learning_rate")
+        if _untouched(args, "learning_rate") or args.learning_rate in (given, known):
+            return given, []
+        return given, [f"learning_rate={args.learning_rate:g} gave way to lr={given:g} of optim_args"]
+    if not _untouched(args, "learning_rate"):
+        lr = args.learning_rate
+        if rule.own_schedule and 0 < lr < _HARDLY_MOVES and not hasattr(args, _WRITTEN):  # once
+            why = f"it multiplies {name}'s own step size, which is meant for {own[0]:g}: training will hardly move"
+            return lr, [f"learning_rate={lr:g} is kept, but {why}"]
+        return lr, []
+    lr, reason = own
+    if lr == args.learning_rate:
+        return lr, []
+    meaning = f"a multiplier of {name}'s own step size" if rule.own_schedule else f"what {name} is used with"
+    said = f"learning_rate was not set ({args.learning_rate:g}) and is now {lr:g}, {meaning}"
+    return lr, [said + (f", because {reason}" if reason else "")]
+
+
+def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> tuple[str, list[str]]:
+    """The scheduler type, and what to tell about it."""
+    current = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if not rule.own_schedule or schedule == "keep" or not _untouched(args, "lr_scheduler_type"):
+        return current, []
+    # Asked with a large number, a ratio of the steps counts as well.
+    wanted = "constant_with_warmup" if args.get_warmup_steps(1_000_000) > 0 else "constant"
+    if wanted == current:
+        return wanted, []
+    why = f"{rule.class_name} decides the course of the step size itself"
+    return wanted, [f"lr_scheduler_type was not set ({current}) and is now {wanted}, because {why}"]
+
+
+def _weight_decay(args: TrainingArguments, rule: Rule) -> list[str]:
+    """What to tell when Trainer's default decay, which is in its groups already, replaces the rule's."""
+    recommended = rule.defaults["weight_decay"]
+    if not _untouched(args, "weight_decay") or args.weight_decay == recommended or hasattr(args, _WRITTEN):
+        return []
+    return [f"weight_decay was not set ({args.weight_decay:g}), but {rule.class_name} is used with {recommended:g}"]
+
+
+def _tell(args: TrainingArguments, rule: Rule, said: list[str]) -> None:
+    if not said or not getattr(args, "should_log", True):  # one process speaks for all
+        return
+    rest = "Whatever you set stays; optim_args='lr=...,schedule=keep' overrides."
+    if args.max_grad_norm:
+        rest += f" max_grad_norm={args.max_grad_norm:g} still clips gradients before the optimizer sees them."
+    warnings.warn(f"optim={rule.name!r}: {'; '.join(said)}. {rest}", stacklevel=4)
+
+
+def optimizer_class_and_arguments(
+    args: TrainingArguments, model: nn.Module | None
+) -> tuple[type[LearnedOptimizer], dict[str, Any]]:
+    """The optimizer that ``args.optim`` names, as Trainer wants it.
+
+    A class, so that Trainer makes its parameter groups, with and without weight decay; and keywords. Writes the chosen
+    ``learning_rate`` and ``lr_scheduler_type`` into ``args``.
+
+    Raises:
+        ValueError: for optim_args that the rule does not take, and for ways of training that
+            :mod:`hf_lopt.hf.limits` refuses.
+    """
+    rule = rules.get(optim_name(args))
+    limits.check_arguments(rule.class_name, args)
+    given, schedule = read_optim_args(rule, args.optim_args)
+    spec = given.pop("weights", rule.defaults["weights"])
+    weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
+
+    lr, said_lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
+    scheduler, said_scheduler = _choose_schedule(args, rule, schedule)
+    _tell(args, rule, said_lr + said_scheduler + _weight_decay(args, rule))
+    written = {"learning_rate": lr, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler)}
+    changed = {field: value for field, value in written.items() if getattr(args, field) != value}
+    # A value written before may be replaced too, for another model or other weights.
+    setattr(args, _WRITTEN, getattr(args, _WRITTEN, {}) | changed)
+    for field, value in changed.items():
+        setattr(args, field, value)
+    return PUBLIC_CLASSES[rule.name], {**given, "lr": lr, "weights": weights}

@@ -1,0 +1,158 @@
+"""``optim="velo"`` in transformers: the names, the handlers, the callback, the loss.
+
+transformers has no entry point for optimizers, so four of its tables are extended and three methods of Accelerate are
+wrapped (:mod:`hf_lopt.hf.loss_feed` says why). All of it happens when the module in question is imported, by the user
+or by another library; none of it changes what other optimizers do.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from enum import EnumMeta
+from types import ModuleType
+from typing import Any
+
+from packaging.version import Version
+
+from hf_lopt import rules
+from hf_lopt.hf import loss_feed
+from hf_lopt.hf.import_hook import when_imported
+
+
+_MARK = "_hf_lopt_original"
+# Trainer divides the loss by the accumulation steps there, and so does the Accelerator that it builds.
+_DIVIDES_TWICE = (Version("5.2.0"), Version("5.6.0"))
+
+
+class _PlainText:
+    """``__reduce_ex__`` of a member that pickles as text: training_args.bin has to open where hf_lopt is missing."""
+
+    def __init__(self, value: str):
+        self._value = value
+
+    def __call__(self, protocol: int) -> tuple[type[str], tuple[str]]:
+        return str, (self._value,)
+
+
+def extend_enum(enum: EnumMeta, value: str) -> Any:
+    """The member of the string enumeration ``enum`` with ``value``, made if there is none.
+
+    The new member is a real one: lookups by value and name, iteration, ``isinstance`` and command-line choices include
+    it.
+    """
+    if value in enum._value2member_map_:
+        return enum._value2member_map_[value]
+    name = value.upper()
+    member = str.__new__(enum, value)
+    member._name_, member._value_, member.__objclass__ = name, value, enum
+    member._sort_order_ = len(enum._member_names_)
+    member.__reduce_ex__ = _PlainText(value)
+    type.__setattr__(enum, name, member)  # EnumMeta.__setattr__ guards members
+    enum._member_names_.append(name)
+    enum._member_map_[name] = enum._value2member_map_[value] = member
+    return member
+
+
+def _check_accumulation(args: Any) -> None:
+    import transformers
+
+    version = Version(transformers.__version__)
+    if args.gradient_accumulation_steps > 1 and _DIVIDES_TWICE[0] <= version < _DIVIDES_TWICE[1]:
+        warnings.warn(
+            f"transformers {version} divides gradients by gradient_accumulation_steps "
+            f"({args.gradient_accumulation_steps}) twice, for every optimizer. 5.6 and later, and 5.1 and earlier, do "
+            "it once: change the version, or set gradient_accumulation_steps=1.",
+            stacklevel=4,
+        )
+
+
+def optimizer_handler(context: Any) -> tuple[Any, dict[str, Any]]:
+    """Entry of transformers' table of optimizer handlers; ``context`` is its ``OptimizerContext``.
+
+    Raises:
+        ValueError: see :func:`hf_lopt.hf.arguments.optimizer_class_and_arguments`.
+    """
+    from hf_lopt.hf.arguments import optimizer_class_and_arguments
+
+    _check_accumulation(context.args)
+    return optimizer_class_and_arguments(context.args, context.model)
+
+
+def _extend_names(module: Any) -> None:
+    for name in rules.names():
+        extend_enum(module.OptimizerNames, name)
+
+
+def _add_handlers(module: Any) -> None:
+    for name in rules.names():
+        if module._OPTIMIZER_HANDLERS.setdefault(name, optimizer_handler) is not optimizer_handler:
+            warnings.warn(f"optim={name!r} is already taken in transformers; hf_lopt leaves it as it is", stacklevel=2)
+
+
+def _wrap_static_method(trainer: type) -> None:
+    """transformers before 5.2 has no table of handlers, only this method with a long ``if``."""
+    original = trainer.get_optimizer_cls_and_kwargs
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        from hf_lopt.hf.arguments import optim_name, optimizer_class_and_arguments
+
+        if optim_name(args) in rules.names():
+            return optimizer_class_and_arguments(args, model)
+        return original(args, model)
+
+    setattr(get_optimizer_cls_and_kwargs, _MARK, original)
+    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _extend_trainer(module: Any) -> None:
+    from hf_lopt.hf.callback import LearnedOptimizerCallback
+
+    if not hasattr(module, "_OPTIMIZER_HANDLERS"):
+        _wrap_static_method(module.Trainer)
+    if LearnedOptimizerCallback not in module.DEFAULT_CALLBACKS:
+        module.DEFAULT_CALLBACKS.append(LearnedOptimizerCallback)
+
+
+def _never_breaking(action: Callable[[Any], None]) -> Callable[[ModuleType], None]:
+    """``action`` whose failure is a warning: a version with other internals must not make its import fail."""
+
+    @functools.wraps(action)
+    def guarded(module: ModuleType) -> None:
+        try:
+            action(module)
+        except Exception as error:
+            warnings.warn(
+                f"hf_lopt could not attach to {module.__name__} ({type(error).__name__}: {error}): its optim= names "
+                "and the delivery of losses do not work with these versions of transformers and accelerate. The "
+                "optimizer classes do; give them their loss with observe_loss(loss).",
+                stacklevel=2,
+            )
+
+    return guarded
+
+
+_ACTIONS = tuple(
+    (name, _never_breaking(action))
+    for name, action in (
+        ("transformers.training_args", _extend_names),
+        ("transformers.trainer_optimizer", _add_handlers),
+        ("transformers.trainer", _extend_trainer),
+        ("accelerate.accelerator", loss_feed.patch_accelerator),
+        ("accelerate.optimizer", loss_feed.patch_optimizer),
+    )
+)
+
+
+def register() -> None:
+    """Make every name of :func:`hf_lopt.available` an ``optim=`` choice of transformers; deliver losses in Accelerate.
+
+    ``import hf_lopt`` calls it. It imports neither library: what is not imported yet is extended on import. Calling it
+    again does nothing.
+    """
+    for name, action in _ACTIONS:
+        when_imported(name, action)

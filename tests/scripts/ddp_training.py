@@ -1,0 +1,205 @@
+"""Two ranks (torchrun, gloo): losses, resuming and refusals. Writes one JSON file per rank into the folder given.
+
+Every case of ``main`` is one test in test_hf_ddp.py; they share a process because importing costs more than training.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import hf_cases as cases  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import Trainer  # noqa: E402
+
+from hf_lopt.hf import loss_feed  # noqa: E402
+
+
+# 19 rows in batches of two on two ranks: five batches a rank, so that windows of two leave a short one.
+ROWS = 19
+GLOO = {"ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+
+
+def over_ranks(value):
+    """Sum of a number over the ranks."""
+    total = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def global_token_mean(model, window):
+    losses = torch.cat([cases.token_losses(model, batch) for batch in window])
+    return over_ranks(losses.sum()) / over_ranks(losses.numel())
+
+
+def mean_of_local_means(model, window):
+    return over_ranks(cases.token_mean(model, window)) / dist.get_world_size()
+
+
+def mean_of_all_means(model, window):
+    return over_ranks(cases.mean_of_means(model, window)) / dist.get_world_size()
+
+
+class WithoutLossArguments(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = cases.tiny_llama()
+
+    def forward(self, input_ids, labels=None):
+        return self.inner(input_ids=input_ids, labels=labels)
+
+
+def losses(folder, objective, model=cases.tiny_llama, **changes):
+    args = cases.arguments(folder, gradient_accumulation_steps=2, **GLOO, **changes)
+    trainer = cases.ReplayTrainer(model(), args, train_dataset=cases.byte_rows(ROWS), objective=objective)
+    trainer.train()
+    return {"seen": trainer.seen.values, "recomputed": trainer.recomputed, "logged": trainer.logged()}
+
+
+def raw_loop():
+    """An Accelerate loop that accumulates; the same data on one process gives the same numbers."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = cases.tiny_llama()
+    loader = DataLoader(cases.byte_rows(20), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, cases.velo(model.parameters()), loader)
+    probe, seen, expected, window = cases.LossProbe(optimizer), [], [], []
+    for batch in loader:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            window.append(loss.item())
+            accelerator.backward(loss)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                seen.append(probe.read())
+                expected.append(over_ranks(sum(window) / len(window)) / dist.get_world_size())
+                window = []
+            optimizer.zero_grad()
+    return {"seen": seen, "recomputed": expected}
+
+
+def fingerprint(trainer):
+    """Every number of the parameters and the optimizer's state, as one digest."""
+    import hashlib
+
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                add(key)
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters()))
+    add(trainer.optimizer.state_dict())
+    return digest.hexdigest()
+
+
+def resuming(folder):
+    """Five batches a rank in windows of two: step 2 is within the first epoch, whose last window is short."""
+
+    def make(where):
+        args = cases.arguments(where, gradient_accumulation_steps=2, **GLOO, save_strategy="steps", save_steps=2)
+        return Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(ROWS))
+
+    whole = make(folder)
+    whole.train()
+    resumed = make(folder / "again")
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    return {
+        "whole": fingerprint(whole),
+        "resumed": fingerprint(resumed),
+        "steps": [loss_feed.unwrap(trainer.optimizer).steps_done for trainer in (whole, resumed)],
+    }
+
+
+def trainer_refusals(folder):
+    """FSDP through Trainer's arguments, where Accelerate on CPU would fall back to plain DDP without a word."""
+    found = []
+    for version in (1, 2):
+        config = {
+            "version": version,
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "cpu_ram_efficient_loading": False,
+            "sync_module_states": False,
+        }
+        args = cases.arguments(folder, **GLOO, fsdp=True, fsdp_config=config)
+        try:
+            Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).train()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def accelerate_refusal():
+    """FSDP2 by an Accelerate plugin: the model really is sharded, and the first backward refuses."""
+    from accelerate.state import DistributedType, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.tensor import DTensor
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate ignores FSDP on CPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = cases.tiny_llama()
+    model, _ = accelerator.prepare(model, cases.velo(model.parameters()))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    batch = {key: value.unsqueeze(0) for key, value in cases.byte_rows(1)[0].items()}
+    try:
+        accelerator.backward(model(**batch).loss)
+    except ValueError as error:
+        return str(error)
+
+
+def warned(folder):
+    """How many of the ranks give the warning about defaults."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args = cases.arguments(folder, **GLOO)
+        Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).create_optimizer()
+    return over_ranks(sum("learning_rate was not set" in str(w.message) for w in caught))
+
+
+def main(folder):
+    results = {
+        "token_mean": losses(folder, global_token_mean),
+        "local_token_mean": losses(folder, mean_of_local_means, average_tokens_across_devices=False),
+        "mean_of_means": losses(folder, mean_of_all_means, model=WithoutLossArguments),
+        "resuming": resuming(folder),
+        "warned": warned(folder),
+    }
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    results["raw_loop"] = raw_loop()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    results["refusals"] = trainer_refusals(folder)
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    results["refusals"].append(accelerate_refusal())
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
