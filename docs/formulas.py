@@ -1,0 +1,220 @@
+"""Every formula of docs/features.md, as an expression that NumPy can evaluate.
+
+`tests/test_docs.py` evaluates these strings in float64 and compares them with what the optimizers do, so the numbers
+in them are written out here and not taken from the code. Names that an expression may use are in `SYMBOLS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+REFERENCES = {
+    "VeLO": "Metz et al. 2022, *VeLO: Training Versatile Learned Optimizers by Scaling Up*, arXiv:2211.09760",
+    "small_fc": (
+        "Metz et al. 2022, *Practical tradeoffs between memory, compute, and performance in learned optimizers*, "
+        "arXiv:2203.11860"
+    ),
+    "rnn_mlp": (
+        "Metz et al. 2020, *Tasks, stability, architecture, and compute: Training more effective learned optimizers, "
+        "and using them to train themselves*, arXiv:2009.11243"
+    ),
+    "μLO": "Thérien et al. 2024, *μLO: Compute-Efficient Meta-Generalization of Learned Optimizers*, arXiv:2406.00153",
+    "Celo": "Moudgil et al. 2025, *Celo: Training Versatile Learned Optimizers on a Compute Diet*, arXiv:2501.12670",
+    "Celo2": "Moudgil et al. 2026, *Celo2: Towards Learned Optimization Free Lunch*, arXiv:2602.19142",
+    "Adafactor": (
+        "Shazeer & Stern 2018, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, arXiv:1804.04235"
+    ),
+    "Adam": "Kingma & Ba 2014, *Adam: A Method for Stochastic Optimization*, arXiv:1412.6980",
+}
+
+SYMBOLS = {
+    "p": "the parameter before the step",
+    "g": "its gradient, after the rule's clip",
+    "m, v": "momenta and second moments, with one leading axis of decays",
+    "A, B": "the largest and the second largest axis of a tensor of rank 2 or more",
+    "R, C": "row accumulator, which has lost axis A, and column accumulator, which has lost axis B",
+    "r, c": "row factor and column factor",
+    "D": "diagonal accumulator, in the place of R and C for rank < 2",
+    "b": "a decay; an accumulator has one entry per decay",
+    "i": "steps done before this one: 0 in the first step",
+    "N": "length of the run, `num_training_steps`",
+    "T": "number of tensors",
+    "mean(x)": "mean over all axes of the tensor, for each decay by itself; `mean(x, A)` over axis A only",
+    "log": "natural logarithm",
+    "@": "matrix product",
+}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One feature.
+
+    Attributes:
+        text: the expression; `vector` for tensors of rank < 2 where it differs.
+        words: what it is.
+        source: whose idea it is, a key of `REFERENCES`; "" for what needs none.
+        without: the axis along which it is constant in a tensor of rank >= 2, "" for none.
+    """
+
+    text: str
+    words: str
+    source: str = ""
+    vector: str = ""
+    without: str = ""
+
+
+# Per-element features by the names of hf_lopt.features. second_eps and diagonal_eps are the rule's own numbers.
+ELEMENT = {
+    "g": Formula("g", "gradient"),
+    "clip_g": Formula("clip(g, -0.1, 0.1)", "clipped gradient"),
+    "p": Formula("p", "parameter"),
+    "log_abs_p": Formula("log(abs(p) + 1e-8)", "size of the parameter"),
+    "m": Formula("m", "momentum"),
+    "v": Formula("v", "second moment"),
+    "m_rsqrt_v": Formula("m / sqrt(v + second_eps)", "Adam's direction", "Adam"),
+    "rsqrt_v": Formula("1 / sqrt(v + second_eps)", "inverse root of the second moment", "Adam"),
+    "g_rsqrt_v": Formula("g / sqrt(v + second_eps)", "gradient in units of its size", "Adam"),
+    "fac_g": Formula(
+        "g * r * c", "gradient over the factored root", "Adafactor", vector="g / sqrt(maximum(D + 1e-9, 1e-9))"
+    ),
+    "fac_m": Formula("m * r * c", "momentum over the factored root", "Adafactor", vector="m / sqrt(D + diagonal_eps)"),
+    "row": Formula("R", "row accumulator", "Adafactor", vector="D", without="A"),
+    "col": Formula("C", "column accumulator", "Adafactor", vector="D", without="B"),
+    "rsqrt_row": Formula("1 / sqrt(R + 1e-8)", "its inverse root", "Adafactor", "1 / sqrt(D + 1e-8)", "A"),
+    "rsqrt_col": Formula("1 / sqrt(C + 1e-8)", "its inverse root", "Adafactor", "1 / sqrt(D + 1e-8)", "B"),
+}
+
+# (symbol, expression, remark), evaluated from top to bottom; a symbol on both sides is the old value on the right.
+Program = tuple[tuple[str, str, str], ...]
+
+ELEMENTWISE: Program = (
+    ("m", "b * m + (1 - b) * g", "momentum"),
+    ("v", "b * v + (1 - b) * g**2", "second moment"),
+)
+FACTORED: Program = (
+    ("R", "b * R + (1 - b) * mean(g**2 + 1e-30, A)", "rank >= 2"),
+    ("C", "b * C + (1 - b) * mean(g**2 + 1e-30, B)", "rank >= 2"),
+    ("r", "1 / sqrt(maximum(R / (mean(R, B) + 1e-9), 1e-9))", "rank >= 2; further axes stay separate"),
+    ("c", "1 / sqrt(maximum(C, 1e-9))", "rank >= 2"),
+)
+DIAGONAL: Program = (("D", "b * D + (1 - b) * (g**2 + 1e-30)", "rank < 2"),)
+LEARNED_DECAY = "1 - (1 - b) * exp(10 * offset)"
+NORMALISED = "x / sqrt(norm_eps + mean_n(x**2))"
+
+STEP_FEATURE = "tanh(i / tau - 1)"
+TIME_FEATURE = "tanh(10 * (i / N - tau))"
+SINE_FEATURE = "sin(i / (tau * pi))"
+
+LOSS: Program = (
+    ("h", "logspace(1, log10(N), 10)", "ten horizons, from 10 steps to the whole run"),
+    ("d", "exp(-1 / h)", "their decays"),
+    ("k", "1 - d**(i + 1)", "bias correction"),
+    ("top", "max(u / k) if i > 0 else loss", "largest mean so far; u starts at 0"),
+    ("loss", "minimum(loss, 2 * abs(top))", "a spike counts as twice that at most"),
+    ("u", "d * u + (1 - d) * loss", "running means"),
+    ("low", "minimum(low, u / k)", "their minima, which start at 999999999999"),
+    (
+        "loss_features",
+        "clip((u / k - low)[:9] / maximum((u / k)[1:] - low[:9], 1e-8) - 1, -1, 1) if i >= 2 else zeros(9)",
+        "each mean against the next slower one",
+    ),
+)
+
+LOG_SIZE = "0.5 * clip(log(1e-8 + abs(10 * x)), -5, 5)"
+UNIT = "1 / sqrt(maximum(mean(p**2), 1e-9))"
+
+# (name, columns, expression, words); L is LOG_SIZE, s is UNIT.
+Inputs = tuple[tuple[str, int, str, str], ...]
+
+CELO_INPUTS: Inputs = (
+    ("time", 9, TIME_FEATURE, "fraction of the run that is done, against nine thresholds"),
+    ("loss_features", 9, "loss_features", "trend of the loss"),
+)
+VELO_INPUTS: Inputs = (
+    *CELO_INPUTS,
+    ("mean_v", 1, "L(s * mean(v))", "size of the second moment"),
+    ("rank", 5, "arange(5) == sum(shape > 1)", "number of axes longer than 1"),
+    ("var_m", 3, "L(s**2 * mean((m - mean(m))**2))", "variance of each momentum"),
+    ("var_v", 3, "L(s**2 * mean((v - mean(m))**2))", "second moment about the mean of each momentum"),
+)
+
+RNN_MLP_CLIP: Program = (
+    ("bound", "10 * val / (1 - 0.99**(i + 1))", "val starts at 0.01, so bound at 10"),
+    ("g", "clip(g, -bound, bound)", "of every tensor"),
+    ("val", "0.99 * val + 0.01 * sqrt(1e-8 + q)", "q: mean over tensors of mean(g**2) of the clipped gradients"),
+)
+RNN_MLP_LOSS: Program = (
+    ("mu", "0.9 * mu + 0.1 * loss", "starts at 0"),
+    ("var", "0.9 * var + 0.1 * (mu - loss)**2", "with the new mean; starts at 0"),
+    ("k", "1 - 0.9**(i + 1) + 1e-7", "bias correction"),
+)
+RNN_MLP_LOG_SIZE = "clip(log(1e-8 + abs(x)), -5, 5)"
+# L is RNN_MLP_LOG_SIZE here.
+RNN_MLP_INPUTS: Inputs = (
+    ("from_lstm", 18, "from_lstm", "mean over tensors of the LSTM's message of the last step"),
+    ("from_mlp", 16, "from_mlp", "mean over elements of the network's outputs o2…o17 of the last step"),
+    ("g_norm", 1, "L(norm(g))", "size of the gradient"),
+    ("is_scalar", 1, "1 if rank == 0 else -1", ""),
+    ("mean_ms_mag", 1, "L(mean_all(m))", "mean of the momenta: size"),
+    ("mean_ms_sign", 1, "sign(mean_all(m))", "and sign"),
+    ("mean_rms", 1, "L(mean_all(v))", "mean of the second moments: size"),
+    ("mean_sign", 1, "sign(mean_all(v))", "and sign"),
+    ("mean_v_mag", 1, "L(mean_all(p))", "mean of the parameter: size"),
+    ("mean_v_sign", 1, "sign(mean_all(p))", "and sign"),
+    ("norm_weight", 1, "L(norm(p))", "size of the parameter"),
+    ("shape_0…3", 4, "log(padded_shape) - 1", "axes in the reference's order, then 1 up to four"),
+    ("train_loss_feat", 1, "clip((loss - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "normalised loss"),
+    ("valid_loss_feat", 1, "clip((0 - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "the same for a loss of 0"),
+    ("var_ms", 1, "L(mean_all((m - mean_all(m))**2))", "variance of the momenta"),
+    ("var_rms", 1, "L(mean_all((v - mean_all(v))**2))", "of the second moments"),
+    ("var_v", 1, "L(mean_all((p - mean_all(p))**2))", "of the parameter"),
+)
+RNN_MLP_CONSTANTS: Inputs = (
+    ("time", 11, SINE_FEATURE, "steps done, at eleven scales"),
+    ("tensors", 1, "log(T) - 1", "number of tensors"),
+    ("norm", 1, "log(norm(p) + 1e-8)", "norm of the parameter"),
+    ("size", 1, "log(size)", "number of elements"),
+    ("to_mlp", 17, "to_mlp", "the LSTM's message to the network of this tensor, of this step"),
+)
+
+NEWTON_SCHULZ: Program = (
+    ("x", "x / (norm(x) + 1e-8)", "once, with the Frobenius norm; a matrix with more rows than columns is transposed"),
+    ("a", "x @ x.T", "this line and the next five times"),
+    ("x", "3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x", ""),
+)
+# Rule -> expressions that end in `step`; then p <- p - lr weight_decay p - step.
+_VELO: Program = (
+    ("s", "maximum(sqrt(mean(p**2) + 1e-9), min_param_scale)", "size of the tensor"),
+    ("step", "lr * lr_mult * 0.001 * s * o0 * exp(0.001 * o1)", "o2 is not used"),
+)
+_SMALL_FC: Program = (("step", "lr * step_scale * step_mult * o0 * exp(exp_mult * o1)", ""),)
+_CELO2: Program = (
+    ("x", "newton_schulz(o0) if orthogonalize else o0", "rank >= 2, matrix by matrix; o1 and o2 are not used"),
+    ("step", "lr * N(x)", "the normaliser of the features, once more"),
+)
+STEPS: dict[str, Program] = {
+    "velo": _VELO,
+    "velo_s": _VELO,
+    "celo": _VELO,
+    "celo_adam": (
+        (
+            "step",
+            "lr * lr_mult * 0.001 * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.999**(i + 1)) + 1e-10) + 1e-8)",
+            "g is clipped to ±1000",
+        ),
+    ),
+    "small_fc_lopt": _SMALL_FC,
+    "mulo": _SMALL_FC,
+    "elo": _SMALL_FC,
+    "celo2": _CELO2,
+    "celo2_base": _CELO2,
+    "elo_celo2": _CELO2,
+    "rnn_mlp": (("step", "lr * 0.001 * o0 * exp(0.001 * o1)", "the means of o2…o17 become `from_mlp`"),),
+}
+LR_MULT = {"velo": "x", "velo_s": "x", "celo": "0.1 * exp(x)", "celo_adam": "0.1 * exp(x)"}
+ADAM_BRANCH = {
+    "celo2": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
+    "celo2_base": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
+    "elo_celo2": ("lr * adam_lr_mult * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.95**(i + 1))) + 1e-8)"),
+}
