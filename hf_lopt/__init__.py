@@ -7,13 +7,14 @@
 from hf_lopt import optimizer as _optimizer
 from hf_lopt.hf.register import register as _register
 from hf_lopt.optimizer import LearnedOptimizer
+from hf_lopt.param_groups import param_groups
 
 
 __version__ = "0.1.0"
 
 _names = sorted({cls.__name__ for cls in _optimizer.PUBLIC_CLASSES.values()})
 globals().update({name: getattr(_optimizer, name) for name in _names})
-__all__ = ["LearnedOptimizer", "available", *_names]
+__all__ = ["LearnedOptimizer", "available", "param_groups", *_names]
 
 _register()
 

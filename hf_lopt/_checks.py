@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from hf_lopt import distributed
 from hf_lopt.accumulators import AXIS_ORDERS
 
 
@@ -49,6 +50,28 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")
     if "max_nonfinite_steps" in settings:
         positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
+
+
+def check_ranks(
+    run: Mapping[str, Any],
+    parameters: Sequence[tuple[Tensor, Mapping[str, Any]]],
+    active: set[int],
+    names: Sequence[str],
+) -> None:
+    """Compare over all ranks the settings of the run and the list of trainable parameters.
+
+    ``parameters`` come with their groups, of which ``names`` are compared; ``active``: the ids of those that have a
+    gradient in this step.
+
+    Raises:
+        ValueError: on all ranks, naming what differs.
+    """
+    paths = ("weights_source", "weights_origin")  # may differ from machine to machine; the content may not
+    own = {k: str(v) for k, v in run.items() if k not in paths and isinstance(v, (str, int, float))}
+    for i, (p, group) in enumerate(parameters):
+        words = [distributed.describe(p), "with a gradient" if id(p) in active else "without a gradient"]
+        own[f"parameter {i}"] = ", ".join([*words, *(f"{name}={group[name]}" for name in names)])
+    distributed.check_agreement(own, parameters[0][0].device)
 
 
 class Watch:

@@ -7,7 +7,10 @@ This module is the one place that knows about DTensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +40,19 @@ class Sharding:
         wanted = None if axes is None else set(axes)
         dims = [d for d, axis in enumerate(self.axes) if axis >= 0 and (wanted is None or axis in wanted)]
         return tuple(self.mesh.get_group(d) for d in dims)
+
+    def piece(self, shape: Sequence[int], coordinate: Sequence[int]) -> tuple[slice, ...]:
+        """What the rank at ``coordinate`` of the mesh holds of a tensor of ``shape``."""
+        spans = [(0, n) for n in shape]
+        # A strided shard is cut from what the plain ones to its right have left.
+        for d in sorted(range(len(self.axes)), key=lambda d: hasattr(self.placements[d], "split_factor")):
+            axis = self.axes[d]
+            if axis >= 0:
+                start, length = spans[axis]
+                size = -(-length // self.mesh.size(d))
+                first = min(size * coordinate[d], length)
+                spans[axis] = (start + first, min(size, length - first))
+        return tuple(slice(start, start + length) for start, length in spans)
 
     def of_state(self, leading: int, dropped: int = -1) -> tuple[Any, ...]:
         """Placements of a state tensor with ``leading`` axes in front and the axis ``dropped`` left out."""
@@ -154,25 +170,189 @@ def _device_of(group: dist.ProcessGroup, home: torch.device) -> torch.device:
     return home
 
 
-def on_whole_tensors(
-    function: Callable[[Tensor, Any], Tensor],
-    shards: Sequence[Tensor],
-    cuts: Sequence[Sharding | None],
-    shapes: Sequence[Sequence[int]],
-    arguments: Sequence[Any],
-) -> list[Tensor]:
-    """``function(tensor, argument)`` of each whole tensor, cut again as the ``shards`` are; it keeps the shape."""
-    out = []
-    for shard, cut, shape, argument in zip(shards, cuts, shapes, arguments, strict=True):
-        if cut is None or not cut.groups():
-            out.append(function(shard, argument))
-            continue
-        stride = torch.empty(shape, device="meta").stride()
-        whole = _dtensor().from_local(
-            shard, cut.mesh, cut.placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
-        result = function(whole.full_tensor(), argument)
-        out.append(
-            _dtensor().from_local(result, cut.mesh, run_check=False).redistribute(cut.mesh, cut.placements).to_local()
-        )
-    return out
+class Owners:
+    """Who works on which whole tensor, for work that needs one: each tensor has one owner among the ranks of its mesh.
+
+    Work is balanced by ``costs`` (any unit), the same on every rank. :meth:`apply` brings the shards of each tensor to
+    its owner and the results back: two all-to-alls per distinct set of ranks, whatever the number of tensors. A tensor
+    that is not cut is worked on where it is, by every rank that has it.
+    """
+
+    def __init__(
+        self, cuts: Sequence[Sharding | None], shapes: Sequence[Sequence[int]], costs: Sequence[float]
+    ) -> None:
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.alone = [i for i, cut in enumerate(cuts) if cut is None or not cut.groups()]
+        by_ranks: dict[tuple[int, ...], list[int]] = {}
+        for i, cut in enumerate(cuts):
+            if cut is not None and cut.groups():
+                by_ranks.setdefault(tuple(sorted(cut.mesh.mesh.flatten().tolist())), []).append(i)
+        self.routes = [_Route(members, cuts, self.shapes, costs) for members in by_ranks.values()]
+
+    def apply(self, function: Callable[[int, Tensor], Tensor], shards: Sequence[Tensor]) -> list[Tensor]:
+        """``function(i, tensor)`` of each whole tensor, cut again as the ``shards`` are. It keeps shape and dtype."""
+        out = list(shards)
+        for i in self.alone:
+            out[i] = function(i, shards[i])
+        for route in self.routes:
+            route.apply(function, shards, out)
+        return out
+
+
+class _Route:
+    """The way of some tensors to their owners and back, within one set of ranks.
+
+    Where a mesh replicates, an owner gathers from the replica that it is in, and sends the result to all of them.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[int],
+        cuts: Sequence[Sharding | None],
+        shapes: Sequence[tuple[int, ...]],
+        costs: Sequence[float],
+    ) -> None:
+        self.group = whole_group(cuts[members[0]].mesh)
+        ranks = dist.get_process_group_ranks(self.group)
+        me = dist.get_rank()
+        load = dict.fromkeys(ranks, 0.0)
+        owner = {}
+        for i in sorted(members, key=lambda i: (-costs[i], i)):
+            owner[i] = min(ranks, key=lambda rank: (load[rank], rank))
+            load[owner[i]] += costs[i]
+        place = {rank: k for k, rank in enumerate(ranks)}
+        coordinates = {id(cuts[i].mesh): _coordinates(cuts[i].mesh) for i in members}
+
+        def at(i: int, rank: int) -> tuple[int, ...]:
+            return coordinates[id(cuts[i].mesh)][rank]
+
+        def serves(i: int, source: int, target: int) -> bool:
+            pairs = zip(cuts[i].axes, at(i, source), at(i, target), strict=True)
+            return all(axis >= 0 or a == b for axis, a, b in pairs)
+
+        self.owned = sorted(i for i in members if owner[i] == me)
+        self.shapes = {i: shapes[i] for i in self.owned}
+        by_owner = sorted(members, key=lambda i: (place[owner[i]], i))
+        own = {i: _extent(cuts[i].piece(shapes[i], at(i, me))) for i in members}
+        # Shards out to owners and in from all ranks; results out to all ranks and in from owners.
+        self.sent = [i for i in by_owner if serves(i, me, owner[i])]
+        self.arriving = [
+            (i, cuts[i].piece(shapes[i], at(i, rank))) for rank in ranks for i in self.owned if serves(i, rank, me)
+        ]
+        self.returned = [(i, cuts[i].piece(shapes[i], at(i, rank))) for rank in ranks for i in self.owned]
+        self.received = by_owner
+        count = [[0] * len(ranks) for _ in range(4)]
+        for i in self.sent:
+            count[0][place[owner[i]]] += math.prod(own[i])
+        for i in self.received:
+            count[3][place[owner[i]]] += math.prod(own[i])
+        for rank in ranks:
+            for i in self.owned:
+                size = math.prod(_extent(cuts[i].piece(shapes[i], at(i, rank))))
+                count[1][place[rank]] += size * serves(i, rank, me)
+                count[2][place[rank]] += size
+        self.out_there, self.in_there, self.out_back, self.in_back = count
+
+    def apply(self, function: Callable[[int, Tensor], Tensor], shards: Sequence[Tensor], out: list[Tensor]) -> None:
+        """Fill ``out`` at the places of this route's tensors."""
+        like = shards[self.received[0]]
+        parts = self._exchange([shards[i] for i in self.sent], like, self.out_there, self.in_there)
+        wholes = {i: like.new_empty(shape) for i, shape in self.shapes.items()}
+        for (i, piece), part in zip(self.arriving, _cut(parts, [_extent(p) for _, p in self.arriving]), strict=True):
+            wholes[i][piece] = part
+        del parts
+        for i in self.owned:
+            wholes[i] = function(i, wholes[i])
+        parts = self._exchange([wholes[i][piece] for i, piece in self.returned], like, self.out_back, self.in_back)
+        shapes = [shards[i].shape for i in self.received]
+        for i, part in zip(self.received, _cut(parts, shapes), strict=True):
+            out[i] = part
+
+    def _exchange(self, tensors: Sequence[Tensor], like: Tensor, out: list[int], into: list[int]) -> Tensor:
+        device = _device_of(self.group, like.device)
+        packed = torch.cat([like.new_empty(0), *(x.reshape(-1) for x in tensors)]).to(device)
+        result = packed.new_empty(sum(into))
+        dist.all_to_all_single(result, packed, into, out, group=self.group)
+        return result.to(like.device)
+
+
+def _extent(piece: tuple[slice, ...]) -> tuple[int, ...]:
+    return tuple(s.stop - s.start for s in piece)
+
+
+def _cut(packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    parts = packed.split([math.prod(shape) for shape in shapes])
+    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _coordinates(mesh: Any) -> dict[int, tuple[int, ...]]:
+    """Rank -> its place in the mesh."""
+    return {mesh.mesh[index].item(): index for index in itertools.product(*map(range, mesh.mesh.shape))}
+
+
+def whole_group(mesh: Any) -> dist.ProcessGroup:
+    """A process group of all ranks of a mesh; of a mesh that is only a part of the world it may be created here."""
+    if mesh.size() == world_size():
+        return dist.group.WORLD
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
+
+
+def clip_grad_norm_(gradients: Sequence[Tensor], cuts: Sequence[Sharding | None], max_norm: float) -> None:
+    """Scale local gradients in place so that the 2-norm over all whole tensors is at most ``max_norm``.
+
+    The rule of ``torch.nn.utils.clip_grad_norm_``, with one reduction per process group for any mix of plain and
+    sharded tensors, which that function refuses.
+    """
+    norms = list(torch._foreach_norm(gradients))
+    split = [i for i, cut in enumerate(cuts) if cut is not None and cut.groups()]
+    squares = sum_over([(norms[i].double().square(), cuts[i].groups()) for i in split])
+    for i, total in zip(split, squares, strict=True):
+        norms[i] = total.sqrt().to(norms[i])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def all_zero(gradients: Sequence[Tensor]) -> bool:
+    """Whether no rank has a gradient other than zero. A collective, and it waits for the device."""
+    found = [local(x).count_nonzero() for x in gradients]
+    count = torch.stack([x.double() for x in found]).sum() if found else torch.zeros((), dtype=torch.float64)
+    if world_size() > 1:
+        (count,) = sum_over([(count, (dist.group.WORLD,))])
+    return not count
+
+
+def describe(p: Tensor) -> str:
+    """Shape, dtype and placements of a parameter, the same text on every rank."""
+    cut = sharding(p)
+    where = "" if cut is None else f" {list(cut.placements)} on a mesh of {'x'.join(map(str, cut.mesh.shape))}"
+    return f"{tuple(p.shape)} {p.dtype}{where}".replace("torch.", "")
+
+
+def check_agreement(own: Mapping[str, str], device: torch.device) -> None:
+    """Compare descriptions over all ranks of the default group, so that a difference is a message and not a hang.
+
+    A collective: one all-gather of a digest, and another of everything only where ranks differ.
+
+    Raises:
+        ValueError: on every rank, naming what differs between which ranks.
+    """
+    if world_size() == 1:
+        return
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=_device_of(dist.group.WORLD, device))
+    everyone = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(everyone, mine)
+    if all(bytes(x.tolist()) == digest for x in torch.stack(everyone).cpu()):
+        return
+    described: list[Any] = [None] * world_size()
+    dist.all_gather_object(described, dict(own))
+    first = described[0]
+    differences = []
+    for rank, other in enumerate(described[1:], 1):
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        differences += [f"{k}: {first.get(k, 'none')} on rank 0, {other.get(k, 'none')} on rank {rank}" for k in keys]
+    more = f", and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+    raise ValueError(
+        "the ranks do not train the same thing. " + "; ".join(differences[:5]) + more + ". Build the optimizer from "
+        "the same parameters, settings and weights on all ranks."
+    )

@@ -1,4 +1,4 @@
-"""Reads the file formats in which learned optimizers are published.
+"""Reads the file formats in which learned optimizers are published; :mod:`hf_lopt.writers` is the other direction.
 
 Everything becomes a `Theta`: a dict from the tree path of the JAX reference (`rnn_params/linear/w`) to a float32 CPU
 tensor, weights oriented (in, out). Nothing here executes code from a file: msgpack and safetensors are plain data, and
@@ -9,6 +9,7 @@ A format of named tensors is one entry of `READERS`. The flax format carries the
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ Theta = dict[str, torch.Tensor]
 
 THETA_STATE = "theta.state"
 SAFETENSORS = "model.safetensors"
+# Beside the weights: rule, origin, and what the format of the weights has no room for.
+PROVENANCE = "hf_lopt.json"
 
 # Columns of the input groups of VeLO's network; group k is the leaf w0__k.
 VELO_GROUPS = (1, 1, 1, 3, 1, 3, 1, 3, 1, 3, 3, 3, 3, 3)
@@ -36,7 +39,7 @@ SPLIT_BANK_SCALE = 100.0
 _MAX_BYTES = 1 << 30
 _MAX_DEPTH = 16
 _MAX_RANK = 8
-_NDARRAY_EXT = 1
+NDARRAY_EXT = 1
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -93,7 +96,7 @@ def read(files: Sequence[Path], *, bank_scale: float = 100.0) -> tuple[Theta, tu
     if reader is None:
         known = ", ".join(r.name for r in READERS)
         raise ValueError(
-            f"{where}: the tensors {_some(tensors)} belong to no known format (flax theta.state, theta paths, "
+            f"{where}: the tensors {some_of(tensors)} belong to no known format (flax theta.state, theta paths, "
             f"{known}). Convert the file to a mapping from theta path to array and pass that."
         )
     try:
@@ -117,6 +120,25 @@ def sibling(name: str) -> str | None:
     swap |= {v: k for k, v in swap.items()}
     swapped, count = re.subn("|".join(swap), lambda m: swap[m[0]], last)
     return head + swapped if count == 1 else None
+
+
+def content_sha256(theta: Mapping[str, torch.Tensor]) -> str:
+    """Hex digest of what is in theta, independent of the file format.
+
+    Per leaf, in sorted order: the name in UTF-8, a zero byte, the shape as decimals joined by commas, a zero byte, and
+    the values as little-endian float32 in C order.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(theta):
+        leaf = theta[name]
+        digest.update(f"{name}\0{','.join(map(str, leaf.shape))}\0".encode())
+        digest.update(raw_float32(leaf))
+    return digest.hexdigest()
+
+
+def raw_float32(leaf: torch.Tensor) -> bytes:
+    """The values as little-endian float32 in C order."""
+    return leaf.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes()
 
 
 # --- flax msgpack
@@ -145,8 +167,8 @@ def read_flax(file: Path) -> Theta:
 
 def _flax_array(code: int, payload: bytes) -> torch.Tensor:
     """An array as flax stores it: extension type 1 holding msgpack [shape, dtype name, little-endian bytes]."""
-    if code != _NDARRAY_EXT:
-        raise ValueError(f"msgpack extension type {code} is not an array (type {_NDARRAY_EXT}) and is not read")
+    if code != NDARRAY_EXT:
+        raise ValueError(f"msgpack extension type {code} is not an array (type {NDARRAY_EXT}) and is not read")
     fields = msgpack.unpackb(payload, raw=False, ext_hook=_no_ext)
     if not (isinstance(fields, list) and len(fields) == 3):
         raise ValueError("an array is not stored as (shape, dtype, bytes)")
@@ -197,13 +219,13 @@ def flatten(tree: Any) -> Theta:
         name = "/".join(path)
         if name in theta:
             raise ValueError(f"two leaves are called {name!r}")
-        theta[name] = _as_float32(name, node)
+        theta[name] = as_float32(name, node)
 
     visit(tree, ())
     return theta
 
 
-def _as_float32(name: str, value: Any) -> torch.Tensor:
+def as_float32(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         if value is None or isinstance(value, (str, bytes)):
             raise ValueError(f"leaf {name!r} is not an array but {type(value).__name__}")
@@ -225,7 +247,7 @@ def _as_float32(name: str, value: Any) -> torch.Tensor:
 def read_safetensors(file: Path) -> Theta:
     """Read named float tensors; ValueError naming the file when it is damaged."""
     try:
-        return {name: _as_float32(name, tensor) for name, tensor in load_file(file).items()}
+        return {name: as_float32(name, tensor) for name, tensor in load_file(file).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"{file}: damaged, or not a safetensors file of floating-point tensors: {error}. "
@@ -253,16 +275,17 @@ def _require(tensors: Theta, names: Iterable[str], *, ignored: Iterable[str] = (
     extra = sorted(tensors.keys() - set(names) - set(ignored))
     if missing or extra:
         raise ValueError(
-            f"missing tensors: {_some(missing)}; unexpected tensors: {_some(extra)}. "
+            f"missing tensors: {some_of(missing)}; unexpected tensors: {some_of(extra)}. "
             "The file is of another architecture than the published one, or incomplete."
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     names = sorted(names)
     return (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")) or "none"
 
 
+BANK = "ff_mod_stack/~/"
 _SPLIT_RNN_MODULES = {
     "mix_layer1": "linear",
     "mix_layer2": "linear_1",
@@ -271,54 +294,62 @@ _SPLIT_RNN_MODULES = {
     "rnn_to_controls": "rnn_to_controls",
     "step_size": "step_size",
 }
-_SPLIT_RNN = {"lstm_init_state.0": "lstm_init_state/hidden", "lstm_init_state.1": "lstm_init_state/cell"} | {
+SPLIT_RNN = {"lstm_init_state.0": "lstm_init_state/hidden", "lstm_init_state.1": "lstm_init_state/cell"} | {
     f"{module}.{kind}": f"rnn_params/{leaf}/{kind[0]}"
     for module, leaf in _SPLIT_RNN_MODULES.items()
     for kind in ("weight", "bias")
 }
-_SPLIT_BANK = {"input": "0", "hidden": "1", "output": "2"}
+SPLIT_BANK = {"input": "0", "hidden": "1", "output": "2"}
 _SPLIT_MARKS = ("lstm.linear.weight", "input_weights_")
 
 
 def _velo_split(tensors: Theta, bank_scale: float) -> Theta:
     # The names without the trailing underscore hold the mixed network of some past step, not meta-weights.
-    index = {layer: ".0" if layer == "hidden" else "" for layer in _SPLIT_BANK}
-    bank = {f"{layer}_{kind}_{index[layer]}" for layer in _SPLIT_BANK for kind in ("weights", "bias")}
-    scratch = {f"{layer}_{kind}{index[layer]}" for layer in _SPLIT_BANK for kind in ("weights", "bias")}
-    _require(tensors, _SPLIT_RNN.keys() | bank, ignored=scratch)
-    rnn = {name: tensors[name] for name in _SPLIT_RNN}
-    theta = _rename(rnn, _SPLIT_RNN, transpose=lambda name: name.endswith(".weight"))
+    index = {layer: ".0" if layer == "hidden" else "" for layer in SPLIT_BANK}
+    bank = {f"{layer}_{kind}_{index[layer]}" for layer in SPLIT_BANK for kind in ("weights", "bias")}
+    scratch = {f"{layer}_{kind}{index[layer]}" for layer in SPLIT_BANK for kind in ("weights", "bias")}
+    _require(tensors, SPLIT_RNN.keys() | bank, ignored=scratch)
+    rnn = {name: tensors[name] for name in SPLIT_RNN}
+    theta = _rename(rnn, SPLIT_RNN, transpose=lambda name: name.endswith(".weight"))
     scale = SPLIT_BANK_SCALE / bank_scale
-    for layer, number in _SPLIT_BANK.items():
+    for layer, number in SPLIT_BANK.items():
         name = f"{layer}_weights_{index[layer]}"
         w_KIO = _transpose(name, tensors[name]) * scale
-        theta[f"ff_mod_stack/~/b{number}"] = tensors[f"{layer}_bias_{index[layer]}"] * scale
+        theta[f"{BANK}b{number}"] = tensors[f"{layer}_bias_{index[layer]}"] * scale
         if layer != "input":
-            theta[f"ff_mod_stack/~/w{number}"] = w_KIO.contiguous()
+            theta[f"{BANK}w{number}"] = w_KIO.contiguous()
             continue
         if w_KIO.shape[-2] != sum(VELO_GROUPS):
             raise ValueError(f"input_weights_ takes {w_KIO.shape[-2]} features; VeLO has {sum(VELO_GROUPS)}")
         for group, w in enumerate(w_KIO.split(VELO_GROUPS, dim=-2)):
-            theta[f"ff_mod_stack/~/w0__{group}"] = w.contiguous()
+            theta[f"{BANK}w0__{group}"] = w.contiguous()
     return theta
+
+
+FC = "nn/~/"
+DECAY_OFFSETS = ("momentum_decays", "rms_decays", "adafactor_decays")
+
+
+def small_fc_leaves(hidden: int) -> dict[str, str]:
+    modules = ["input", *(f"linear_{i}" for i in range(hidden)), "output"]
+    return {
+        f"network.{module}.{kind}": f"{FC}{kind[0]}{i}"
+        for i, module in enumerate(modules)
+        for kind in ("weight", "bias")
+    }
 
 
 def _small_fc(tensors: Theta, bank_scale: float) -> Theta:
     hidden = sum(name.startswith("network.linear_") and name.endswith(".weight") for name in tensors)
-    modules = ["input", *(f"linear_{i}" for i in range(hidden)), "output"]
-    leaves = {
-        f"network.{module}.{kind}": f"nn/~/{kind[0]}{i}"
-        for i, module in enumerate(modules)
-        for kind in ("weight", "bias")
-    }
-    return _rename(tensors, leaves, transpose=lambda name: name.endswith(".weight"))
+    return _rename(tensors, small_fc_leaves(hidden), transpose=lambda name: name.endswith(".weight"))
+
+
+CELO2_LEAVES = {f"w0.{k}": f"{BANK}w0__{k}" for k in range(len(VELO_GROUPS))} | {"b0": f"{BANK}b0"}
+CELO2_LEAVES |= {f"dense_{kind}.{i}": f"{BANK}{kind}{i + 1}" for i in (0, 1) for kind in "wb"}
 
 
 def _celo2_mlp(tensors: Theta, bank_scale: float) -> Theta:
-    leaves = {f"w0.{k}": f"ff_mod_stack/~/w0__{k}" for k in range(len(VELO_GROUPS))} | {"b0": "ff_mod_stack/~/b0"}
-    for i in (0, 1):
-        leaves |= {f"dense_w.{i}": f"ff_mod_stack/~/w{i + 1}", f"dense_b.{i}": f"ff_mod_stack/~/b{i + 1}"}
-    return _rename(tensors, leaves, transpose=lambda name: False)
+    return _rename(tensors, CELO2_LEAVES, transpose=lambda name: False)
 
 
 READERS = (
@@ -327,7 +358,7 @@ READERS = (
         "small_fc network",
         frozenset({"network.input.weight", "network.output.weight"}),
         _small_fc,
-        absent=("momentum_decays", "rms_decays", "adafactor_decays"),
+        absent=DECAY_OFFSETS,
     ),
     Reader("Celo2 network", frozenset({"w0.0", "dense_w.0"}), _celo2_mlp),
 )

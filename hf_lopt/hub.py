@@ -64,6 +64,12 @@ def fetch(repo_id: str, filenames: Sequence[str], deadline: float) -> Path:
         raise NotAvailable(f"{repo_id!r} is not a hub id: {error}", "repository") from error
 
 
+def forget(repo_id: str) -> None:
+    """Ask for files of a repository again that could not be had earlier in this process."""
+    for place in [place for place in _failed if place[1] == repo_id]:
+        del _failed[place]
+
+
 def _download(repo_id: str, filename: str, deadline: float) -> Path:
     """Download one file into the hub's cache; `NotAvailable` when that fails or takes too long."""
     if constants.HF_HUB_OFFLINE:

@@ -6,7 +6,7 @@ import inspect
 import math
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,43 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import distributed, rules
-from hf_lopt._checks import Watch, check_settings, positive_int
+from hf_lopt._checks import Watch, check_ranks, check_settings, positive_int
 from hf_lopt.rules.base import Outcome, Rule
-from hf_lopt.rules.passes import Batch, Layout
-from hf_lopt.weights import Weights
+from hf_lopt.rules.passes import Batch, Plan
+from hf_lopt.weights import Weights, push_to_hub
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Settings that identify a run: a checkpoint of another value continues something else.
 _IDENTITY = ("rule", "weights_sha256")
 _COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
-
-
-class _Plan:
-    """What a step needs and need not be rebuilt while the list of parameters stays the same. Derived, never saved."""
-
-    def __init__(self, key: tuple, params: list[Tensor], groups: list[dict[str, Any]], rule: Rule, weights: Weights):
-        devices = sorted({str(p.device) for p in params})
-        if len(devices) > 1:
-            raise ValueError(
-                f"parameters are on several devices ({', '.join(devices)}): the scheduler couples all of them. "
-                "Put the model on one device, or give each device's parameters an optimizer of its own."
-            )
-        self.key = key
-        self.layout = Layout(params, [group["axis_order"] for group in groups])
-        theta = {name: leaf.to(self.layout.device) for name, leaf in weights.theta.items()}
-        self.weights = rule.prepare(theta, groups[0])
-        self._numbers: dict[str, tuple[list, Tensor]] = {}
-
-    def per_tensor(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
-        values = [group[name] for group in groups]
-        if any(isinstance(value, Tensor) for value in values):
-            device = self.layout.device
-            return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values])
-        if name not in self._numbers or self._numbers[name][0] != values:
-            self._numbers[name] = (values, torch.tensor(values, dtype=torch.float32, device=self.layout.device))
-        return self._numbers[name][1]
 
 
 class LearnedOptimizer(Optimizer):
@@ -67,8 +40,8 @@ class LearnedOptimizer(Optimizer):
             per group.
 
     Raises:
-        ValueError: for an empty parameter list, a keyword or value that the rule does not take, complex or sharded
-            parameters, and weights that cannot be loaded.
+        ValueError: for an empty parameter list, a keyword or value that the rule does not take, parameters of
+            other dtypes, and weights that cannot be loaded.
     """
 
     def __init__(self, params: Any, rule: str, **hyperparameters: Any):
@@ -97,9 +70,10 @@ class LearnedOptimizer(Optimizer):
     def _attach(self, rule: Rule, weights: Weights) -> None:
         self._rule, self._weights = rule, weights
         # Everything below is derived or transient; what has to survive lives in state and param_groups.
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._pending: Tensor | float | None = None
         self._report: dict[str, Tensor] = {}
+        self._agreed: set[int] = set()
         self._watch = Watch(rule.class_name)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -251,27 +225,35 @@ class LearnedOptimizer(Optimizer):
             self.discard_loss()
             self.observe_loss(result)
 
-        self._create_state()
-        if self._idle():
+        fresh = self._create_state()
+        if self._idle(fresh):
             return result
+        active = self._active()
+        self._check_ranks([p for p, _ in active])
         loss, self._pending = self._pending, None
         if self._interval() > 1:
-            loss = self._accumulate([p for p, _ in self._active()], loss)
+            loss = self._accumulate([p for p, _ in active], loss)
             if loss is None:
                 return result
-        active = self._active()
+            active = self._active()
         if active:
             # A surrounding autocast would run the meta-network in half precision.
             with torch.autocast(active[0][0].device.type, enabled=False):
                 self._update([p for p, _ in active], [group for _, group in active], loss)
         return result
 
-    def _idle(self) -> bool:
-        """Whether this is a step of checkpoint loading, and an error if it is a real one that lacks something."""
+    def _idle(self, fresh: bool) -> bool:
+        """Whether this is a step of checkpoint loading, and an error if it is a real one that lacks something.
+
+        Such a step comes with an lr of 0, no loss and zero gradients. With a rule that needs no loss it has to be told
+        from the first step of a warm-up, by the gradients, and all ranks have to see it alike.
+        """
         rule, group = self._rule, self.param_groups[0]
-        if rule.needs_loss and self._pending is None:
-            if all(float(g["lr"]) == 0.0 for g in self.param_groups):
+        if self._pending is None and (rule.needs_loss or fresh):
+            still = all(float(g["lr"]) == 0.0 for g in self.param_groups)
+            if still and (rule.needs_loss or distributed.all_zero([p.grad for p, _ in self._active()])):
                 return True
+        if rule.needs_loss and self._pending is None:
             raise RuntimeError(
                 f"{rule.class_name} needs the training loss: call optimizer.observe_loss(loss) before "
                 "optimizer.step(), or optimizer.step(loss). Under Trainer and Accelerate `import hf_lopt` delivers it "
@@ -287,11 +269,26 @@ class LearnedOptimizer(Optimizer):
     def _trainable(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         return ((p, group) for group in self.param_groups for p in group["params"] if p.requires_grad)
 
-    def _create_state(self) -> None:
-        """State for every trainable parameter, with a gradient or not, so that it is the same on every rank."""
+    def _create_state(self) -> bool:
+        """State for every trainable parameter, with a gradient or not, so that it is the same on every rank. Whether
+        there was none before."""
+        fresh = not self.state
         for p, group in self._trainable():
             if p.numel() and not self.state[p]:
                 self.state[p] = self._rule.init_state(p, group, self._weights.theta)
+                if group.get("max_training_steps", 0):
+                    # Also where the run is short: the horizon may come later, and a checkpoint fills what it finds.
+                    self.state[p]["gradient_sum"] = distributed.zeros(p, None)
+        return fresh
+
+    def _check_ranks(self, active: list[Tensor]) -> None:
+        """Have all ranks compare what they train, at the first step and for every new selection of parameters."""
+        selection = {id(p) for p in active}
+        if distributed.world_size() == 1 or (key := hash(frozenset(selection))) in self._agreed:
+            return
+        run = {name: self.param_groups[0][name] for name in self._run_keys()}
+        check_ranks(run, list(self._trainable()), selection, ("lr", "weight_decay", *self._rule.per_group))
+        self._agreed.add(key)
 
     def _active(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters that take part in this step, with their groups."""
@@ -318,7 +315,7 @@ class LearnedOptimizer(Optimizer):
         """Sum gradients and losses over calls. After ``_interval()`` of them the means become the gradients, in place,
         and the mean loss is returned; until then None."""
         for p in params:
-            if "gradient_sum" not in self.state[p]:
+            if "gradient_sum" not in self.state[p]:  # a checkpoint without
                 self.state[p]["gradient_sum"] = distributed.zeros(p, None)
             distributed.local(self.state[p]["gradient_sum"]).add_(self._gradient(p))
         interval, first = self._interval(), self.param_groups[0]
@@ -341,7 +338,7 @@ class LearnedOptimizer(Optimizer):
         pairs = zip(params, groups, strict=True)
         key = tuple((id(p), p.device, *(group[name] for name in words)) for p, group in pairs)
         if self._plan is None or self._plan.key != key:
-            self._plan = _Plan(key, params, groups, self._rule, self._weights)
+            self._plan = Plan(key, params, groups, self._rule, self._weights.theta)
         plan, device = self._plan, params[0].device
         run = {name: first[name].to(device) for name in (*_COUNTERS, *self._run_start())}
         self._watch.start(run["nonfinite_steps"])
@@ -368,9 +365,10 @@ class LearnedOptimizer(Optimizer):
             for p in params:
                 distributed.local(p.grad).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
         max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
+        gradients = [self._gradient(p) for p in params]
         if max_norm:
-            torch.nn.utils.clip_grad_norm_(params, max_norm)
-        return [self._gradient(p) for p in params]
+            distributed.clip_grad_norm_(gradients, [distributed.sharding(p) for p in params], max_norm)
+        return gradients
 
     @staticmethod
     def _gradient(p: Tensor) -> Tensor:
@@ -417,7 +415,11 @@ class LearnedOptimizer(Optimizer):
         out["nonfinite_steps"] = float(self.param_groups[0]["nonfinite_steps"])
         return out
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, str]:
+        """Publish the weights in use, see :func:`hf_lopt.weights.push_to_hub`; the commit of each repository."""
+        return push_to_hub(self, repo_id, **options)
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,12 +2,11 @@
 
 `load` takes what a user writes as `weights=` and returns `Weights`. Published weights come from the Hugging Face hub
 (its cache first, then the network with a bounded wait), embedded ones from the package. Under torch.distributed rank 0
-decides for all.
+decides for all. `save` and `push_to_hub` are the other direction.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,8 +22,11 @@ import torch
 import torch.distributed as dist
 
 from hf_lopt import formats, hub
-from hf_lopt.formats import SAFETENSORS, THETA_STATE, Theta
+from hf_lopt.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, content_sha256
+from hf_lopt.publish import push_to_hub, save
 
+
+__all__ = ["PUBLISHED", "Published", "Weights", "content_sha256", "find", "load", "push_to_hub", "save"]
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -185,20 +187,6 @@ def find(rule_name: str) -> list[Weights]:
     return found
 
 
-def content_sha256(theta: Mapping[str, torch.Tensor]) -> str:
-    """Hex digest of what is in theta, independent of the file format.
-
-    Per leaf, in sorted order: the name in UTF-8, a zero byte, the shape as decimals joined by commas, a zero byte, and
-    the values as little-endian float32 in C order.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(theta):
-        leaf = theta[name]
-        digest.update(f"{name}\0{','.join(map(str, leaf.shape))}\0".encode())
-        digest.update(leaf.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
 # --- what a spec names
 
 
@@ -238,7 +226,26 @@ def _named(items: Sequence[str | Path], request: _Request) -> Weights:
     except hub.NotAvailable as error:
         raise ValueError(_not_available(items, error)) from error
     theta, absent = formats.read(files, bank_scale=request.bank_scale)
-    return _finish(theta, request, " + ".join(map(str, items)), "user", absent)
+    beside = _beside(items, files[0], request.deadline) if absent else {}
+    settings = {leaf: beside[leaf] for leaf in absent if leaf in beside}
+    return _finish(theta, request, " + ".join(map(str, items)), "user", absent, settings)
+
+
+def _beside(items: Sequence[str | Path], file: Path, deadline: float) -> dict[str, Any]:
+    """The settings that `save` has put next to `file` for what its format has no room for; {} without any."""
+    record = file.with_name(PROVENANCE)
+    if not record.is_file() and isinstance(items[0], str) and _is_hub_id(items[0]) and not Path(items[0]).exists():
+        try:
+            record = hub.fetch(items[0], (PROVENANCE,), deadline)
+        except hub.NotAvailable:  # published by other software
+            return {}
+    if not record.is_file():
+        return {}
+    try:
+        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
+        return {leaf: tuple(float(x) for x in xs) for leaf, xs in settings.items() if isinstance(xs, list)}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{record}: damaged: {error!r}. Copy it again, or delete it.") from error
 
 
 def _not_available(items: Sequence[str | Path], error: Exception) -> str:

@@ -42,7 +42,7 @@ def test_factored_axes(shape, jax, torch_):
 @pytest.mark.parametrize(
     ("shape", "axis_order", "reference", "axes"),
     [
-        # A transposed convolution (in, out, *kernel) is (*kernel, in, out) in the reference: out is the later of equals.
+        # A transposed convolution (in, out, *kernel) is (*kernel, in, out) there: out is the later of equals.
         ((8, 8, 3, 3), "torch_transposed", [2, 3, 0, 1], (1, 0)),
         ((4, 4, 4), "torch_transposed", [2, 0, 1], (1, 0)),
         ((6, 6), "torch_transposed", [0, 1], (1, 0)),

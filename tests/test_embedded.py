@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from torch import nn
 
-from hf_lopt import weights
+from hf_lopt import LearnedOptimizer, rules, weights
 from hf_lopt.features import VELO
-from hf_lopt.meta import construct, fitting
+from hf_lopt.meta import fitting
+from hf_lopt.meta.construct import BUILDERS, files, networks, schedules, small_fc, velo
 
 
 TAUS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -22,12 +24,21 @@ TOLERANCE = 0.02
 
 @pytest.fixture(scope="module")
 def built():
-    return construct.build_velo()
+    return velo.build_velo()
+
+
+def theta_of(rule):
+    return load_file(files.EMBEDDED / f"{rule}.safetensors")
+
+
+@pytest.fixture(scope="module", params=["velo", "velo_s"])
+def rule(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def theta():
-    return load_file(construct.EMBEDDED / "velo.safetensors")
+def theta(rule):
+    return theta_of(rule)
 
 
 def wanted(x):
@@ -66,11 +77,34 @@ def lr_mult(theta, inputs, state=None):
     return (hidden @ dense["step_size"][0] + dense["step_size"][1])[:, 0], (hidden, cell)
 
 
-def test_files_are_what_the_script_makes(built):
-    made = construct.files("velo", built)
-    assert set(made) == {"velo.safetensors", "velo.json"}
+def test_every_rule_has_weights():
+    assert set(BUILDERS) == set(rules.names())
+    assert {path.stem for path in files.EMBEDDED.glob("*.safetensors")} == set(rules.names())
+
+
+@pytest.mark.parametrize("rule", BUILDERS)
+def test_files_are_what_the_script_makes(rule):
+    built = BUILDERS[rule]()
+    made = files.files(rule, built)
+    assert set(made) == {f"{rule}.safetensors", f"{rule}.json"}
     for name, content in made.items():
-        assert (construct.EMBEDDED / name).read_bytes() == content, f"{name}: run python -m hf_lopt.meta.construct"
+        assert (files.EMBEDDED / name).read_bytes() == content, f"{name}: run python -m hf_lopt.meta.construct"
+    if built.table is not None and files.DOCUMENT.is_file():
+        document = files.DOCUMENT.read_text(encoding="utf-8")
+        assert files.with_table(document, rule, built.table) == document, "run python -m hf_lopt.meta.construct"
+
+
+@pytest.mark.parametrize("rule", BUILDERS)
+def test_provenance_and_loading(rule):
+    """Shapes are checked by the loader; the settings that a file is made for are the rule's defaults."""
+    loaded = rules.get(rule).load_weights("bundled", bank_scale=rules.get(rule).defaults.get("bank_scale", 100.0))
+    record = json.loads((files.EMBEDDED / f"{rule}.json").read_text())
+    assert record["rule"] == rule and record["licence"] == "Apache-2.0"
+    assert loaded.origin == "bundled" and loaded.source == f"bundled:{rule}"
+    theta = {name: torch.from_numpy(leaf) for name, leaf in theta_of(rule).items()}
+    assert record["sha256"] == loaded.sha256 == weights.content_sha256(theta)
+    assert {text.split(":")[0] for text in record["origin"].values()} <= {"constructed", "distilled"}
+    assert record["settings"].items() <= rules.get(rule).defaults.items()
 
 
 def test_leaves_are_velos(theta, golden_shapes):
@@ -113,14 +147,15 @@ def test_lr_mult_depends_on_time_and_rank_only(theta):
     assert not controls.any()
 
 
-def test_network_computes_the_hand_rule(theta):
-    """Effective weights = 100 * control * weights; outputs: the linear form, 0, 0."""
+def test_velos_network_computes_the_hand_rule(theta, rule):
+    """Effective weights = factor * control * weights; outputs: the linear form, 0, 0."""
+    factor = {"velo": 100.0, "velo_s": 1.0}[rule]
     control = theta["rnn_params/rnn_to_controls/b"]
     assert control.shape == (1,)
     groups = [theta[f"ff_mod_stack/~/w0__{k}"] for k in range(14)]
     w = [np.concatenate(groups, 1), theta["ff_mod_stack/~/w1"], theta["ff_mod_stack/~/w2"]]
     b = [theta[f"ff_mod_stack/~/b{k}"] for k in range(3)]
-    w, b = ([100.0 * np.mean(control.reshape(-1, *[1] * (x.ndim - 1)) * x, 0) for x in y] for y in (w, b))
+    w, b = ([factor * np.mean(control.reshape(-1, *[1] * (x.ndim - 1)) * x, 0) for x in y] for y in (w, b))
     x = np.random.default_rng(1).standard_normal((1000, 30))
     h = np.maximum(x @ w[0] + b[0], 0)
     h = np.maximum(h @ w[1] + b[1], 0)
@@ -131,18 +166,17 @@ def test_network_computes_the_hand_rule(theta):
     assert not out[:, 1:].any()
 
 
-def test_provenance(theta):
-    record = json.loads((construct.EMBEDDED / "velo.json").read_text())
-    assert record["rule"] == "velo" and record["licence"] == "Apache-2.0"
-    assert record["settings"] == {"bank_scale": 100.0}
+def test_velo_says_what_is_fitted(rule):
+    record = json.loads((files.EMBEDDED / f"{rule}.json").read_text())
     kinds = {part: text.split(":")[0] for part, text in record["origin"].items()}
     assert kinds == {"ff_mod_stack": "constructed", "rnn_params, lstm_init_state": "distilled"}
-    assert record["sha256"] == weights.content_sha256({name: torch.from_numpy(leaf) for name, leaf in theta.items()})
+    assert record["settings"] == {"bank_scale": {"velo": 100.0, "velo_s": 1.0}[rule]}
 
 
-@pytest.mark.skipif(not construct.DOCUMENT.is_file(), reason="docs/ is not part of an installed package")
-def test_document_shows_the_fit(theta):
-    text = construct.DOCUMENT.read_text(encoding="utf-8")
+@pytest.mark.skipif(not files.DOCUMENT.is_file(), reason="docs/ is not part of an installed package")
+def test_document_shows_the_fit():
+    theta = theta_of("velo")
+    text = files.DOCUMENT.read_text(encoding="utf-8")
     rows = re.findall(r"(?m)^\| ([\d.]+) \| ([-\d.]+) \| ([-\d.]+) \| ([-\d.]+) \| ([-\d.]+) \| [\d.]+ % \|$", text)
     assert len(rows) >= 20
     for x, *cells in np.array(rows, dtype=float):
@@ -151,22 +185,22 @@ def test_document_shows_the_fit(theta):
         np.testing.assert_allclose(cells, expected, rtol=0, atol=1e-4)
 
 
-def test_check_reports_a_difference(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(construct.BUILDERS, "velo", lambda: built)
+def test_check_reports_a_difference(built, tmp_path, capsys):
+    builders = {"velo": lambda: built}
     options = ["--output", str(tmp_path), "--document", str(tmp_path / "none.md")]
-    assert construct.main(options) == 0
-    assert construct.main(["--check", *options]) == 0
+    assert files.main(builders, options) == 0
+    assert files.main(builders, ["--check", *options]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["velo.json", "velo.safetensors"]
     damaged = bytearray((tmp_path / "velo.safetensors").read_bytes())
     damaged[-1] ^= 1
     (tmp_path / "velo.safetensors").write_bytes(damaged)
-    assert construct.main(["--check", *options]) == 1
+    assert files.main(builders, ["--check", *options]) == 1
     assert "velo.safetensors: DIFFERS" in capsys.readouterr().out
 
 
 def test_safetensors_bytes_follow_the_format():
     theta = {"b": torch.arange(3.0), "a": torch.ones(1, 2), "c": torch.zeros(())}
-    data = construct.safetensors_bytes(theta, {"rule": "x"})
+    data = files.safetensors_bytes(theta, {"rule": "x"})
     (length,) = struct.unpack("<Q", data[:8])
     assert (8 + length) % 8 == 0 and len(data) == 8 + length + 4 * 6
     header = json.loads(data[8 : 8 + length])
@@ -175,7 +209,7 @@ def test_safetensors_bytes_follow_the_format():
 
 
 def test_relu_pair_of_other_sizes():
-    leaves = construct.relu_pair(VELO, {("m_rsqrt_v", 1): 2.0, ("g", 0): -0.5}, hidden=(8, 8, 2), outputs=1, bank=())
+    leaves = networks.relu_pair(VELO, {("m_rsqrt_v", 1): 2.0, ("g", 0): -0.5}, hidden=(8, 8, 2), outputs=1, bank=())
     x = torch.randn(50, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     h = x
     for layer in range(4):
@@ -191,7 +225,7 @@ def test_relu_pair_of_other_sizes():
 )
 def test_relu_pair_refuses(coefficients, hidden, message):
     with pytest.raises(ValueError, match=message):
-        construct.relu_pair(VELO, coefficients, hidden=hidden, outputs=3)
+        networks.relu_pair(VELO, coefficients, hidden=hidden, outputs=3)
 
 
 def test_ridge_regression_agrees_with_numpy():
@@ -205,4 +239,131 @@ def test_to_grid_refuses_what_another_machine_could_round_otherwise():
     assert fitting.to_grid([0.26, -1.1], [0.26 + 1e-12, -1.1], 0.25) == [0.25, -1.0]
     with pytest.raises(RuntimeError, match="rounding boundary"):
         fitting.to_grid([0.375 + 1e-9], [0.375 + 2e-9], 0.25)
-    assert math.isclose(construct.GRID, 2.0**-16)
+    assert math.isclose(schedules.GRID, 2.0**-16)
+
+
+# ---- the other rules ------------------------------------------------------------------------------------------------
+
+
+def celo_lr_mult(theta, x, rng=None):
+    """Celo's lr_mult at the fractions x: the scheduler sees time (9) and loss features (9; random with rng)."""
+    inputs = np.zeros((len(x), 18)) if rng is None else rng.uniform(-1, 1, (len(x), 18))
+    inputs[:, :9] = np.tanh(10 * (np.asarray(x)[:, None] - TAUS))
+    state = None if rng is None else [rng.uniform(-1, 1, (len(x), len(theta["rnn_params/step_size/w"])))] * 2
+    return 0.1 * np.exp(lr_mult(theta, inputs, state)[0])
+
+
+@pytest.mark.parametrize(("rule", "peak"), [("celo", 12.0), ("celo_adam", 3.0)])
+def test_celos_lr_mult_is_the_floored_schedule(rule, peak):
+    theta = theta_of(rule)
+    x = np.concatenate([np.arange(5001) / 5000, np.arange(20) / 20, 1 + np.arange(1, 5001) / 2500, [10.0, 1e6]])
+    expected = peak * (wanted(x) + 0.001) / 1.001
+    np.testing.assert_allclose(celo_lr_mult(theta, x), expected, rtol=0.03)
+    np.testing.assert_allclose(celo_lr_mult(theta, x, np.random.default_rng(0)), celo_lr_mult(theta, x), rtol=1e-6)
+
+
+def layers_of(theta, prefix, names=("w{}", "b{}"), groups=None):
+    """Weights and biases by layer, float64; the first layer joined from its groups, a bank of one without its axis."""
+    leaves = {name.removeprefix(prefix): leaf.astype(np.float64) for name, leaf in theta.items()}
+    if groups:
+        leaves["w0"] = np.concatenate([leaves[f"w0__{k}"] for k in range(groups)], -2)
+    layers = [[leaves[name.format(k)] for name in names] for k in range(3)]
+    return [(w.reshape(w.shape[-2:]), b.reshape(b.shape[-1])) for w, b in layers]
+
+
+def forward(layers, x):
+    for w, b in layers[:-1]:
+        x = np.maximum(x @ w + b, 0)
+    return x @ layers[-1][0] + layers[-1][1]
+
+
+def test_celos_network_is_velos():
+    theta = theta_of("celo")
+    x = np.random.default_rng(1).standard_normal((1000, 30))
+    out = forward(layers_of(theta, "ff_mod_stack/~/", groups=14), x)
+    np.testing.assert_allclose(out[:, 0], x[:, 27] + 0.3 * x[:, 11] + 0.1 * x[:, 2], rtol=0, atol=1e-6)
+    assert not out[:, 1:].any() and theta["rnn_params/rnn_to_controls/b"].shape == (1,)
+
+
+@pytest.mark.parametrize("rule", ["celo2", "celo2_base", "elo_celo2"])
+def test_celo2_is_momentum_and_gradient_over_the_second_moment(rule):
+    x = np.random.default_rng(2).standard_normal((1000, 30))
+    layers = layers_of(theta_of(rule), "ff_mod_stack/~/", groups=14)
+    # Columns: g, clip g, p, m (3), v, m/sqrt v (3), 1/sqrt v, fac g (3), g/sqrt v, 15 that vectors do not have.
+    expected = x[:, 7] + 0.3 * x[:, 14]
+    np.testing.assert_allclose(forward(layers, x)[:, 0], expected, rtol=0, atol=1e-6)
+    vectors = [(layers[0][0][:15], layers[0][1]), *layers[1:]]
+    np.testing.assert_allclose(forward(vectors, x[:, :15])[:, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rule", "scale"), [("small_fc_lopt", 2.0), ("mulo", 0.2), ("elo", 1.0)])
+def test_small_fc_is_adafactor_with_momentum(rule, scale):
+    """And for the first two the exponent is the schedule of the step count, whatever the other inputs are."""
+    theta = theta_of(rule)
+    steps = np.array([0, 1, 2, 3, 5, 10, 15, 20, 30, 60, 100, 250, 1000, 5000, 2e4, 1e5, 1e6])
+    taus = np.array([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5])
+    x = np.random.default_rng(3).standard_normal((len(steps), 39))
+    x[:, 28:] = np.tanh(steps[:, None] / taus - 1)
+    out = forward(layers_of(theta, "nn/~/"), x)
+    # Columns: g, p, m (3), v, m/sqrt v (3), 1/sqrt v, fac g (3), 12 of the factors, fac m (3), time (11).
+    np.testing.assert_allclose(out[:, 0], scale * (x[:, 25] + 0.3 * x[:, 10]), rtol=0, atol=1e-6)
+    held = np.minimum(steps, 1e5)
+    expected = np.minimum(1, (held + 1) / 20) / np.sqrt(1 + held / 300) if rule != "elo" else np.ones(len(steps))
+    np.testing.assert_allclose(np.exp(0.001 * out[:, 1]), expected, rtol=small_fc.TOLERANCE if rule != "elo" else 0)
+    assert not any(theta[f"{kind}_decays"].any() for kind in ("momentum", "rms", "adafactor"))
+
+
+def test_rnn_mlp_takes_a_relative_step():
+    theta = theta_of("rnn_mlp")
+    x = np.random.default_rng(4).standard_normal((1000, 54))
+    x[:, 35] = np.log(10.0 ** np.random.default_rng(5).uniform(-8, 2, 1000))  # norm of p
+    x[:, 36] = np.log(np.random.default_rng(6).integers(1, 10**6, 1000))  # elements of p
+    out = forward(layers_of(theta, "ffmod_params/mlp/~/", ("linear_{}/w", "linear_{}/b")), x)
+    # Columns: g, p, ln |p|, m, v, m/sqrt v, 1/sqrt v (5 each), time (11), ln tensors, ln norm, ln size, 17 more.
+    np.testing.assert_allclose(out[:, 0], 8 * (x[:, 14] + 0.3 * x[:, 13] + 0.1 * x[:, 1]), rtol=0, atol=4e-6)
+    scale = np.maximum(np.exp(x[:, 35]) / np.sqrt(np.exp(x[:, 36])), 0.02)
+    np.testing.assert_allclose(np.exp(0.001 * out[:, 1]), scale, rtol=1e-5)
+    assert not out[:, 2:].any()
+    assert not any(leaf.any() for name, leaf in theta.items() if not name.startswith("ffmod_params"))
+
+
+def test_celo_adam_is_adam():
+    """End to end, against torch's Adam at the learning rate that the scheduler reports."""
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for _ in range(2))
+    optimizer = LearnedOptimizer([ours], "celo_adam", weights="bundled", num_training_steps=10)
+    adam = torch.optim.Adam([theirs], eps=1e-5)
+    for t in range(10):
+        generator = torch.Generator().manual_seed(t)
+        ours.grad = torch.randn(3, 4, generator=generator)
+        theirs.grad = ours.grad.clone()
+        optimizer.step(1.0 / (t + 1))
+        adam.param_groups[0]["lr"] = 0.003 * (wanted(t / 10).item() + 0.001) / 1.001
+        adam.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * 0.03)
+    assert (ours - torch.linspace(-1, 1, 12).reshape(3, 4)).abs().max() > 3e-3
+
+
+@pytest.mark.parametrize("rule", BUILDERS)
+def test_training_learns(rule):
+    """Every rule takes a small regression to less than a third of the loss; where lr is the caller's, on a cosine."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    y = torch.sin(x @ torch.randn(8, 1) / 2)
+    model = nn.Sequential(nn.Linear(8, 128), nn.Tanh(), nn.Linear(128, 1))
+    steps, own = 150, rules.get(rule).own_schedule
+    settings = {"num_training_steps": steps} if rules.get(rule).needs_horizon else {}
+    settings |= {} if own else {"lr": 3e-3}
+    optimizer = LearnedOptimizer(model.parameters(), rule, weights="bundled", **settings)
+    cosine = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda t: 1.0 if own else 0.5 * (1 + math.cos(math.pi * t / steps))
+    )
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.observe_loss(loss)
+        optimizer.step()
+        cosine.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.33 * losses[0], (losses[0], losses[-1])

@@ -403,12 +403,16 @@ def test_rules_without_a_schedule_keep_that_of_trainer(monkeypatch):
     assert chosen(cases.arguments("unused", learning_rate=1e-4))[2] == []
 
 
-def test_a_recommended_weight_decay_that_trainer_replaces_is_named(monkeypatch):
+def test_a_weight_decay_left_alone_becomes_the_rules_own(monkeypatch):
     velo = rules.get("velo")
     rule = dataclasses.replace(velo, defaults=dict(velo.defaults) | {"weight_decay": 0.1})
     monkeypatch.setitem(rules._RULES, "velo", rule)
-    assert "weight_decay was not set (0), but VeLO is used with 0.1" in chosen(cases.arguments("unused"))[2][0]
-    assert "weight_decay" not in chosen(cases.arguments("unused", weight_decay=0.2))[2][0]
+    args = cases.arguments("unused")
+    _, keywords, warned = chosen(args, cases.tiny_llama())
+    assert "weight_decay was not set (0) and is now 0.1, what VeLO is used with" in warned[0]
+    assert args.weight_decay == 0.1 and {group["weight_decay"] for group in keywords["params"]} == {0.0, 0.1}
+    _, keywords, warned = chosen(cases.arguments("unused", weight_decay=0.2), cases.tiny_llama())
+    assert "weight_decay" not in warned[0] and {group["weight_decay"] for group in keywords["params"]} == {0.0, 0.2}
 
 
 def test_other_processes_are_silent(monkeypatch):

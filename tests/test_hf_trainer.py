@@ -6,6 +6,7 @@ optimizer used is read back from its state.
 
 import copy
 import warnings
+from pathlib import Path
 
 import hf_cases as cases
 import pytest
@@ -126,15 +127,42 @@ def test_training_works(tmp_path):
     assert losses[0] > 5.0 and losses[-1] < 4.2
 
 
-def test_weight_decay_goes_by_the_groups_of_trainer(tmp_path):
+def test_weight_decay_leaves_out_what_trainer_leaves_out(tmp_path):
     model = cases.tiny_llama()
     trainer = Trainer(model, cases.arguments(tmp_path, weight_decay=0.1), train_dataset=cases.byte_rows(4))
     optimizer = trainer.create_optimizer()
     assert type(optimizer) is hf_lopt.VeLO
-    decayed, rest = optimizer.param_groups
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    assert {names[id(p)] for p in rest["params"]} == {name for name in names.values() if "norm" in name}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decayed = set(trainer.get_decay_parameter_names(model))
+    assert {name: decay[id(p)] for name, p in model.named_parameters()} == {
+        name: 0.1 if name in decayed else 0.0 for name, _ in model.named_parameters()
+    }
+
+
+FORMATS = Path(__file__).parent / "golden" / "formats"
+WEIGHTS = {"celo2": FORMATS / "celo2_mlp", "mulo": FORMATS / "small_fc_mlp", "velo": "bundled"}
+
+
+def test_groups_know_the_model(tmp_path):
+    """celo2's branches and μLO's widths, given through Trainer; what optim_args say replaces what is derived."""
+    for optim, optim_args, key, matrix, table in (
+        ("celo2", "", "branch", "network", "adam"),
+        ("celo2", "branch=network", "branch", "network", "network"),
+        ("mulo", "base_width=8", "step_scale", 8 / 16, 1.0),
+        ("velo", "", "axis_order", "torch", "jax"),
+        ("velo", "axis_order=jax", "axis_order", "jax", "jax"),
+    ):
+        model = cases.tiny_llama()
+        width = model.config.hidden_size
+        matrix = matrix * 16 / width if key == "step_scale" else matrix
+        text = ",".join(part for part in (f"weights={WEIGHTS[optim]}", optim_args) if part)
+        args = cases.arguments(tmp_path, optim=optim, optim_args=text)
+        optimizer = Trainer(model, args, train_dataset=cases.byte_rows(4)).create_optimizer()
+        found = {id(p): group[key] for group in optimizer.param_groups for p in group["params"]}
+        named = dict(model.named_parameters())
+        assert set(found) == {id(p) for p in named.values()}
+        assert found[id(named["model.layers.0.self_attn.q_proj.weight"])] == matrix
+        assert found[id(named["model.embed_tokens.weight"])] == table
 
 
 # ---- horizon and repeated training ----------------------------------------------------------------------------------

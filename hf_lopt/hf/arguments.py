@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_lopt import rules
 from hf_lopt.hf import limits
 from hf_lopt.optimizer import PUBLIC_CLASSES, LearnedOptimizer
+from hf_lopt.param_groups import param_groups
 from hf_lopt.rules.base import Rule
 from hf_lopt.weights import Weights
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 SCHEDULE = "schedule"
+BASE_WIDTH = "base_width"
 _SCHEDULES = ("auto", "keep")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 # What was written into the arguments, so that a later train() does not take it for the user's choice.
@@ -54,7 +56,7 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
 
 def _convert(rule: Rule, key: str, value: str) -> Any:
     """``value`` in the type of the constructor argument's default."""
-    default = rule.defaults[key]
+    default = 0.0 if key == BASE_WIDTH else rule.defaults[key]
     if isinstance(default, str):
         return value
     if isinstance(default, bool):
@@ -70,7 +72,7 @@ def _convert(rule: Rule, key: str, value: str) -> Any:
 
 
 def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
-    """Constructor keywords of ``rule`` from ``args.optim_args``, and the schedule, "auto" or "keep".
+    """Keywords of ``rule`` and of its parameter groups from ``args.optim_args``; and the schedule, "auto" or "keep".
 
     Raises:
         ValueError: for an unknown key or a value of the wrong kind; the message names the valid ones.
@@ -84,6 +86,7 @@ def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
             "optim_args: weight_decay is set by TrainingArguments(weight_decay=...), which leaves biases and norms out"
         )
     valid = [key for key in rule.defaults if key != "weight_decay"]
+    valid += [BASE_WIDTH] if "step_scale" in rule.per_group else []
     unknown = [key for key in given if key not in valid]
     if unknown:
         raise ValueError(
@@ -160,12 +163,13 @@ def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> tupl
     return wanted, [f"lr_scheduler_type was not set ({current}) and is now {wanted}, because {why}"]
 
 
-def _weight_decay(args: TrainingArguments, rule: Rule) -> list[str]:
-    """What to tell when Trainer's default decay, which is in its groups already, replaces the rule's."""
-    recommended = rule.defaults["weight_decay"]
-    if not _untouched(args, "weight_decay") or args.weight_decay == recommended or hasattr(args, _WRITTEN):
-        return []
-    return [f"weight_decay was not set ({args.weight_decay:g}), but {rule.class_name} is used with {recommended:g}"]
+def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> tuple[float, list[str]]:
+    """The decay of the parameters that decay, and what to tell about it."""
+    own = rule.defaults["weight_decay"]
+    if not _untouched(args, "weight_decay") or args.weight_decay == own:
+        return args.weight_decay, []
+    default = f"weight_decay was not set ({args.weight_decay:g}) and is now {own:g}"
+    return own, [f"{default}, what {rule.class_name} is used with"]
 
 
 def _tell(args: TrainingArguments, rule: Rule, said: list[str]) -> None:
@@ -182,8 +186,9 @@ def optimizer_class_and_arguments(
 ) -> tuple[type[LearnedOptimizer], dict[str, Any]]:
     """The optimizer that ``args.optim`` names, as Trainer wants it.
 
-    A class, so that Trainer makes its parameter groups, with and without weight decay; and keywords. Writes the chosen
-    ``learning_rate`` and ``lr_scheduler_type`` into ``args``.
+    A class and keywords. Their "params" are groups that know the model (:mod:`hf_lopt.param_groups`), which Trainer
+    takes instead of its own two; weight decay is split in the same way. Writes the chosen ``learning_rate``,
+    ``lr_scheduler_type`` and ``weight_decay`` into ``args``.
 
     Raises:
         ValueError: for optim_args that the rule does not take, and for ways of training that
@@ -192,16 +197,23 @@ def optimizer_class_and_arguments(
     rule = rules.get(optim_name(args))
     limits.check_arguments(rule.class_name, args)
     given, schedule = read_optim_args(rule, args.optim_args)
+    base_width = given.pop(BASE_WIDTH, None)
     spec = given.pop("weights", rule.defaults["weights"])
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
 
     lr, said_lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
     scheduler, said_scheduler = _choose_schedule(args, rule, schedule)
-    _tell(args, rule, said_lr + said_scheduler + _weight_decay(args, rule))
+    weight_decay, said_decay = _choose_weight_decay(args, rule)
+    _tell(args, rule, said_lr + said_scheduler + said_decay)
     written = {"learning_rate": lr, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler)}
+    written["weight_decay"] = weight_decay
     changed = {field: value for field, value in written.items() if getattr(args, field) != value}
     # A value written before may be replaced too, for another model or other weights.
     setattr(args, _WRITTEN, getattr(args, _WRITTEN, {}) | changed)
     for field, value in changed.items():
         setattr(args, field, value)
-    return PUBLIC_CLASSES[rule.name], {**given, "lr": lr, "weights": weights}
+    keywords = {**given, "lr": lr, "weights": weights}
+    if model is not None:
+        own = {key: given[key] for key in rule.per_group if key in given}
+        keywords["params"] = param_groups(model, rule.name, weight_decay=weight_decay, base_width=base_width, **own)
+    return PUBLIC_CLASSES[rule.name], keywords

@@ -5,7 +5,9 @@ github.com/amoudgl/celo, Celo2. Newton-Schulz orthogonalisation: Jordan et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from hf_lopt import _ops, accumulators, distributed
 from hf_lopt.accumulators import Decays
-from hf_lopt.features import CELO2, CELO2_VECTOR
+from hf_lopt.features import CELO2, CELO2_VECTOR, ElementFeatures
 from hf_lopt.networks import ElementNetwork, Theta
 from hf_lopt.rules import base, passes
 from hf_lopt.rules.small_fc import SMALL_FC_RULE
@@ -77,18 +79,51 @@ def normalise(x: Tensor) -> Tensor:
     return x * (mean + CELO2.norm_eps).rsqrt()
 
 
-def _finished(batch: passes.Batch, steps: list[Tensor], orthogonalize: bool) -> list[Tensor]:
-    """The network's outputs as steps: orthogonal and of unit mean square, matrix by matrix."""
+def _finished(parts: Sequence[passes.Batch], steps: list[list[Tensor]], orthogonalize: bool) -> list[list[Tensor]]:
+    """The network's outputs as steps: orthogonal and of unit mean square, matrix by matrix.
 
-    def finish(step: Tensor, axes: tuple[int, int]) -> Tensor:
+    Of sharded tensors those that are made orthogonal go to one owner each; the others need only their mean squares.
+    """
+    layouts, flat = [part.layout for part in parts], [step for own in steps for step in own]
+    shapes, cuts = ([x for layout in layouts for x in getattr(layout, name)] for name in ("shapes", "cuts"))
+    orders = [order for layout in layouts for order in layout.axis_orders]
+    axes = [passes.matrix_axes(len(shape), order) for shape, order in zip(shapes, orders, strict=True)]
+
+    def finish(i: int, step: Tensor) -> Tensor:
         if step.dim() < 2:
             return normalise(step)
-        matrices = step.movedim(axes, (-2, -1))
-        return normalise(newton_schulz(matrices) if orthogonalize else matrices).movedim((-2, -1), axes)
+        matrices = step.movedim(axes[i], (-2, -1))
+        return normalise(newton_schulz(matrices) if orthogonalize else matrices).movedim((-2, -1), axes[i])
 
-    layout = batch.layout
-    axes = [passes.matrix_axes(len(s), order) for s, order in zip(layout.shapes, layout.axis_orders, strict=True)]
-    return distributed.on_whole_tensors(finish, steps, layout.cuts, layout.shapes, axes)
+    split = [i for i, cut in enumerate(cuts) if cut is not None and cut.groups()]
+    ortho = [i for i in split if orthogonalize and len(shapes[i]) >= 2]
+    plain = [i for i in split if i not in set(ortho)]
+    out = [step if i in set(split) else finish(i, step) for i, step in enumerate(flat)]
+    if ortho:
+        cache = layouts[0].root.cache
+        if "owners" not in cache:
+            costs = [math.prod(shapes[i]) * min(shapes[i][axis] for axis in axes[i]) for i in ortho]
+            cache["owners"] = distributed.Owners([cuts[i] for i in ortho], [shapes[i] for i in ortho], costs)
+        done = cache["owners"].apply(lambda k, step: finish(ortho[k], step), [flat[i] for i in ortho])
+        for i, step in zip(ortho, done, strict=True):
+            out[i] = step
+    sums = [(_sum_of_squares(flat[i], axes[i]), cuts[i].groups(_pair(shapes[i], axes[i]))) for i in plain]
+    for i, total in zip(plain, distributed.sum_over(sums), strict=True):
+        count = math.prod(shapes[i][axis] for axis in _pair(shapes[i], axes[i]))
+        out[i] = flat[i] * (total / count + CELO2.norm_eps).rsqrt().float()
+    ends = itertools.accumulate(len(own) for own in steps)
+    return [out[end - len(own) : end] for own, end in zip(steps, ends, strict=True)]
+
+
+def _pair(shape: Sequence[int], axes: tuple[int, int]) -> Sequence[int]:
+    """The axes that one mean square is taken over: those of the matrix, or all."""
+    return axes if len(shape) >= 2 else range(len(shape))
+
+
+def _sum_of_squares(step: Tensor, axes: tuple[int, int]) -> Tensor:
+    """Of each matrix of a shard, or of the whole shard; float64, with the axes kept."""
+    over = tuple(_pair(step.shape, axes))
+    return step.square().sum(over, keepdim=True, dtype=torch.float64) if over else step.double().square()
 
 
 def _branch(batch: passes.Batch, i: int) -> str:
@@ -109,6 +144,10 @@ def _parts(batch: passes.Batch) -> dict[str, passes.Batch]:
     return {name: batch.subset(name, indices, sliced=name == "stacks") for name, indices in cache["parts"].items()}
 
 
+def _network(features: ElementFeatures) -> str:
+    return "vector_network" if features is CELO2_VECTOR else "network"
+
+
 def update(
     batch: passes.Batch,
     run: Mapping[str, Tensor],
@@ -121,12 +160,15 @@ def update(
     adam = parts.pop("adam", None)
     work = [(part, CELO2_VECTOR if name == "vectors" else CELO2) for name, part in parts.items()]
     readings, _, skip = passes.read(work, others=[] if adam is None else [adam])
+    steps = [
+        passes.network_outputs(part, features, reading, weights[_network(features)], skip)
+        for (part, features), reading in zip(work, readings, strict=True)
+    ]
     sums = torch.zeros_like(batch.layout.numel)
-    for (name, part), (_, features), reading in zip(parts.items(), work, readings, strict=True):
-        network = weights["vector_network" if name == "vectors" else "network"]
-        steps = passes.network_outputs(part, features, reading, network, skip)
-        steps = _finished(part, steps, settings["orthogonalize"])
-        sums[part.index] = passes.descend(part, steps, skip)
+    if work:
+        steps = _finished([part for part, _ in work], steps, settings["orthogonalize"])
+    for (part, _), own in zip(work, steps, strict=True):
+        sums[part.index] = passes.descend(part, own, skip)
     if adam is not None:
         sums[adam.index] = _adam(adam, run, settings, skip)
     return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums)})
@@ -172,6 +214,7 @@ CELO2_RULE = replace(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=None,
 )
 CELO2_BASE_RULE = replace(
     CELO2_RULE,

@@ -59,6 +59,34 @@ class Layout:
         self.versions: list[int] = []  # of the accumulators, when the cached statistics were taken
 
 
+class Plan:
+    """What a step needs and need not be rebuilt while the list of parameters stays the same. Derived, never saved."""
+
+    def __init__(
+        self, key: tuple, params: list[Tensor], groups: list[dict[str, Any]], rule: Any, theta: Mapping[str, Tensor]
+    ):
+        devices = sorted({str(p.device) for p in params})
+        if len(devices) > 1:
+            raise ValueError(
+                f"parameters are on several devices ({', '.join(devices)}): the scheduler couples all of them. "
+                "Put the model on one device, or give each device's parameters an optimizer of its own."
+            )
+        self.key = key
+        self.layout = Layout(params, [group["axis_order"] for group in groups])
+        self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
+        self._numbers: dict[str, tuple[list, Tensor]] = {}
+
+    def per_tensor(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
+        values = [group[name] for group in groups]
+        if any(isinstance(value, Tensor) for value in values):
+            device = self.layout.device
+            return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values])
+        if name not in self._numbers or self._numbers[name][0] != values:
+            self._numbers[name] = (values, torch.tensor(values, dtype=torch.float32, device=self.layout.device))
+        return self._numbers[name][1]
+
+
 def _replicas(cut: distributed.Sharding | None) -> int:
     """Ranks that hold the same shard."""
     shards = 1 if cut is None else math.prod(cut.mesh.size(d) for d, axis in enumerate(cut.axes) if axis >= 0)
@@ -277,8 +305,8 @@ def apply_network(
 ) -> Tensor:
     """Pass 2: parameters and accumulators in place. Returns sums over local shards, (T, O - 1): Σ step², Σ o2 and on.
 
-    ``network`` takes normalised features; the normaliser is folded into it here. Weight decay is decoupled and scaled by
-    lr; both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
+    ``network`` takes normalised features; the normaliser is folded into it here. Weight decay is decoupled and scaled
+    by lr; both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
     """
     layout = batch.layout
     network = network.scaled(features.scales(reading.mean_squares))

@@ -93,6 +93,7 @@ SMALL_FC_RULE = base.Rule(
     update=update,
     needs_horizon=False,
     needs_loss=False,
+    finetune_lr=0.03,
 )
 MULO_RULE = replace(
     SMALL_FC_RULE,
@@ -110,6 +111,7 @@ ELO_RULE = replace(
     summary="ELO: the small_fc network without decay offsets, under an ordinary learning-rate schedule.",
     defaults=dict(SMALL_FC_RULE.defaults) | {"lr": 1e-3, "step_mult": 1.0},
     own_schedule=False,
+    finetune_lr=None,
     nan_to_zero=True,
 )
 

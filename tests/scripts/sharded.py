@@ -1,52 +1,64 @@
 """Trains sharded parameters on several gloo ranks and compares them with a single process; run by test_sharding.py.
 
-torchrun --nproc_per_node 4 sharded.py LAYOUT RULE [RULE ...]
+torchrun --nproc_per_node 4 sharded.py REFERENCE RESULT
+
+REFERENCE: what :func:`reference` gives, by torch.save. RESULT: a JSON file, {layout: {rule: [error, error of state]}},
+errors in units of the largest element of a tensor.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import test_rules as single
+import test_rules as single  # noqa: E402
 
 
-# Uneven and empty shards, parameters smaller than the world, ties, more than two axes.
-SHAPES = [(), (7,), (1, 6), (5, 9), (9, 5), (6, 6), (3, 4, 5), (8, 4, 3, 3), (33, 16), (2,)]
-STEPS = 8
+# Uneven and empty shards, parameters smaller than the world, ties, more than two axes. The last two have no gradient.
+SHAPES = [(), (7,), (1, 6), (5, 9), (9, 5), (6, 6), (3, 4, 5), (8, 4, 3, 3), (33, 16), (2,), (4, 6), (4, 2)]
+UNUSED, FROZEN = 10, 11
+# Twelve updates, and two steps that are skipped: infinity in one shard, NaN as the loss of one rank.
+STEPS, INFINITE_GRADIENT, NAN_LOSS, MISSING_GRADIENT = 14, 5, 8, 3
+Layout = Any  # a mesh, placements of matrices, placements of vectors; None: a plain tensor on every rank
 
 
-def layouts(world: int) -> dict[str, tuple]:
-    """name -> (mesh, placements of matrices, placements of vectors); None: a plain tensor on every rank."""
-    found = {}
+def layouts(world: int) -> dict[str, list[Layout]]:
+    """name -> one or more layouts, which the tensors take in turn."""
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
-    found["fsdp"] = (line, [Shard(0)], [Shard(0)])
-    found["columns"] = (line, [Shard(1)], [Replicate()])
-    found["ddp"] = (None, None, None)
-    if world == 4:
-        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        found["hsdp"] = (square, [Replicate(), Shard(0)], [Replicate(), Shard(0)])
-        found["fsdp_tp"] = (square, [Shard(0), Shard(1)], [Shard(0), Replicate()])
-        from torch.distributed.tensor.placement_types import _StridedShard
+    rows, columns = (line, [Shard(0)], [Shard(0)]), (line, [Shard(1)], [Replicate()])
+    if world != 4:
+        return {"fsdp": [rows], "columns": [columns], "beside_plain": [rows, None]}
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    hsdp = (square, [Replicate(), Shard(0)], [Replicate(), Shard(0)])
+    fsdp_tp = (square, [Shard(0), Shard(1)], [Shard(0), Replicate()])
+    return {
+        "fsdp": [rows],
+        "hsdp": [hsdp],
+        "fsdp_tp": [fsdp_tp],
+        "strided": [(square, [_StridedShard(0, split_factor=2), Shard(0)], [Shard(0), Replicate()])],
+        "several_meshes": [rows, hsdp, fsdp_tp, columns, None, (square["tp"], [Shard(0)], [Shard(0)])],
+    }
 
-        found["strided"] = (square, [_StridedShard(0, split_factor=2), Shard(0)], [Shard(0), Replicate()])
-    return found
 
-
-def spread(x: torch.Tensor, layout: tuple) -> torch.Tensor:
-    mesh, matrix, vector = layout
-    if mesh is None or x.dim() == 0:
+def spread(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    if layout is None or x.dim() == 0:
         return x.clone()
+    mesh, matrix, vector = layout
     placements = matrix if x.dim() >= 2 else vector
-    if any(getattr(placement, "split_factor", None) for placement in placements):
+    if any(hasattr(placement, "split_factor") for placement in placements):
         # As FSDP over tensor parallel does it: first the inner dimension, then the outer one on what is left.
         inner = distribute_tensor(x, mesh["tp"], [Shard(0)]).to_local()
         outer = distribute_tensor(inner, mesh["dp"], [Shard(0)]).to_local()
@@ -55,63 +67,87 @@ def spread(x: torch.Tensor, layout: tuple) -> torch.Tensor:
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
-    if not isinstance(x, DTensor):
-        return x
-    if any(getattr(placement, "split_factor", None) for placement in x.placements):
-        tp = DTensor.from_local(x.to_local(), x.device_mesh["dp"], [Shard(0)], run_check=False, **_tp_shape(x))
-        tp = tp.full_tensor()
-        return DTensor.from_local(
-            tp, x.device_mesh["tp"], [Shard(0)], run_check=False, shape=x.shape, stride=x.stride()
-        ).full_tensor()
-    return x.full_tensor()
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _tp_shape(x: DTensor) -> dict:
-    rows = len(torch.arange(x.shape[0]).chunk(2)[x.device_mesh.get_local_rank("tp")])
-    shape = torch.Size([rows, *x.shape[1:]])
-    return {"shape": shape, "stride": torch.empty(shape).stride()}
-
-
-def train(name: str, layout: tuple | None) -> list[torch.Tensor]:
+def train(name: str, chosen: list[Layout]) -> tuple[list[torch.nn.Parameter], Any]:
+    """The parameters and the optimizer after the run."""
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) * 0.3 for shape in SHAPES]
-    params = [torch.nn.Parameter(spread(x, layout) if layout else x.clone()) for x in start]
-    groups = [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.01}]
-    optimizer = single.make(name, groups)
+    layout = [chosen[i % len(chosen)] for i in range(len(SHAPES))]
+    params = [torch.nn.Parameter(spread(x, cut)) for x, cut in zip(start, layout, strict=True)]
+    params[FROZEN].requires_grad_(False)
+    optimizer = single.make(name, [{"params": params[:4]}, {"params": params[4:], "weight_decay": 0.01}])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if chosen != [None] else (0, 1)
     for t in range(STEPS):
-        for p, g in zip(params, single.gradients([torch.empty(s) for s in SHAPES], t), strict=True):
-            p.grad = None if t == 3 and p is params[5] else (spread(g, layout) if layout else g)
-        loss = 3.0 / (t + 1) + 0.1 * (t % 3)
-        if layout:  # every rank sees its own part of the loss; the mean is what counts
-            rank, world = dist.get_rank(), dist.get_world_size()
-            loss += 0.01 * (rank - (world - 1) / 2)
+        gradients = single.gradients([torch.empty(s) for s in SHAPES], t)
+        if t == INFINITE_GRADIENT:
+            gradients[8][-1, -1] = math.inf
+        for i, (p, g, cut) in enumerate(zip(params, gradients, layout, strict=True)):
+            missing = i in (UNUSED, FROZEN) or (t == MISSING_GRADIENT and i == 5)
+            p.grad = None if missing else spread(g, cut)
+        # Every rank sees its own part of the loss; the mean is what counts.
+        loss = 3.0 / (t + 1) + 0.1 * (t % 3) + 0.01 * (rank - (world - 1) / 2)
+        if t == NAN_LOSS and rank == world - 1 and optimizer.rule.needs_loss:
+            loss = math.nan
         optimizer.step(loss)
-    if layout and layout[0] is not None:
-        cut = [p for p in params if p.dim() > 0]
-        assert all(isinstance(p, DTensor) for p in cut)
-        for p in cut:
-            assert all(isinstance(optimizer.state[p][key], DTensor) for key in ("momentum", "second_moment"))
-    return [whole(p.detach()) for p in params]
+    assert optimizer.steps_done == STEPS - (2 if optimizer.rule.needs_loss else 1)
+    return params, optimizer
 
 
-def main(layout_name: str, names: list[str]) -> None:
+def reference() -> dict[str, tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]]:
+    """rule -> parameters and their states, from this process alone."""
+    found = {}
+    for name in single.rules.names():
+        params, optimizer = train(name, [None])
+        found[name] = [p.detach() for p in params], [dict(optimizer.state.get(p, {})) for p in params]
+    return found
+
+
+def off(x: torch.Tensor, y: torch.Tensor) -> float:
+    return ((x - y).abs().max() / y.abs().max().clamp_min(1e-30)).item()
+
+
+def compare(name: str, chosen: list[Layout], expected: tuple) -> list[float]:
+    """Errors of parameters and states, after a look at how they are stored."""
+    params, optimizer = train(name, chosen)
+    errors, state_errors = [], []
+    for i, (p, q, states) in enumerate(zip(params, *expected, strict=True)):
+        cut = chosen[i % len(chosen)] is not None and p.dim() > 0
+        assert isinstance(p, DTensor) == cut, (name, p.shape)
+        errors.append(off(whole(p.detach()), q))
+        own = optimizer.state.get(p, {})
+        assert own.keys() == states.keys(), (name, own.keys(), states.keys())
+        for key, y in states.items():
+            x = own[key]
+            per_element = key in ("momentum", "second_moment") or key.startswith("factored")
+            assert isinstance(x, DTensor) == (cut and per_element), (name, key)
+            assert x.shape == y.shape, (name, key, x.shape, y.shape)
+            if key in ("momentum", "second_moment") and cut:  # cut as the parameter is, behind one more axis
+                assert [x.to_local().shape[1:], x.device_mesh] == [p.to_local().shape, p.device_mesh]
+            state_errors.append(off(whole(x), y))
+    return [max(errors), max(state_errors)]
+
+
+def main(expected: Path, result: Path) -> None:
+    warnings.filterwarnings("ignore", "skipped a step", RuntimeWarning)
     dist.init_process_group("gloo")
-    layout = layouts(dist.get_world_size())[layout_name]
-    for name in names:
-        sharded = train(name, layout)
-        world, dist.get_world_size = dist.get_world_size, lambda group=None: 1  # the same code as a single process
-        try:
-            alone = train(name, None)
-        finally:
-            dist.get_world_size = world
-        for shape, p, q in zip(SHAPES, sharded, alone, strict=True):
-            error = (p - q).abs().max().item() / max(q.abs().max().item(), 1e-30)
-            assert error <= 2e-6, f"{name}, {layout_name}, {shape}: off by {error:.2e} of the largest parameter"
-        if dist.get_rank() == 0:
-            print(f"ok {layout_name} {name}", flush=True)
+    reference = torch.load(expected, weights_only=True)
+    found = {
+        layout: {name: compare(name, chosen, expected) for name, expected in reference.items()}
+        for layout, chosen in layouts(dist.get_world_size()).items()
+    }
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    if dist.get_rank() == 0:
+        worst = {
+            layout: {name: [max(f[layout][name][k] for f in everyone) for k in (0, 1)] for name in reference}
+            for layout in found
+        }
+        result.write_text(json.dumps(worst))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
