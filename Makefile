@@ -91,8 +91,8 @@ $(STAMP_ASSETS): $(ASSETS) $(STAMP_REQUIREMENTS)
 	    echo "       Without them the default of recipes/text_classification.py and its tests cannot run." >&2; exit 1; }
 	@touch $@
 
-$(STAMP_PACKAGE): pyproject.toml setup.py $(STAMP_ASSETS)
-	@echo "==> Installing hf_lopt itself, editable"
+$(STAMP_PACKAGE): pyproject.toml setup.py $(CSRC) $(STAMP_ASSETS)
+	@echo "==> Installing hf_lopt itself, editable, and compiling its kernels"
 	@$(PIP_INSTALL) --quiet --no-deps --no-build-isolation -e . || { \
 	    echo "error: hf_lopt was not installed; pip's message is above." >&2; exit 1; }
 	@touch $@

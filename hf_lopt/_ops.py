@@ -19,6 +19,7 @@ and second largest axis; for rank < 2 a diagonal accumulator ``(D, *s)`` instead
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from hf_lopt import _load
 
 
 # Columns of the statistics that ``sums`` returns, before the pairs (Σ, Σ²) of each second moment and each momentum.
@@ -66,6 +69,7 @@ SCHEMAS = {
 }
 
 
+@functools.cache
 def complement(decay: float) -> float:
     """``1 - decay`` as float32 arithmetic gives it; the references round the decay first, which shows at 0.999."""
     decay32 = torch.tensor(decay, dtype=torch.float32)
@@ -507,14 +511,18 @@ _KERNELS = {
     "apply_network": (_apply_network, _fake_apply_network),
     "adam_step": (_adam_step, _fake_adam_step),
 }
-_library = torch.library.Library("hf_lopt", "DEF")
+# Compiled kernels come with the same schemas, and are registered for the CPU.
+_compiled = _load.load()
+_library = torch.library.Library("hf_lopt", "FRAGMENT" if _compiled else "DEF")
 for _name, (_plain, _fake) in _KERNELS.items():
-    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+    if not _compiled:
+        _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     # Any device without a kernel of its own gets the plain one.
     _library.impl(_name, _plain, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_lopt::{_name}", _fake, lib=_library)
 
-sums = torch.ops.hf_lopt.sums.default
-feature_sums = torch.ops.hf_lopt.feature_sums.default
-apply_network = torch.ops.hf_lopt.apply_network.default
-adam_step = torch.ops.hf_lopt.adam_step.default
+plain = _load.plain
+sums = _load.operator("sums", _sums)
+feature_sums = _load.operator("feature_sums", _feature_sums)
+apply_network = _load.operator("apply_network", _apply_network)
+adam_step = _load.operator("adam_step", _adam_step)

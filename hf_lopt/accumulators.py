@@ -7,9 +7,11 @@ updated here, between pass 0 and pass 1.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hf_lopt import distributed
@@ -173,7 +175,11 @@ def _complete(
 
 def ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:
     """``decay * old + (1 - decay) * new`` for ``old`` (D, *s) and ``new`` (*s), as a new tensor."""
-    shape = (-1, *[1] * new.dim())
-    keep = old.new_tensor(decays).view(shape)
-    add = old.new_tensor([complement(d) for d in decays]).view(shape)
+    keep, add = (x.view(-1, *[1] * new.dim()) for x in _ema_factors(tuple(decays), old.device))
     return old * keep + add * new
+
+
+@functools.lru_cache(maxsize=64)
+def _ema_factors(decays: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    keep = torch.tensor(decays, dtype=torch.float32, device=device)
+    return keep, torch.tensor([complement(d) for d in decays], dtype=torch.float32, device=device)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import golden
 import pytest
+
+import golden
 
 
 @dataclass(frozen=True)

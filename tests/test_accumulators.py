@@ -108,7 +108,6 @@ def test_blocks_cover_a_tensor_once(shape, limit):
 
 def test_results_do_not_depend_on_the_block_size(monkeypatch):
     import golden
-
     from hf_lopt import VeLO
 
     reference = golden.read("velo_s.npz")

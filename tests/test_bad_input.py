@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from test_optimizer import THETA, equal, make, make_params, train
 from torch import nn
 
 from hf_lopt import LearnedOptimizer, VeLO
+from test_optimizer import THETA, equal, make, make_params, train
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 import io
 
-import golden
 import numpy as np
 import pytest
 import torch
-from cases import ABSOLUTE, Case, rows
 
+import golden
+from cases import ABSOLUTE, Case, rows
 from hf_lopt import LearnedOptimizer, rules
 
 

@@ -10,11 +10,11 @@ import inspect
 import io
 import pickle
 
-import golden
 import pytest
 import torch
 from torch import nn
 
+import golden
 import hf_lopt
 from hf_lopt import VeLO
 

@@ -12,8 +12,6 @@ import threading
 import urllib.parse
 from pathlib import Path
 
-import golden
-import hub_stand_in
 import pytest
 import torch
 import yaml
@@ -21,6 +19,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
+import golden
+import hub_stand_in
 from hf_lopt import LearnedOptimizer, formats, rules, weights, writers
 
 

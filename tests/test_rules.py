@@ -10,12 +10,12 @@ import io
 import math
 import warnings
 
-import golden
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import golden
 import hf_lopt
 from hf_lopt import LearnedOptimizer, rules
 from hf_lopt.rules import celo2

@@ -7,13 +7,13 @@ import shutil
 import struct
 from pathlib import Path
 
-import hub_stand_in
 import msgpack
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hub_stand_in
 from hf_lopt import formats, rules, weights
 
 

@@ -13,16 +13,16 @@ import threading
 import warnings
 from pathlib import Path
 
-import hub_stand_in
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from hub_stand_in import Hub, put_in_cache, stuck_server, use_endpoint
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+import hub_stand_in
 from hf_lopt import hub, rules, weights
+from hub_stand_in import Hub, put_in_cache, stuck_server, use_endpoint
 
 
 FORMATS = Path(__file__).parent / "golden" / "formats"

@@ -365,14 +365,18 @@ def update_rms(batch: Batch, sums_of_squares: Tensor) -> Tensor:
 
 def store(batch: Batch, skip: Tensor, **new: Sequence[Tensor]) -> None:
     """Write new per-tensor state unless the step is skipped."""
-    old, values = [], []
-    for key, tensors in new.items():
-        for target, value in zip(batch.state.get(key, []), tensors, strict=False):
-            if target is not None:
-                old.append(target)
-                values.append(torch.where(skip, target, value))
-    if old:
-        torch._foreach_copy_(old, values)
+    pairs = [
+        (target, value)
+        for key, tensors in new.items()
+        for target, value in zip(batch.state.get(key, []), tensors, strict=False)
+        if target is not None
+    ]
+    if skip.device.type != "cpu":  # on an accelerator asking for the decision would wait for it
+        pairs = [(target, torch.where(skip, target, value)) for target, value in pairs]
+    elif skip:
+        return
+    if pairs:
+        torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
 
 
 def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,77 @@
+// Adam with the variations of the learned rules, in one pass and in place.
+#include "common.h"
+
+namespace hf_lopt {
+
+namespace {
+
+float number(const Tensor& x, int64_t i = 0) {
+    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float && i < x.numel(),
+                    "scale, decay and corrections must be float32, with a number per parameter or one for all");
+    return static_cast<const float*>(x.data_ptr())[i * (x.dim() > 0 ? x.stride(0) : 0)];
+}
+
+}  // namespace
+
+Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
+                 const AdamStep& step) {
+    const size_t count = params.size();
+    STD_TORCH_CHECK(count > 0 && grads.size() == count && momenta.size() == count && second_moments.size() == count,
+                    "all lists must have one tensor per parameter");
+    const int64_t size = (int64_t)count;
+    Tensor result = torch::stable::new_zeros(params[0], {&size, 1}, torch::headeronly::ScalarType::Double);
+    STD_TORCH_CHECK(step.skip.scalar_type() == torch::headeronly::ScalarType::Bool, "skip must be a bool tensor");
+    if (*static_cast<const bool*>(step.skip.data_ptr())) return result;
+
+    AdamConstants shared{};
+    shared.keep_m = (float)step.momentum_decay;
+    shared.add_m = 1.0f - shared.keep_m;
+    shared.keep_v = (float)step.second_decay;
+    shared.add_v = 1.0f - shared.keep_v;
+    shared.clip = (float)step.clip;
+    shared.second_scale = number(step.second_correction);
+    shared.inner_eps = (float)step.inner_eps;
+    shared.outer_eps = (float)step.outer_eps;
+    const float momentum_correction = number(step.momentum_correction);
+
+    std::vector<Operands> operands(count);
+    std::vector<AdamConstants> constants(count, shared);
+    std::vector<Shape> shapes;
+    Copies copies;
+    for (size_t t = 0; t < count; t++) {
+        Operands& o = operands[t];
+        o.shape = Shape(params[t], -1, -1);
+        shapes.push_back(o.shape);
+        STD_TORCH_CHECK(grads[t].numel() == o.shape.numel && momenta[t].numel() == o.shape.numel &&
+                            second_moments[t].numel() == o.shape.numel,
+                        "a gradient or an accumulator has another shape than its parameter");
+        o.p = Array(params[t]);
+        o.g = Array(grads[t]);
+        o.m = copies.writable(momenta[t]);
+        o.v = copies.writable(second_moments[t]);
+        constants[t].step_scale = momentum_correction * number(step.scale, (int64_t)t);
+        constants[t].decay = number(step.decay, (int64_t)t);
+    }
+    const std::vector<Tile> tiles = make_tiles(shapes);
+    std::vector<double> partial(tiles.size());
+    std::vector<Buffers> buffers;
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+    for_each_tile(tiles, [&](int64_t i, int64_t worker) {
+        const Tile& tile = tiles[i];
+        const Operands& x = operands[tile.tensor];
+        Row row{};
+        row.n = tile.n;
+        row.g = x.g.read(0, tile.start, tile.n, x.shape.columns, buffers[worker].g);
+        row.p = row.p_out = x.p.read(0, tile.start, tile.n, x.shape.columns, buffers[worker].p);
+        row.m[0] = x.m + tile.start;
+        row.v = x.v + tile.start;
+        partial[i] = kernels().adam(row, constants[tile.tensor]);
+        x.p.write(row.p_out, 0, tile.start, tile.n, x.shape.columns);
+    });
+    copies.store();
+    double* out = static_cast<double*>(result.data_ptr());
+    for (size_t i = 0; i < tiles.size(); i++) out[tiles[i].tensor] += partial[i];
+    return result;
+}
+
+}  // namespace hf_lopt

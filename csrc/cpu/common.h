@@ -1,0 +1,78 @@
+// What the second and the third pass share: the column of each feature, and the data of each tensor.
+#pragma once
+
+#include "phases.h"
+
+namespace hf_lopt {
+
+// Features that are constant along a row or a column of a matrix.
+enum VectorFeature { kRow, kCol, kRsqrtRow, kRsqrtCol, kVectorFeatures };
+
+// The column of every feature in the rule's order, -1 for a feature that it does not have.
+struct Columns {
+    int element[kInputs];
+    int vector[kVectorFeatures][kFactored];
+    int count = 0;
+
+    explicit Columns(const Names& names);
+};
+
+struct Operands {
+    Shape shape;
+    Array p, g;
+    float* m;
+    float* v;
+    float* d;
+    // The accumulators without L (a number per line) and without K (a vector along the line), and their factors.
+    const float *line, *line_factor, *vector, *vector_factor;
+};
+
+// Contiguous float32 data of accumulators; those that are not contiguous are worked on as copies.
+class Copies {
+  public:
+    const float* readable(const Tensor& x);
+    float* writable(const Tensor& x);
+    void store();  // writes the copies of `writable` back
+
+  private:
+    Tensors kept_;
+    std::vector<std::pair<Tensor, Tensor>> written_;
+};
+
+struct Problem {
+    Columns columns;
+    Constants constants;
+    std::vector<Operands> tensors;
+    std::vector<Shape> shapes;
+
+    explicit Problem(const Common& common);
+    // After the accumulators have been written.
+    void store_copies() { copies_.store(); }
+
+  private:
+    Copies copies_;
+};
+
+// Memory of one thread for one row at a time.
+class Buffers {
+  public:
+    Buffers() = default;
+    Buffers(int units, int64_t row_elements);
+    float *g, *p, *step;      // (kRowElements,): as many rows as are worked on together
+    float* factor;            // (kFactored, stride)
+    float* expanded;          // (kFactored, stride)
+    float *bias, *line_bias;  // (units, stride)
+    int64_t stride;
+
+  private:
+    std::unique_ptr<float[]> memory_;
+};
+
+// The part of line `line` in a tile: pointers into the tensors, or into the buffers where numbers had to be converted
+// or a factor varies with the inner axes. `slot` is its number among the rows that are in the buffers together.
+Row make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers);
+
+// The values of an accumulator without L (kFactored, line_length) at every column of a row, when it has inner axes.
+void expand(const float* accumulator, const Shape& shape, const Tile& tile, int64_t line, float* out, int64_t stride);
+
+}  // namespace hf_lopt

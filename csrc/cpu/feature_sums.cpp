@@ -1,0 +1,89 @@
+// Pass 1: the sum of squares of every feature column. Read-only.
+#include <algorithm>
+
+#include "common.h"
+
+namespace hf_lopt {
+
+namespace {
+
+// Σ x² and Σ 1/(x + eps) over a part of an accumulator, the squares of a vector feature and of its inverse root.
+void vector_squares(const float* x, int64_t n, double* squares, double* inverse) {
+    double a = 0.0, b = 0.0;
+    for (int64_t i = 0; i < n; i++) {
+        a += (double)x[i] * x[i];
+        b += 1.0f / (x[i] + kVectorEps);
+    }
+    *squares += a;
+    *inverse += b;
+}
+
+}  // namespace
+
+Tensor feature_sums(const Common& common) {
+    const Problem problem(common);
+    const std::vector<Tile> tiles = make_tiles(problem.shapes);
+    constexpr int kSums = kInputs + kVectorFeatures * kFactored;
+    std::vector<double> partial(tiles.size() * kSums);
+    std::vector<Buffers> buffers;
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+
+    for_each_tile(tiles, [&](int64_t index, int64_t worker) {
+        const Tile& tile = tiles[index];
+        const Operands& x = problem.tensors[tile.tensor];
+        const Shape& shape = x.shape;
+        const auto kernel = shape.factored ? kernels().feature_sums : kernels().feature_sums_diagonal;
+        double* sums = &partial[index * kSums];
+        double (*vectors)[kFactored] = reinterpret_cast<double (*)[kFactored]>(sums + kInputs);
+        const bool row = shape.row_is_line;
+        const int group = group_rows(shape, tile);
+        Row rows[kGroupRows];
+        for (int64_t r = 0; r < tile.rows; r += group) {
+            const int count = (int)std::min<int64_t>(group, tile.rows - r);
+            for (int i = 0; i < count; i++) {
+                const int64_t line = tile.line + (r + i) * tile.line_step;
+                rows[i] = make_row(x, tile, line, i, buffers[worker]);
+                if (!shape.factored || tile.chunk != 0) continue;
+                for (int k = 0; k < kFactored; k++) {
+                    vector_squares(x.line + k * shape.line_length() + line * shape.inner, shape.inner,
+                                   &vectors[row ? kRow : kCol][k], &vectors[row ? kRsqrtRow : kRsqrtCol][k]);
+                }
+            }
+            kernel(rows, count, problem.constants, sums);
+        }
+        for (int k = 0; shape.factored && tile.first_rows && k < kFactored; k++) {
+            vector_squares(x.vector + k * shape.vector_length() + tile.vector, tile.n, &vectors[row ? kCol : kRow][k],
+                           &vectors[row ? kRsqrtCol : kRsqrtRow][k]);
+        }
+    });
+
+    const int64_t count = (int64_t)problem.tensors.size(), width = problem.columns.count;
+    const int64_t size[] = {count, width};
+    Tensor result = torch::stable::new_zeros(common.params[0], {size, 2}, torch::headeronly::ScalarType::Double);
+    double* out = static_cast<double*>(result.data_ptr());
+    for (size_t i = 0; i < tiles.size(); i++) {
+        const Shape& shape = problem.shapes[tiles[i].tensor];
+        const double* sums = &partial[i * kSums];
+        double* total = out + tiles[i].tensor * width;
+        for (int f = 0; f < kInputs; f++) {
+            if (problem.columns.element[f] >= 0) total[problem.columns.element[f]] += sums[f];
+        }
+        for (int v = 0; v < kVectorFeatures; v++) {
+            const bool of_line = shape.row_is_line == (v == kRow || v == kRsqrtRow);
+            // A vector feature is constant along the axis that its accumulator averages over.
+            const double repeats = !shape.factored ? 1.0
+                                                   : (double)shape.numel / (double)(of_line ? shape.line_length()
+                                                                                            : shape.vector_length());
+            const bool root = v == kRsqrtRow || v == kRsqrtCol;
+            for (int k = 0; k < kFactored; k++) {
+                const int column = problem.columns.vector[v][k];
+                if (column < 0) continue;
+                const double x = shape.factored ? sums[kInputs + v * kFactored + k] : sums[(root ? kRsqrtD : kD) + k];
+                total[column] += repeats * x;
+            }
+        }
+    }
+    return result;
+}
+
+}  // namespace hf_lopt

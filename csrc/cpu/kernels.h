@@ -1,0 +1,89 @@
+// What the code of each instruction set offers: functions over one row of a tensor.
+//
+// A row is a contiguous run of elements for which one of the two factored accumulators is a number and the other one a
+// vector. The phases cut tensors into rows, the functions here do the arithmetic.
+#pragma once
+
+#include <stdint.h>
+
+#include "../feature_math.h"
+#include "../mlp.h"
+
+namespace hf_lopt {
+
+// Decays with their complements, and the constants of a rule's features.
+struct Constants {
+    float keep_m[kMomenta], add_m[kMomenta];
+    float keep_v, add_v;
+    float keep_d[kFactored], add_d[kFactored];
+    float clip, second_eps, diagonal_eps;
+    float unclipped;  // no clip changes a gradient below this
+};
+
+// Tensors of one row; float32, `n` elements.
+struct Row {
+    int64_t n;
+    const float* g;
+    const float* p;
+    float* m[kMomenta];
+    float* v;
+    float* d[kFactored];             // diagonal accumulators, rank < 2 only
+    const float* factor[kFactored];  // the factors that vary along the row
+    float rho[kFactored];            // the factors that are constant along it
+    const float* bias;               // (units, bias_stride): what the vector features add to the first layer
+    int64_t bias_stride;
+    const float* row_bias;  // (units,): the same for the features that are constant along the row
+    float* p_out;
+    float* step_out;  // null: update the parameter
+};
+
+// p <- p - decay p - step,  step = step_scale m / (sqrt(second_scale v + inner_eps) + outer_eps).
+struct AdamConstants {
+    float keep_m, add_m, keep_v, add_v, clip;
+    float step_scale, second_scale, inner_eps, outer_eps, decay;
+};
+
+// Statistics after an update: Σ step², Σp², (Σv, Σv²), (Σm, Σm²) for each momentum.
+constexpr int kUpdateStats = 4 + 2 * kMomenta;
+
+struct GradientSums {
+    double squares;          // of the unclipped gradient
+    double clipped_squares;  // of the clipped one
+    int64_t nonfinite;
+};
+
+struct Kernels {
+    const char* name;
+    // Conversions of 16-bit numbers, to nearest even.
+    void (*from_half)(const uint16_t* x, int64_t n, float* out);
+    void (*to_half)(const float* x, int64_t n, uint16_t* out);
+    void (*from_bfloat16)(const uint16_t* x, int64_t n, float* out);
+    void (*to_bfloat16)(const float* x, int64_t n, uint16_t* out);
+    // Adds Σx and Σx² of several rows, as the update does: bit by bit what it would have left.
+    void (*moments)(const float* const* rows, int count, int64_t n, double* sum, double* squares);
+    void (*moments_diagonal)(const float* const* rows, int count, int64_t n, double* sum, double* squares);
+    // Adds the squares of the clipped gradient to `columns`, and returns the sums over the row.
+    GradientSums (*gradient_sums)(const float* g, int64_t n, float clip, float* columns);
+    // Add to sums[kInputs]; rows of one length.
+    void (*feature_sums)(const Row* rows, int count, const Constants& c, double* sums);
+    void (*feature_sums_diagonal)(const Row* rows, int count, const Constants& c, double* sums);
+    // bias[j][i] = Σ_k w[k][j] x_k[i] + u[k][j] / sqrt(x_k[i] + eps), for the vector features of a row.
+    void (*vector_bias)(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
+                        int64_t bias_stride);
+    // Evaluate the network, update the accumulators and write the result; add to stats[kUpdateStats].
+    void (*apply_4)(const Row*, int, const Constants&, const Network<4>&, double* stats);
+    void (*apply_8)(const Row*, int, const Constants&, const Network<8>&, double* stats);
+    void (*apply_32)(const Row*, int, const Constants&, const Network<32>&, double* stats);
+    void (*apply_diagonal_4)(const Row*, int, const Constants&, const Network<4>&, double* stats);
+    void (*apply_diagonal_8)(const Row*, int, const Constants&, const Network<8>&, double* stats);
+    void (*apply_diagonal_32)(const Row*, int, const Constants&, const Network<32>&, double* stats);
+    // Update of p_out, m[0] and v; returns Σ step².
+    double (*adam)(const Row&, const AdamConstants&);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__) && !defined(HF_LOPT_PORTABLE_ONLY)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+}  // namespace hf_lopt

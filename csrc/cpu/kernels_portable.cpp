@@ -1,0 +1,3 @@
+#define HF_LOPT_KERNELS kPortableKernels
+#define HF_LOPT_ISA "portable"
+#include "rows.h"

@@ -1,0 +1,48 @@
+// The three passes over lists of tensors; see hf_lopt/_ops.py for what they compute.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace hf_lopt {
+
+// The names of a rule's features. A type of its own, because it is read from the caller's list without a copy per
+// string.
+struct Names : std::vector<std::string> {};
+
+// The arguments that both later passes share, in the order of the schema.
+struct Common {
+    Names features;
+    Tensors params, grads, momenta, second_moments, diagonals, rows, cols, row_factors, col_factors;
+    std::vector<int64_t> row_axes, col_axes, slice_axes;
+    std::vector<double> momentum_decays, second_decays, factored_decays;
+    double clip, second_eps, diagonal_eps;
+};
+
+struct Weights {
+    Tensors weights, biases;
+    Tensor scale, decay;
+    double exp_mult;
+    Tensor skip;
+    Tensors out;
+};
+
+std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
+                                          std::vector<int64_t> row_axes, std::vector<int64_t> col_axes, double clip,
+                                          bool moments);
+Tensor feature_sums(const Common& common);
+std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& weights);
+
+struct AdamStep {
+    double momentum_decay, second_decay, clip;
+    Tensor scale, decay, momentum_correction, second_correction;
+    double inner_eps, outer_eps;
+    Tensor skip;
+};
+Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
+                 const AdamStep& step);
+
+}  // namespace hf_lopt

@@ -1,0 +1,209 @@
+#include "tensors.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace hf_lopt {
+
+namespace {
+
+bool supported(const Kernels& k) {
+    if (&k == &kPortableKernels) return true;
+#if defined(__x86_64__) && !defined(HF_LOPT_PORTABLE_ONLY)
+    __builtin_cpu_init();
+    const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (&k == &kAvx2Kernels) return avx2;
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+    return false;
+#endif
+}
+
+// Best first.
+const Kernels* const kAll[] = {
+#if defined(__x86_64__) && !defined(HF_LOPT_PORTABLE_ONLY)
+    &kAvx512Kernels, &kAvx2Kernels,
+#endif
+    &kPortableKernels};
+
+const Kernels* best() {
+    for (const Kernels* k : kAll) {
+        if (supported(*k)) return k;
+    }
+    return &kPortableKernels;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+    const Kernels* k = chosen.load();
+    if (!k) chosen.store(k = best());
+    return *k;
+}
+
+bool use_kernels(const std::string& name) {
+    for (const Kernels* k : kAll) {
+        if (name == k->name && supported(*k)) {
+            chosen.store(k);
+            return true;
+        }
+    }
+    return false;
+}
+
+Array::Array(const Tensor& x) : data_(static_cast<char*>(x.data_ptr())), dense_(x.is_contiguous()) {
+    using torch::headeronly::ScalarType;
+    const ScalarType type = x.scalar_type();
+    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+                    "parameters and gradients must be float32, bfloat16 or float16 for the fused kernels");
+    type_ = type == ScalarType::Float ? Type::kFloat : type == ScalarType::Half ? Type::kHalf : Type::kBFloat16;
+    if (!dense_) {
+        for (int64_t i = 0; i < x.dim(); i++) {
+            sizes_.push_back(x.size(i));
+            strides_.push_back(x.stride(i));
+        }
+    }
+}
+
+// Calls f(address, i) for the elements first + i in the order of the shape.
+template <class T, class F>
+void Array::walk(int64_t first, int64_t n, F f) const {
+    const int dims = (int)sizes_.size();
+    T* data = reinterpret_cast<T*>(data_);
+    std::vector<int64_t> index(dims);
+    int64_t offset = 0;
+    for (int d = dims - 1; d >= 0; d--) {
+        index[d] = first % sizes_[d];
+        first /= sizes_[d];
+        offset += index[d] * strides_[d];
+    }
+    for (int64_t i = 0; i < n;) {
+        const int last = dims - 1;
+        const int64_t run = std::min(n - i, sizes_[last] - index[last]), stride = strides_[last];
+        for (int64_t j = 0; j < run; j++) f(data + offset + j * stride, i + j);
+        i += run;
+        index[last] += run;
+        offset += run * stride;
+        for (int d = last; d > 0 && index[d] == sizes_[d]; d--) {
+            offset += strides_[d - 1] - index[d] * strides_[d];
+            index[d] = 0;
+            index[d - 1]++;
+        }
+    }
+}
+
+float* Array::read(int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const {
+    const int64_t first = line * columns + start;
+    if (in_place()) return reinterpret_cast<float*>(data_) + first;
+    if (type_ == Type::kFloat) {
+        walk<float>(first, n, [&](const float* x, int64_t i) { buffer[i] = *x; });
+        return buffer;
+    }
+    uint16_t raw[kRowElements];
+    const uint16_t* source = reinterpret_cast<const uint16_t*>(data_) + first;
+    if (!dense_) {
+        walk<uint16_t>(first, n, [&](const uint16_t* x, int64_t i) { raw[i] = *x; });
+        source = raw;
+    }
+    (type_ == Type::kHalf ? kernels().from_half : kernels().from_bfloat16)(source, n, buffer);
+    return buffer;
+}
+
+void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t columns) const {
+    if (in_place()) return;
+    const int64_t first = line * columns + start;
+    if (type_ == Type::kFloat) {
+        walk<float>(first, n, [&](float* x, int64_t i) { *x = values[i]; });
+        return;
+    }
+    uint16_t raw[kRowElements];
+    uint16_t* target = dense_ ? reinterpret_cast<uint16_t*>(data_) + first : raw;
+    (type_ == Type::kHalf ? kernels().to_half : kernels().to_bfloat16)(values, n, target);
+    if (!dense_) walk<uint16_t>(first, n, [&](uint16_t* x, int64_t i) { *x = raw[i]; });
+    (type_ == Type::kHalf ? kernels().from_half : kernels().from_bfloat16)(target, n, values);
+}
+
+Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis) : numel(p.numel()) {
+    factored = row_axis >= 0;
+    columns = numel;
+    if (!factored) return;
+    const int64_t first = std::min(row_axis, col_axis), last = std::max(row_axis, col_axis);
+    STD_TORCH_CHECK(first >= 0 && first < last && last < p.dim(), "the factored axes must be two axes of the tensor");
+    for (int64_t i = 0; i < p.dim(); i++) {
+        int64_t& part = i < first ? pre : i == first ? k : i < last ? mid : i == last ? columns : inner;
+        part = i == last ? p.size(i) : part * p.size(i);
+    }
+    columns *= inner;
+    lines = pre * k * mid;
+    row_is_line = row_axis == last;  // the row accumulator averages over its axis
+}
+
+std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_elements) {
+    std::vector<Tile> tiles;
+    for (size_t t = 0; t < shapes.size(); t++) {
+        const Shape& s = shapes[t];
+        if (s.numel == 0) continue;
+        const int64_t chunks = (s.columns + row_elements - 1) / row_elements;
+        const int64_t n = ((s.columns + chunks - 1) / chunks + 15) / 16 * 16;
+        const int64_t rows = std::max<int64_t>(1, kTileElements / std::min(n, s.columns));
+        for (int64_t group = 0; group < s.pre * s.mid; group++) {
+            const int64_t line = group / s.mid * s.k * s.mid + group % s.mid;
+            for (int64_t row = 0; row < s.k; row += rows) {
+                for (int64_t start = 0, chunk = 0; start < s.columns; start += n, chunk++) {
+                    Tile tile;
+                    tile.tensor = (int32_t)t;
+                    tile.chunk = (int32_t)chunk;
+                    tile.chunks = (int32_t)((s.columns + n - 1) / n);
+                    tile.line = line + row * s.mid;
+                    tile.line_step = s.mid;
+                    tile.rows = std::min(rows, s.k - row);
+                    tile.start = start;
+                    tile.n = std::min(n, s.columns - start);
+                    tile.vector = group * s.columns + start;
+                    tile.first_rows = row == 0;
+                    tile.last_rows = row + rows >= s.k;
+                    tiles.push_back(tile);
+                }
+            }
+        }
+    }
+    return tiles;
+}
+
+int group_rows(const Shape& shape, const Tile& tile) {
+    if (shape.inner > 1 || tile.n * 2 > kRowElements) return 1;
+    return (int)std::min<int64_t>(kGroupRows, kRowElements / tile.n);
+}
+
+int64_t worker_count(const std::vector<Tile>& tiles) {
+    const int64_t threads = torch::stable::get_num_threads();
+    return std::max<int64_t>(1, std::min<int64_t>(threads, (int64_t)tiles.size()));
+}
+
+std::vector<int64_t> shares(const std::vector<Tile>& tiles) {
+    const int64_t workers = worker_count(tiles);
+    int64_t total = 0;
+    for (const Tile& tile : tiles) total += tile.rows * tile.n;
+    std::vector<int64_t> bounds{0};
+    int64_t done = 0;
+    for (int64_t i = 0; i < (int64_t)tiles.size(); i++) {
+        while ((int64_t)bounds.size() < workers && done >= total / workers * (int64_t)bounds.size())
+            bounds.push_back(i);
+        done += tiles[i].rows * tiles[i].n;
+    }
+    bounds.resize(workers, (int64_t)tiles.size());
+    bounds.push_back((int64_t)tiles.size());
+    return bounds;
+}
+
+float* float_data(const Tensor& x, const char* what) {
+    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float && x.is_contiguous(), what,
+                    " must be contiguous and float32 for the fused kernels");
+    return static_cast<float*>(x.data_ptr());
+}
+
+}  // namespace hf_lopt

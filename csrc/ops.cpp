@@ -1,0 +1,117 @@
+// The operators of the library: every schema, and the kernels that are registered for the CPU. No arithmetic.
+//
+// hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels and the plain
+// ones.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/phases.h"
+
+#define HF_LOPT_COMMON(p, m, v, d)                                                                       \
+    "str[] features, Tensor" p "[] params, Tensor[] grads, Tensor" m "[] momenta, Tensor" v              \
+    "[] second_moments, "                                                                                \
+    "Tensor" d                                                                                           \
+    "[] diagonals, Tensor[] rows, Tensor[] cols, Tensor[] row_factors, Tensor[] col_factors, "           \
+    "int[] row_axes, int[] col_axes, int[] slice_axes, float[] momentum_decays, float[] second_decays, " \
+    "float[] factored_decays, float clip, float second_eps, float diagonal_eps"
+
+STABLE_TORCH_LIBRARY(hf_lopt, m) {
+    m.def(
+        "sums(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] second_moments, int[] row_axes, "
+        "int[] col_axes, float clip, bool moments) -> (Tensor[], Tensor[], Tensor)");
+    m.def("feature_sums(" HF_LOPT_COMMON("", "", "", "") ") -> Tensor");
+    m.def("apply_network(" HF_LOPT_COMMON("(a!)", "(b!)", "(c!)", "(d!)")
+          ", Tensor[] weights, Tensor[] biases, Tensor scale, Tensor decay, float exp_mult, Tensor skip, "
+          "Tensor(e!)[] out) -> (Tensor, Tensor)");
+    m.def(
+        "adam_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] second_moments, "
+        "float momentum_decay, float second_decay, float clip, Tensor scale, Tensor decay, Tensor "
+        "momentum_correction, "
+        "Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) -> Tensor");
+    // Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
+    m.def("cpu_kernels(str name) -> str");
+}
+
+// The names of features are short-lived and many: read from the list in place, one deletion each.
+namespace torch::stable::detail {
+template <>
+struct __attribute__((visibility("hidden"))) ToImpl<hf_lopt::Names> {
+    static hf_lopt::Names call(StableIValue value, uint64_t, bool) {
+        StableListHandle list = to<StableListHandle>(value);
+        size_t size = 0;
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+        hf_lopt::Names names;
+        for (size_t i = 0; i < size; i++) {
+            StableIValue item;
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+            StringHandle string = to<StringHandle>(item);
+            size_t length = 0;
+            const char* data = nullptr;
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
+            names.emplace_back(data, length);
+            STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(string));
+        }
+        STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+        return names;
+    }
+};
+}  // namespace torch::stable::detail
+
+namespace hf_lopt {
+namespace {
+
+using Ints = std::vector<int64_t>;
+using Floats = std::vector<double>;
+
+#define HF_LOPT_COMMON_PARAMETERS                                                                              \
+    Names features, Tensors params, Tensors grads, Tensors momenta, Tensors second_moments, Tensors diagonals, \
+        Tensors rows, Tensors cols, Tensors row_factors, Tensors col_factors, Ints row_axes, Ints col_axes,    \
+        Ints slice_axes, Floats momentum_decays, Floats second_decays, Floats factored_decays, double clip,    \
+        double second_eps, double diagonal_eps
+#define HF_LOPT_COMMON_ARGUMENTS                                                                           \
+    {features,      params,          grads,       momenta,    second_moments, diagonals,  rows,            \
+     cols,          row_factors,     col_factors, row_axes,   col_axes,       slice_axes, momentum_decays, \
+     second_decays, factored_decays, clip,        second_eps, diagonal_eps}
+
+Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sums(HF_LOPT_COMMON_ARGUMENTS); }
+
+std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
+                                               Tensor scale, Tensor decay, double exp_mult, Tensor skip, Tensors out) {
+    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out});
+}
+
+Tensor boxed_adam_step(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments, double momentum_decay,
+                       double second_decay, double clip, Tensor scale, Tensor decay, Tensor momentum_correction,
+                       Tensor second_correction, double inner_eps, double outer_eps, Tensor skip) {
+    return adam_step(params, grads, momenta, second_moments,
+                     {momentum_decay, second_decay, clip, scale, decay, momentum_correction, second_correction,
+                      inner_eps, outer_eps, skip});
+}
+
+std::string cpu_kernels(std::string name) {
+    STD_TORCH_CHECK(name.empty() || use_kernels(name), "this processor or this build has no kernels '", name,
+                    "'; choose avx512, avx2 or portable");
+    return kernels().name;
+}
+
+}  // namespace
+}  // namespace hf_lopt
+
+STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
+    m.impl("sums", TORCH_BOX(&hf_lopt::sums));
+    m.impl("feature_sums", TORCH_BOX(&hf_lopt::boxed_feature_sums));
+    m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
+    m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CompositeExplicitAutograd, m) {
+    m.impl("cpu_kernels", TORCH_BOX(&hf_lopt::cpu_kernels));
+}
+
+// An empty module, so that importing hf_lopt._C loads the library.
+PyMODINIT_FUNC PyInit__C(void) {
+    static PyModuleDef module = {
+        PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    return PyModule_Create(&module);
+}
