@@ -7,7 +7,6 @@ import contextlib
 import copy
 import types
 
-import hf_cases as cases
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,6 +14,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.utils.data import DataLoader
 
+import hf_cases as cases
 import hf_lopt
 from hf_lopt.hf import loss_feed
 
@@ -257,7 +257,6 @@ def test_the_wrappers_keep_names_and_signatures():
         ({"distributed_type": "DEEPSPEED"}, "DeepSpeed"),
         ({"distributed_type": "MEGATRON_LM"}, "Megatron"),
         ({"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=1)}, "FSDP1.*flattened"),
-        ({"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=2)}, "FSDP2.*DTensor"),
     ],
 )
 def test_sharding_accelerators_are_refused(state, match, monkeypatch):

@@ -13,13 +13,13 @@ import types
 import warnings
 from pathlib import Path
 
-import hf_cases as cases
 import pytest
 import torch
 import transformers
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+import hf_cases as cases
 import hf_lopt
 from hf_lopt import __main__ as report
 from hf_lopt import rules, weights
@@ -156,7 +156,8 @@ def test_older_transformers_get_a_wrapped_method():
 
 @pytest.mark.parametrize(("version", "warns"), [("5.1.0", False), ("5.2.0", True), ("5.5.4", True), ("5.6.0", False)])
 def test_versions_that_divide_twice_are_named(version, warns, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    # By name: importing a submodule replaces the module that an earlier `import transformers` gave.
+    monkeypatch.setattr("transformers.__version__", version)
     _, _, said = chosen(cases.arguments("unused", gradient_accumulation_steps=2))
     assert any("twice" in text for text in said) == warns
     _, _, said = chosen(cases.arguments("unused", gradient_accumulation_steps=1))
@@ -423,11 +424,14 @@ def test_other_processes_are_silent(monkeypatch):
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("version", "match"), [(1, "FSDP1 .*flattened"), (2, "FSDP2 .*not supported yet")])
-def test_fsdp_arguments_are_refused(version, match):
+@pytest.mark.parametrize("version", [1, 2])
+def test_fsdp1_is_refused_and_fsdp2_is_not(version):
     wrap = {"version": version, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
     args = cases.arguments("unused", fsdp=True, fsdp_config=wrap)
-    with pytest.raises(ValueError, match=match + ".*DistributedDataParallel"):
+    if version == 2:
+        assert Trainer.get_optimizer_cls_and_kwargs(args, cases.tiny_llama())[0] is hf_lopt.VeLO
+        return
+    with pytest.raises(ValueError, match="FSDP1 .*flattened.*DistributedDataParallel"):
         Trainer.get_optimizer_cls_and_kwargs(args, cases.tiny_llama())
 
 
@@ -436,7 +440,7 @@ def test_fsdp_arguments_are_refused(version, match):
     [
         ({"deepspeed": "zero3.json"}, r"DeepSpeed \(TrainingArguments\(deepspeed"),
         ({"fsdp": ["full_shard"], "fsdp_config": {}}, "FSDP1"),
-        ({"fsdp": ["full_shard"], "fsdp_config": {"fsdp_version": 2}}, "FSDP2"),
+        ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "FSDP1"),
     ],
 )
 def test_sharding_arguments_are_refused(args, match):

@@ -8,12 +8,12 @@ import copy
 import warnings
 from pathlib import Path
 
-import hf_cases as cases
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 
+import hf_cases as cases
 import hf_lopt
 from hf_lopt.hf import loss_feed
 from hf_lopt.hf.callback import LearnedOptimizerCallback

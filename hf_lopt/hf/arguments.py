@@ -201,10 +201,15 @@ def optimizer_class_and_arguments(
     spec = given.pop("weights", rule.defaults["weights"])
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
 
-    lr, said_lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
+    own = own_multiplier(rule, weights, model)
+    lr, said = _choose_lr(args, rule, given.pop("lr", None), own)
+    finetune = {key: value for key, value in rule.finetune_settings.items() if own[1] and key not in given}
+    said += [
+        f"{key} is {value:g}, which suits embedded weights on a pretrained model" for key, value in finetune.items()
+    ]
     scheduler, said_scheduler = _choose_schedule(args, rule, schedule)
     weight_decay, said_decay = _choose_weight_decay(args, rule)
-    _tell(args, rule, said_lr + said_scheduler + said_decay)
+    _tell(args, rule, said + said_scheduler + said_decay)
     written = {"learning_rate": lr, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler)}
     written["weight_decay"] = weight_decay
     changed = {field: value for field, value in written.items() if getattr(args, field) != value}
@@ -212,8 +217,10 @@ def optimizer_class_and_arguments(
     setattr(args, _WRITTEN, getattr(args, _WRITTEN, {}) | changed)
     for field, value in changed.items():
         setattr(args, field, value)
-    keywords = {**given, "lr": lr, "weights": weights}
+    keywords = {**finetune, **given, "lr": lr, "weights": weights}
     if model is not None:
-        own = {key: given[key] for key in rule.per_group if key in given}
-        keywords["params"] = param_groups(model, rule.name, weight_decay=weight_decay, base_width=base_width, **own)
+        per_group = {key: given[key] for key in rule.per_group if key in given}
+        keywords["params"] = param_groups(
+            model, rule.name, weight_decay=weight_decay, base_width=base_width, **per_group
+        )
     return PUBLIC_CLASSES[rule.name], keywords

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 _FLAT = "the statistics of a learned optimizer belong to whole tensors, but {owner} hands it flattened pieces of them"
 _USE = (
-    "Train with DistributedDataParallel (torchrun or accelerate launch --multi_gpu, without --fsdp and --deepspeed) "
-    "or in one process."
+    "Train with FSDP2 (fsdp_config version 2), with DistributedDataParallel (torchrun or accelerate launch "
+    "--multi_gpu, without --fsdp and --deepspeed) or in one process."
 )
 
 
@@ -22,7 +22,6 @@ def _refuse(name: str, setting: str, reason: str) -> None:
 def _refuse_fsdp(name: str, setting: str, version: int) -> None:
     if version == 1:
         _refuse(name, f"FSDP1 ({setting})", _FLAT.format(owner="FSDP1"))
-    _refuse(name, f"FSDP2 ({setting})", "sharded parameters (DTensor) are not supported yet")
 
 
 def check_arguments(name: str, args: TrainingArguments) -> None:
@@ -31,7 +30,7 @@ def check_arguments(name: str, args: TrainingArguments) -> None:
     Accelerate drops FSDP on CPU without a word, so the arguments are read as well as its state.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, FSDP2 and Megatron-LM.
+        ValueError: for DeepSpeed, FSDP1 and Megatron-LM.
     """
     if getattr(args, "deepspeed", None):
         _refuse(name, "DeepSpeed (TrainingArguments(deepspeed=...))", _FLAT.format(owner="ZeRO"))
@@ -50,7 +49,7 @@ def check_accelerator_state(name: str, state: Any) -> None:
     """Refuse what an ``AcceleratorState`` was set up for, by arguments, plugins or ``accelerate launch``.
 
     Raises:
-        ValueError: for DeepSpeed, FSDP1, FSDP2 and Megatron-LM.
+        ValueError: for DeepSpeed, FSDP1 and Megatron-LM.
     """
     kind = str(getattr(state.distributed_type, "value", state.distributed_type))
     if kind == "DEEPSPEED":

@@ -111,7 +111,7 @@ ELO_RULE = replace(
     summary="ELO: the small_fc network without decay offsets, under an ordinary learning-rate schedule.",
     defaults=dict(SMALL_FC_RULE.defaults) | {"lr": 1e-3, "step_mult": 1.0},
     own_schedule=False,
-    finetune_lr=None,
+    finetune_lr=5e-5,
     nan_to_zero=True,
 )
 

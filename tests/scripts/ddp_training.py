@@ -14,12 +14,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import hf_cases as cases  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
+import hf_cases as cases  # noqa: E402
 from hf_lopt.hf import loss_feed  # noqa: E402
 
 
@@ -127,45 +127,17 @@ def resuming(folder):
     }
 
 
-def trainer_refusals(folder):
-    """FSDP through Trainer's arguments, where Accelerate on CPU would fall back to plain DDP without a word."""
-    found = []
-    for version in (1, 2):
-        config = {
-            "version": version,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "cpu_ram_efficient_loading": False,
-            "sync_module_states": False,
-        }
-        args = cases.arguments(folder, **GLOO, fsdp=True, fsdp_config=config)
-        try:
-            Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).train()
-        except ValueError as error:
-            found.append(str(error))
-    return found
-
-
-def accelerate_refusal():
-    """FSDP2 by an Accelerate plugin: the model really is sharded, and the first backward refuses."""
-    from accelerate.state import DistributedType, PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from torch.distributed.tensor import DTensor
-
-    PartialState(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # Accelerate ignores FSDP on CPU
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-        cpu_ram_efficient_loading=False,
-    )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model = cases.tiny_llama()
-    model, _ = accelerator.prepare(model, cases.velo(model.parameters()))
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    batch = {key: value.unsqueeze(0) for key, value in cases.byte_rows(1)[0].items()}
+def trainer_refusal(folder):
+    """FSDP1 through Trainer's arguments, where Accelerate on CPU would fall back to plain DDP without a word."""
+    config = {
+        "version": 1,
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+        "cpu_ram_efficient_loading": False,
+        "sync_module_states": False,
+    }
+    args = cases.arguments(folder, **GLOO, fsdp=True, fsdp_config=config)
     try:
-        accelerator.backward(model(**batch).loss)
+        Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).train()
     except ValueError as error:
         return str(error)
 
@@ -192,10 +164,7 @@ def main(folder):
     results["raw_loop"] = raw_loop()
     AcceleratorState._reset_state()
     GradientState._reset_state()
-    results["refusals"] = trainer_refusals(folder)
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
-    results["refusals"].append(accelerate_refusal())
+    results["refusal"] = trainer_refusal(folder)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
