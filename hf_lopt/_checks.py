@@ -69,8 +69,8 @@ def check_ranks(
     paths = ("weights_source", "weights_origin")  # may differ from machine to machine; the content may not
     own = {k: str(v) for k, v in run.items() if k not in paths and isinstance(v, (str, int, float))}
     for i, (p, group) in enumerate(parameters):
-        words = [distributed.describe(p), "with a gradient" if id(p) in active else "without a gradient"]
-        own[f"parameter {i}"] = ", ".join([*words, *(f"{name}={group[name]}" for name in names)])
+        own[f"parameter {i}"] = f"{distributed.describe(p)} {'with' if id(p) in active else 'without'} a gradient"
+        own |= {f"{name} of parameter {i}": str(group[name]) for name in names}
     distributed.check_agreement(own, parameters[0][0].device)
 
 

@@ -39,7 +39,7 @@ class Sharding:
         """Process groups over which a sum along the tensor's ``axes`` (None: all of them) is spread."""
         wanted = None if axes is None else set(axes)
         dims = [d for d, axis in enumerate(self.axes) if axis >= 0 and (wanted is None or axis in wanted)]
-        return tuple(self.mesh.get_group(d) for d in dims)
+        return tuple(self.mesh.get_group(d) for d in dims if self.mesh.size(d) > 1)
 
     def piece(self, shape: Sequence[int], coordinate: Sequence[int]) -> tuple[slice, ...]:
         """What the rank at ``coordinate`` of the mesh holds of a tensor of ``shape``."""

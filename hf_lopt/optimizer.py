@@ -128,7 +128,8 @@ class LearnedOptimizer(Optimizer):
 
     def _run_keys(self) -> tuple[str, ...]:
         """Keys that have one value for the whole run, kept the same in all groups."""
-        per_group = {"lr", "weight_decay", *self._rule.per_group}
+        # torch adds "differentiable" to the defaults, not to the groups, when a state is loaded.
+        per_group = {"lr", "weight_decay", "differentiable", *self._rule.per_group}
         return tuple(key for key in self.defaults if key not in per_group)
 
     def _run_start(self) -> dict[str, Tensor]:
@@ -276,9 +277,9 @@ class LearnedOptimizer(Optimizer):
         for p, group in self._trainable():
             if p.numel() and not self.state[p]:
                 self.state[p] = self._rule.init_state(p, group, self._weights.theta)
-                if group.get("max_training_steps", 0):
-                    # Also where the run is short: the horizon may come later, and a checkpoint fills what it finds.
-                    self.state[p]["gradient_sum"] = distributed.zeros(p, None)
+            if p.numel() and group.get("max_training_steps", 0) and "gradient_sum" not in self.state[p]:
+                # Also where the run is short: the horizon may come later, and a checkpoint fills what it finds.
+                self.state[p] |= {"gradient_sum": distributed.zeros(p, None), "gradients_summed": 0}
         return fresh
 
     def _check_ranks(self, active: list[Tensor]) -> None:
@@ -315,9 +316,8 @@ class LearnedOptimizer(Optimizer):
         """Sum gradients and losses over calls. After ``_interval()`` of them the means become the gradients, in place,
         and the mean loss is returned; until then None."""
         for p in params:
-            if "gradient_sum" not in self.state[p]:  # a checkpoint without
-                self.state[p]["gradient_sum"] = distributed.zeros(p, None)
             distributed.local(self.state[p]["gradient_sum"]).add_(self._gradient(p))
+            self.state[p]["gradients_summed"] += 1
         interval, first = self._interval(), self.param_groups[0]
         count = first["accumulated"] + 1
         total = first["accumulated_loss"].to(params[0].device if params else "cpu") + loss
@@ -326,8 +326,8 @@ class LearnedOptimizer(Optimizer):
             return None
         self._set_run({"accumulated": 0, "accumulated_loss": torch.zeros_like(total)})
         for p, _ in self._trainable():
-            if "gradient_sum" in self.state[p]:
-                gradient_sum = self.state[p]["gradient_sum"]
+            if self.state[p].get("gradients_summed"):
+                gradient_sum, self.state[p]["gradients_summed"] = self.state[p]["gradient_sum"], 0
                 p.grad = (gradient_sum / interval).to(p.dtype)
                 distributed.local(gradient_sum).zero_()
         return total / interval

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import FAMILIES, case, strided
 
 from hf_lopt import _load, _ops
+from kernel_cases import FAMILIES, case, strided
 
 
 pytestmark = pytest.mark.skipif(not _load.loaded(), reason="the kernels are not compiled here")

@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import DECAYS, FAMILIES, SHAPES, Case, case, instruction_set, instruction_sets, threads
 from torch import Tensor
 
 from hf_lopt import _load, _ops
+from kernel_cases import DECAYS, FAMILIES, SHAPES, Case, case, instruction_set, instruction_sets, threads
 
 
 pytestmark = pytest.mark.skipif(not _load.loaded(), reason="the kernels are not compiled here")

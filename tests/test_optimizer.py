@@ -337,3 +337,15 @@ def test_past_the_horizon_it_goes_on_with_one_warning():
     want = torch.tanh(10 * (torch.tensor(i / 5) - torch.tensor([0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1])))
     torch.testing.assert_close(optimizer.report["scheduler_inputs"][0, :9], want)
     assert all(torch.isfinite(p).all() for p in params)
+
+
+def test_a_group_can_be_added_after_loading():
+    """Loading makes torch add a key of its own to the defaults, which no group has."""
+    params = make_params()
+    optimizer = make(params)
+    train(optimizer, params, range(1))
+    fresh = make(params)
+    fresh.load_state_dict(optimizer.state_dict())
+    late = torch.nn.Parameter(torch.ones(2, 3))
+    fresh.add_param_group({"params": [late]})
+    assert fresh.param_groups[1]["step"] is fresh.param_groups[0]["step"]

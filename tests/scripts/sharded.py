@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import test_rules as single  # noqa: E402
+from ranks import leave  # noqa: E402
 
 
 # Uneven and empty shards, parameters smaller than the world, ties, more than two axes. The last two have no gradient.
@@ -145,8 +146,7 @@ def main(expected: Path, result: Path) -> None:
             for layout in found
         }
         result.write_text(json.dumps(worst))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""A tiny Llama under FSDP2, through Trainer, Accelerate and by hand, ends where one process ends.
+
+The ranks run scripts/sharded_training.py; it asserts that parameters and accumulators are DTensors, because Accelerate
+drops FSDP on CPU without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+import hf_lopt
+from ranks import SCRIPTS, torchrun
+
+
+sys.path.append(str(SCRIPTS))
+
+import sharded_training as script  # noqa: E402
+
+
+pytestmark = pytest.mark.slow
+RULES = hf_lopt.available()
+# torchrun on so many ranks -> what they do, in this order; the second reads the checkpoints of the first.
+RUNS = {
+    2: ["short", "tensor_parallel", "by_accelerate", *(f"by_trainer:{name}" for name in RULES)]
+    + ["by_trainer:velo:FULL_STATE_DICT"],
+    3: [f"by_trainer_again:2:{name}" for name in RULES]
+    + ["by_trainer_again:2:velo:FULL_STATE_DICT", "by_trainer", "after_killed"],
+    4: ["tensor_parallel", "by_trainer:celo2", "by_trainer_again:3"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    script.alone(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def errors(folder):
+    """What every case found, by (ranks, case)."""
+    assert torchrun(2, "sharded_training.py", folder, "killed", check=False).returncode != 0
+    for world, names in RUNS.items():
+        torchrun(world, "sharded_training.py", folder, *names)
+    return {
+        (world, name): json.loads((folder / f"{world}_{name.replace(':', '_')}.json").read_text())
+        for world, names in RUNS.items()
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_fifty_steps_through_trainer(errors, name):
+    assert errors[2, f"by_trainer:{name}"]["end"] <= 2e-6
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_resumed_at_step_20_on_another_number_of_ranks(errors, name):
+    assert errors[3, f"by_trainer_again:2:{name}"]["end"] <= 2e-6
+
+
+def test_more_ranks(errors):
+    assert errors[3, "by_trainer"]["end"] <= 2e-6
+    assert errors[4, "by_trainer:celo2"]["end"] <= 2e-6
+    assert errors[4, "by_trainer_again:3"]["end"] <= 2e-6
+
+
+def test_full_state_dict(errors):
+    assert errors[2, "by_trainer:velo:FULL_STATE_DICT"]["end"] <= 2e-6
+    assert errors[3, "by_trainer_again:2:velo:FULL_STATE_DICT"]["end"] <= 2e-6
+
+
+def test_killed_while_saving(errors, folder):
+    """Killed while step 40 was being saved; step 20 loads, on another number of ranks too."""
+    assert (folder / "killed" / "checkpoint-40").is_dir()
+    assert not list((folder / "killed" / "checkpoint-40").glob("optimizer*/.metadata"))
+    assert errors[3, "after_killed"]["end"] <= 2e-6
+
+
+def test_accelerate(errors):
+    """prepare, backward, save_state and load_state."""
+    assert max(errors[2, "by_accelerate"].values()) <= 2e-6
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["fully_shard", "celo2", "clipped", "halves", "activation checkpoints", "compiled eager", "compiled aot_eager"]
+    + ["offloaded"],
+)
+def test_by_hand(errors, case):
+    assert errors[2, "short"][case] <= 2e-6
+
+
+def test_mixed_precision(errors):
+    """Computing in bfloat16 changes the gradients, so the parameters are near, not the same."""
+    assert 1e-5 < errors[2, "short"]["bfloat16 compute"] < 5e-2
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_tensor_parallel(errors, world):
+    """Alone on two ranks; on four with FSDP2 over it."""
+    assert errors[world, "tensor_parallel"]["tensor parallel"] <= 2e-6
