@@ -171,6 +171,7 @@ class Task:
         compute_metrics: see `transformers.Trainer`; needed for metrics other than the loss.
         preprocess_logits: see `Trainer`'s preprocess_logits_for_metrics.
         derive: further metrics computed from those of one evaluation.
+        by_length: whether batches are made of examples of like length, in random order, so that little is padded.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Task:
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
     preprocess_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     derive: Callable[[Mapping[str, float]], dict[str, float]] | None = None
+    by_length: bool = False
 
 
 class _NothingLeftToTrain(Exception):
@@ -251,7 +253,9 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
         if not any(checkpoints.values()):
             raise InputError(f"--resume: no checkpoint of {', '.join(checkpoints)} in {folder}; run without --resume")
     # All of them before the first run, because they find out early what is wrong with the arguments.
-    settings = [_training_arguments(args, contender, checkpoints.get(contender.label)) for contender in chosen]
+    settings = [
+        _training_arguments(args, contender, checkpoints.get(contender.label), task.by_length) for contender in chosen
+    ]
     is_main = settings[0].process_index == 0
     results = {
         "recipe": task.name,
@@ -288,8 +292,14 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
     return results
 
 
-def _training_arguments(args: RecipeArguments, contender: Contender, checkpoint: str | None) -> TrainingArguments:
+def _training_arguments(
+    args: RecipeArguments, contender: Contender, checkpoint: str | None, by_length: bool
+) -> TrainingArguments:
     options: dict[str, Any] = {}
+    if by_length and "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
+        options["train_sampling_strategy"] = "group_by_length"
+    elif by_length:
+        options["group_by_length"] = True  # transformers 4
     if contender.learning_rate is not None:
         options["learning_rate"] = contender.learning_rate
     if args.eval_steps is not None:

@@ -230,6 +230,7 @@ def make_task(args: Arguments) -> Task:
         eval_data=encode(evaluation),
         collator=DataCollatorWithPadding(tokenizer),
         tokenizer=tokenizer,
+        by_length=True,
         metric="eval_accuracy",
         metric_name="accuracy",
         compute_metrics=lambda prediction: {
