@@ -83,6 +83,27 @@ def rows(metrics: dict, metric: str) -> list[str]:
     return out
 
 
+def render(found: dict) -> str:
+    """The page of all tables."""
+    text = ["# All optimizers on two recipes", ""]
+    for recipe, metrics in found.items():
+        versions = ", ".join(f"{key} {value}" for key, value in metrics["versions"].items())
+        text += [
+            f"## {recipe}",
+            "",
+            f"{metrics['arguments']['max_steps']} steps, seed {metrics['arguments']['seed']}, one run each, embedded "
+            f"weights, {' '.join(EXTRA[recipe]) or 'no other arguments'}, the rest at its defaults; "
+            f"{ENCODER + '; ' if recipe == 'text_classification' else ''}CPU, "
+            f"{metrics['machine']['threads']} threads, {versions}, {metrics['date']}. Seconds include evaluation.",
+            "",
+            f"| optimizer | lr, schedule | training loss, first → last | held-out loss | {METRIC[recipe]} | s |",
+            "| --- | --- | --- | --- | ---: | ---: |",
+            *rows(metrics, METRIC[recipe]),
+            "",
+        ]
+    return "\n".join(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
@@ -102,23 +123,7 @@ def main() -> None:
             metrics["machine"]["processor"] = platform.machine()
             found[recipe] = metrics
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = ["# All optimizers on two recipes", ""]
-    for recipe, metrics in found.items():
-        versions = ", ".join(f"{key} {value}" for key, value in metrics["versions"].items())
-        text += [
-            f"## {recipe}",
-            "",
-            f"{metrics['arguments']['max_steps']} steps, seed {metrics['arguments']['seed']}, one run each, embedded "
-            f"weights, {' '.join(EXTRA[recipe]) or 'no other arguments'}, the rest at its defaults; "
-            f"{ENCODER + '; ' if recipe == 'text_classification' else ''}CPU, "
-            f"{metrics['machine']['threads']} threads, {versions}, {metrics['date']}. Seconds include evaluation.",
-            "",
-            f"| optimizer | lr, schedule | training loss, first → last | held-out loss | {METRIC[recipe]} | s |",
-            "| --- | --- | --- | --- | ---: | ---: |",
-            *rows(metrics, METRIC[recipe]),
-            "",
-        ]
-    (RESULTS / "recipes.md").write_text("\n".join(text), encoding="utf-8")
+    (RESULTS / "recipes.md").write_text(render(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
