@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
     m.def(
         "sums(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] second_moments, int[] row_axes, "
         "int[] col_axes, float clip, bool moments) -> (Tensor[], Tensor[], Tensor)");
+    m.def(
+        "update_factored(Tensor[] rows, Tensor[] cols, Tensor[] row_sums, Tensor[] col_sums, Tensor[] row_means, "
+        "int[] row_sizes, int[] col_sizes, int[] row_axes, int[] col_axes, float[] decays) "
+        "-> (Tensor[], Tensor[], Tensor[], Tensor[])");
     m.def("feature_sums(" HF_LOPT_COMMON("", "", "", "") ") -> Tensor");
     m.def("apply_network(" HF_LOPT_COMMON("(a!)", "(b!)", "(c!)", "(d!)")
           ", Tensor[] weights, Tensor[] biases, Tensor scale, Tensor decay, float exp_mult, Tensor skip, "
@@ -28,6 +32,7 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
         "float momentum_decay, float second_decay, float clip, Tensor scale, Tensor decay, Tensor "
         "momentum_correction, "
         "Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) -> Tensor");
+    m.def("descend(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()");
     // Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
     m.def("cpu_kernels(str name) -> str");
 }
@@ -100,9 +105,11 @@ std::string cpu_kernels(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
     m.impl("sums", TORCH_BOX(&hf_lopt::sums));
+    m.impl("update_factored", TORCH_BOX(&hf_lopt::update_factored));
     m.impl("feature_sums", TORCH_BOX(&hf_lopt::boxed_feature_sums));
     m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
     m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
+    m.impl("descend", TORCH_BOX(&hf_lopt::descend));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CompositeExplicitAutograd, m) {

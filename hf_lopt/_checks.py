@@ -18,6 +18,8 @@ _NON_NEGATIVE = (
     *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
     *("adam_lr_mult", "max_grad_norm"),
 )
+# What the Newton-Schulz iteration may run in.
+NS_DTYPES = ("float32", "bfloat16")
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -45,6 +47,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     if settings.get("axis_order", "torch") not in AXIS_ORDERS:
         raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {settings['axis_order']!r}")
+    if settings.get("ns_dtype", "float32") not in NS_DTYPES:
+        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {settings['ns_dtype']!r}")
     longest = settings.get("max_training_steps", 0)
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
         raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")

@@ -96,6 +96,10 @@ def _covers_sums(params: Sequence[Tensor], grads: Sequence[Tensor], *_: Any) -> 
     return _DTYPES.issuperset([x.dtype for x in (*params, *grads)])
 
 
+def _covers_factored(rows: Sequence[Tensor], *args: Any) -> bool:
+    return bool(rows) and all(x.dtype == torch.float32 for xs in (rows, *args[:4]) for x in xs)
+
+
 def _covers_features(features: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> bool:
     slice_axes, decays = args[9], args[10:13]
     return (
@@ -124,7 +128,9 @@ def _covers_network(features: Sequence[str], *args: Any) -> bool:
 # Operator -> position of the parameters among its arguments, what its compiled kernel covers, which lists it changes.
 _CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "sums": (0, _covers_sums, ()),
+    "update_factored": (2, _covers_factored, ()),
     "feature_sums": (1, _covers_features, ()),
     "apply_network": (1, _covers_network, (1, 3, 4, 5, 25)),
     "adam_step": (0, _covers_sums, (0, 2, 3)),
+    "descend": (0, _covers_sums, (0,)),
 }

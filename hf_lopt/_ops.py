@@ -1,44 +1,29 @@
-"""The operators of the library: their schemas, shape checks and plain-PyTorch kernels.
+"""The operators of the library: their schemas, shape checks and registration.
 
 A step is three passes over the parameters, each one operator that takes lists of *local* tensors (never DTensors) and
 returns small per-tensor arrays. What lies between two passes is per-tensor arithmetic, and the place where the sums of
 a sharded tensor are reduced:
 
-* :func:`sums`           reads the gradient: row and column sums of g², and the scalar statistics of each tensor;
-* :func:`feature_sums`   reads everything: the sum of squares of every feature column;
-* :func:`apply_network`  evaluates the network on the scaled features, stores the accumulators and the parameter.
+* :func:`sums`             reads the gradient: row and column sums of g², and the scalar statistics of each tensor;
+* :func:`update_factored`  forms the new row and column accumulators and their factors, small vectors;
+* :func:`feature_sums`     reads everything: the sum of squares of every feature column;
+* :func:`apply_network`    evaluates the network on the scaled features, stores the accumulators and the parameter.
 
-The kernels in this file are the specification: fused kernels are tested against them. They are written block by block,
-so that their temporaries stay in cache and never grow to the size of a tensor.
+Two more stand beside them: :func:`adam_step`, a whole step of Adam, and :func:`descend`, the end of a step whose
+network output is worked on before it is applied.
 
-Axes: T tensors, F feature columns, H hidden units, O network outputs, D decays, n elements of a block.
-Shapes of a tensor's state, for a parameter of shape ``s``: momentum and second moment ``(D, *s)``; factored row
-accumulator ``(D, *s without axis A)`` and column accumulator ``(D, *s without axis B)``, where A and B are the largest
-and second largest axis; for rank < 2 a diagonal accumulator ``(D, *s)`` instead.
+:mod:`hf_lopt._plain` specifies them in plain PyTorch, and describes the tensors.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
-from hf_lopt import _load
+from hf_lopt import _load, _plain
+from hf_lopt._plain import STAT_NONFINITE, STAT_P2, STAT_PAIRS, Tensors, feature_width, stat_width
 
 
-# Columns of the statistics that ``sums`` returns, before the pairs (Σ, Σ²) of each second moment and each momentum.
-STAT_NONFINITE, STAT_G2, STAT_P2, STAT_PAIRS = 0, 1, 2, 3
-
-# Added to g² before it enters a factored accumulator, so that a row of zeros has a finite inverse root.
-FACTORED_EPS = 1e-30
-
-# Elements of a block: small enough for the feature matrix to stay in cache, large enough to hide the cost of a call.
-_BLOCK_CPU, _BLOCK_OTHER = 1 << 15, 1 << 22
+__all__ = ["STAT_NONFINITE", "STAT_P2", "STAT_PAIRS", "feature_width", "stat_width"]
 
 # Arguments that all passes after the first share: the tensors, their accumulators and how to form features from them.
 _COMMON = (
@@ -53,6 +38,11 @@ SCHEMAS = {
         "(Tensor[] params, Tensor[] grads, Tensor[] momenta, Tensor[] second_moments, "
         "int[] row_axes, int[] col_axes, float clip, bool moments) -> (Tensor[], Tensor[], Tensor)"
     ),
+    "update_factored": (
+        "(Tensor[] rows, Tensor[] cols, Tensor[] row_sums, Tensor[] col_sums, Tensor[] row_means, "
+        "int[] row_sizes, int[] col_sizes, int[] row_axes, int[] col_axes, float[] decays) "
+        "-> (Tensor[], Tensor[], Tensor[], Tensor[])"
+    ),
     "feature_sums": "(" + _COMMON.format(p="", m="", v="", d="") + ") -> Tensor",
     "apply_network": (
         "("
@@ -66,403 +56,15 @@ SCHEMAS = {
         "Tensor momentum_correction, Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) "
         "-> Tensor"
     ),
+    "descend": "(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()",
 }
-
-
-@functools.cache
-def complement(decay: float) -> float:
-    """``1 - decay`` as float32 arithmetic gives it; the references round the decay first, which shows at 0.999."""
-    decay32 = torch.tensor(decay, dtype=torch.float32)
-    return (1.0 - decay32).item()
-
-
-def _blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut a tensor into blocks of about ``limit`` elements along its leading axes."""
-    numel = math.prod(shape)
-    if numel == 0:
-        return
-    if numel <= limit or not shape:
-        yield ()
-        return
-    inner = numel // shape[0]
-    if inner > limit:
-        for i in range(shape[0]):
-            for rest in _blocks(shape[1:], limit):
-                yield (slice(i, i + 1), *rest)
-        return
-    length = max(1, limit // inner)
-    for i in range(0, shape[0], length):
-        yield (slice(i, i + length),)
-
-
-def _cut(x: Tensor, index: tuple[slice, ...]) -> Tensor:
-    """Block ``index`` of ``x`` (D, *shape), where an axis of size 1 broadcasts and is kept whole."""
-    return x[(slice(None), *(slice(None) if x.shape[i + 1] == 1 else s for i, s in enumerate(index)))]
-
-
-def _limit(x: Tensor) -> int:
-    return _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_OTHER
-
-
-def _ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:
-    """``decay * old + (1 - decay) * new`` for ``old`` (D, *block) and ``new`` (*block)."""
-    out = torch.empty_like(old)
-    for i, decay in enumerate(decays):
-        torch.mul(old[i], decay, out=out[i]).add_(new, alpha=complement(decay))
-    return out
-
-
-class _Block:
-    """One block of one tensor with its updated accumulators, everything in float32; features are formed from it."""
-
-    def __init__(self, tensors: _Tensors, t: int, index: tuple[slice, ...]):
-        g = tensors.grads[t][index].float()
-        self.g = g.clamp(-tensors.clip, tensors.clip) if tensors.clip < math.inf else g
-        self.p = tensors.params[t][index].float()
-        g2 = self.g * self.g
-        self.m = _ema(_cut(tensors.momenta[t], index), self.g, tensors.momentum_decays)
-        self.v = _ema(_cut(tensors.second_moments[t], index), g2, tensors.second_decays)
-        self.rsqrt_v = (self.v + tensors.second_eps).rsqrt_()
-        self.factored = tensors.row_axes[t] >= 0
-        if self.factored:
-            self.row, self.col, self.row_factor, self.col_factor = (
-                _cut(x, index)
-                for x in (tensors.rows[t], tensors.cols[t], tensors.row_factors[t], tensors.col_factors[t])
-            )
-        self.diagonal = None
-        if not self.factored and tensors.diagonals[t].numel():
-            self.diagonal = _ema(_cut(tensors.diagonals[t], index), g2 + FACTORED_EPS, tensors.factored_decays)
-            self.diagonal_eps = tensors.diagonal_eps
-
-    def _over_rows_and_cols(self, x: Tensor) -> Tensor:
-        return x * self.row_factor * self.col_factor
-
-    def column(self, name: str) -> Tensor:
-        """The feature ``name``, shape (k, *block) with k = 1 or one column per decay."""
-        return getattr(self, "_" + name)()
-
-    # One method per feature; the name is the one used in hf_lopt.features.
-    def _g(self):
-        return self.g.unsqueeze(0)
-
-    def _clip_g(self):
-        return self.g.clamp(-0.1, 0.1).unsqueeze(0)
-
-    def _p(self):
-        return self.p.unsqueeze(0)
-
-    def _log_abs_p(self):
-        return torch.log(self.p.abs() + 1e-8).unsqueeze(0)
-
-    def _m(self):
-        return self.m
-
-    def _v(self):
-        return self.v
-
-    def _m_rsqrt_v(self):
-        return self.m * self.rsqrt_v
-
-    def _rsqrt_v(self):
-        return self.rsqrt_v
-
-    def _g_rsqrt_v(self):
-        return self.g * self.rsqrt_v
-
-    def _fac_g(self):
-        if self.factored:
-            return self._over_rows_and_cols(self.g.unsqueeze(0))
-        return self.g * (self.diagonal + 1e-9).clamp_min(1e-9).rsqrt_()
-
-    def _fac_m(self):
-        if self.factored:
-            return self._over_rows_and_cols(self.m)
-        return self.m * (self.diagonal + self.diagonal_eps).rsqrt_()
-
-    # Only met by tensors of rank < 2, whose row and column accumulators are both the diagonal one.
-    def _row(self):
-        return self.diagonal
-
-    def _rsqrt_row(self):
-        return (self.diagonal + 1e-8).rsqrt_()
-
-    _col, _rsqrt_col = _row, _rsqrt_row
-
-
-# Features that are constant along a row or a column of a factored tensor: formed from the accumulator alone.
-_VECTOR_FEATURES = {
-    "row": ("row", lambda x: x),
-    "rsqrt_row": ("row", lambda x: (x + 1e-8).rsqrt()),
-    "col": ("col", lambda x: x),
-    "rsqrt_col": ("col", lambda x: (x + 1e-8).rsqrt()),
-}
-_PER_FACTORED_DECAY = {"fac_g", "row", "col", "rsqrt_row", "rsqrt_col"}
-_PER_SECOND_DECAY = {"v", "rsqrt_v", "g_rsqrt_v"}
-_PER_MOMENTUM_DECAY = {"m", "m_rsqrt_v", "fac_m"}
-
-
-@dataclass
-class _Tensors:
-    """The common arguments by name, in the order of the schema, and the column range of each feature."""
-
-    features: Sequence[str]
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    momenta: Sequence[Tensor]
-    second_moments: Sequence[Tensor]
-    diagonals: Sequence[Tensor]
-    rows: Sequence[Tensor]
-    cols: Sequence[Tensor]
-    row_factors: Sequence[Tensor]
-    col_factors: Sequence[Tensor]
-    row_axes: Sequence[int]
-    col_axes: Sequence[int]
-    slice_axes: Sequence[int]
-    momentum_decays: Sequence[float]
-    second_decays: Sequence[float]
-    factored_decays: Sequence[float]
-    clip: float
-    second_eps: float
-    diagonal_eps: float
-
-    def __post_init__(self) -> None:
-        def broadcast(xs, axes):  # give a vector accumulator the axis that it was reduced over, with size 1
-            return [x.unsqueeze(axis + 1) if axis >= 0 else x for x, axis in zip(xs, axes, strict=True)]
-
-        self.rows, self.row_factors = broadcast(self.rows, self.row_axes), broadcast(self.row_factors, self.row_axes)
-        self.cols, self.col_factors = broadcast(self.cols, self.col_axes), broadcast(self.col_factors, self.col_axes)
-        if self.slice_axes:
-            self._cut_into_slices()
-        counts = (len(self.momentum_decays), len(self.second_decays), len(self.factored_decays))
-        self.columns, start = [], 0
-        for name in self.features:
-            width = feature_width(name, *counts)
-            self.columns.append((name, slice(start, start + width)))
-            start += width
-        self.width = start
-
-    def _cut_into_slices(self) -> None:
-        """Replace every tensor by the matrices over its two slice axes, as views: each is normalised on its own."""
-        indices = [slice_indices(p.shape, self.slice_axes[2 * t : 2 * t + 2]) for t, p in enumerate(self.params)]
-        self._indices = indices
-        self.params, self.grads = self.slices_of(self.params), self.slices_of(self.grads)
-        for name in ("momenta", "second_moments", "diagonals", "rows", "cols", "row_factors", "col_factors"):
-            xs = zip(getattr(self, name), indices, strict=True)
-            setattr(self, name, [_cut(x, i) if x.dim() > 1 else x for x, index in xs for i in index])
-        for name in ("row_axes", "col_axes"):
-            setattr(
-                self, name, [axis for axis, index in zip(getattr(self, name), indices, strict=True) for _ in index]
-            )
-
-    def slices_of(self, xs: Sequence[Tensor]) -> list[Tensor]:
-        """Views of parameter-shaped tensors, one per entry of the results."""
-        if not (xs and self.slice_axes):
-            return list(xs)
-        return [x[i] for x, index in zip(xs, self._indices, strict=True) for i in index]
-
-    def split(self, t: int) -> tuple[list[tuple[str, slice]], list[tuple[str, slice]]]:
-        """(element features, vector features) of tensor ``t`` with their columns."""
-        if self.row_axes[t] < 0:
-            return self.columns, []
-        element = [c for c in self.columns if c[0] not in _VECTOR_FEATURES]
-        return element, [c for c in self.columns if c[0] in _VECTOR_FEATURES]
-
-    def vector_feature(self, t: int, name: str) -> Tensor:
-        """A row or column feature of a factored tensor, (D, *shape with the reduced axis of size 1)."""
-        which, formula = _VECTOR_FEATURES[name]
-        return formula((self.rows if which == "row" else self.cols)[t])
-
-    def blocks(self, t: int) -> Iterator[tuple[tuple[slice, ...], _Block]]:
-        p = self.params[t]
-        for index in _blocks(p.shape, _limit(p)):
-            yield index, _Block(self, t, index)
-
-
-def slice_indices(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[slice, ...]]:
-    """Indices of the matrices over two ``axes`` of a tensor, in row-major order of the others; one for rank < 2."""
-    ranges = [
-        [slice(None)] if i in axes or len(shape) < 2 else [slice(k, k + 1) for k in range(n)]
-        for i, n in enumerate(shape)
-    ]
-    return list(itertools.product(*ranges))
-
-
-def feature_width(name: str, momentum: int = 3, second: int = 1, factored: int = 3) -> int:
-    """Number of columns of the feature ``name`` for these numbers of decays."""
-    if name in _PER_FACTORED_DECAY:
-        return factored
-    if name in _PER_MOMENTUM_DECAY:
-        return momentum
-    return second if name in _PER_SECOND_DECAY else 1
-
-
-def _stack(block: _Block, columns: list[tuple[str, slice]]) -> Tensor:
-    """Feature matrix (columns, n) of a block."""
-    return torch.cat([x.reshape(x.shape[0], -1) for x in (block.column(name) for name, _ in columns)])
-
-
-def stat_width(momenta: Sequence[Tensor], second_moments: Sequence[Tensor]) -> int:
-    """Number of statistics with the pairs (Σ, Σ²) of each second moment and each momentum."""
-    return STAT_PAIRS + 2 * (second_moments[0].shape[0] + momenta[0].shape[0])
-
-
-def _add_moments(stats: Tensor, p: Tensor, v: Tensor, m: Tensor) -> None:
-    """Add the statistics of a block of the parameter, its second moments and its momenta."""
-    stats[STAT_P2] += _sum_of_squares(p)
-    for i, part in enumerate((*v, *m)):
-        stats[STAT_PAIRS + 2 * i] += part.sum(dtype=torch.float64)
-        stats[STAT_PAIRS + 2 * i + 1] += _sum_of_squares(part)
-
-
-def _sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments):
-    """Pass 0. Returns row sums of g² (shape without axis A) and column sums (without axis B), float32, empty for
-    rank < 2, and statistics (T, S) in float64: the count of non-finite gradient entries and Σg²; with ``moments`` also
-    Σp², and (Σv, Σv²) for each second moment and (Σm, Σm²) for each momentum. All add up over the shards of a tensor.
-    """
-    stats = torch.zeros(len(params), stat_width(momenta, second_moments), dtype=torch.float64, device=params[0].device)
-    rows, cols = [], []
-    for t, (p, g) in enumerate(zip(params, grads, strict=True)):
-        a, b = row_axes[t], col_axes[t]
-        keep = [list(g.shape) for _ in range(2)] if a >= 0 else [[0], [0]]
-        if a >= 0:
-            keep[0][a] = keep[1][b] = 1
-        row, col = (torch.zeros(s, dtype=torch.float32, device=g.device) for s in keep)
-        for index in _blocks(g.shape, _limit(g)):
-            x = g[index].float()
-            stats[t, STAT_NONFINITE] += (~torch.isfinite(x)).sum()
-            stats[t, STAT_G2] += _sum_of_squares(x)
-            if moments:
-                _add_moments(stats[t], p[index], _cut(second_moments[t], index), _cut(momenta[t], index))
-            if a >= 0:
-                x = x.clamp(-clip, clip) if clip < math.inf else x
-                x = x * x
-                for out, axis in ((row, a), (col, b)):
-                    part = x.sum(axis, keepdim=True)
-                    out[tuple(slice(None) if out.shape[i] == 1 else s for i, s in enumerate(index))] += part
-        rows.append(row.squeeze(a) if a >= 0 else row)
-        cols.append(col.squeeze(b) if a >= 0 else col)
-    return rows, cols, stats
-
-
-def _sum_of_squares(x: Tensor) -> Tensor:
-    x = x.double().flatten()  # the squares too: variances are differences of these sums
-    return torch.dot(x, x)
-
-
-def _feature_sums(*args) -> Tensor:
-    """Pass 1. Sums of squares (T, F), float64, of every feature column, formed from the updated accumulators."""
-    x = _Tensors(*args)
-    out = torch.zeros(len(x.params), x.width, dtype=torch.float64, device=x.params[0].device)
-    for t, p in enumerate(x.params):
-        element, vector = x.split(t)
-        for name, columns in vector:
-            square = x.vector_feature(t, name).double().square_()
-            out[t, columns] = square.flatten(1).sum(1) * (p.numel() / max(square[0].numel(), 1))
-        ranges = torch.cat([torch.arange(c.start, c.stop) for _, c in element]).to(out.device)
-        for _, block in x.blocks(t):
-            features = _stack(block, element)
-            out[t, ranges] += torch.linalg.vecdot(features, features)
-    return out
-
-
-def _store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
-    """A function that stores a value where ``skip`` is false; None if it is known to be true."""
-    if skip.device.type == "cpu":
-        return None if bool(skip) else Tensor.copy_
-    # On an accelerator the decision stays data: asking for it would wait for the device.
-    return lambda target, value: target.copy_(torch.where(skip, target, value))
-
-
-def _apply_network(*args) -> tuple[Tensor, Tensor]:
-    """Pass 2. Evaluates the network and updates params, momenta, second moments and diagonals in place.
-
-    ``weights[0]`` (T or 1, F, U) has the feature scales folded in, further layers follow; ``biases`` likewise. With
-    outputs o: step = scale[t] * o0 * exp(exp_mult * o1), p <- p - decay[t] * p - step; if ``out`` is not empty, the
-    step is written there (float32) and p is left alone. ``skip`` (bool, 0-d): nothing is changed where it is true.
-
-    Returns (T, O - 1) float64: Σ step², then the sums of the outputs o2, o3, …; and the statistics that pass 0 would
-    find next with ``moments``, so that it need not read the parameters and accumulators (undefined after a skip)."""
-    *common, weights, biases, scale, decay, exp_mult, skip, out = args
-    x = _Tensors(*common)
-    outs = x.slices_of(out)
-    sums = torch.zeros(len(x.params), weights[-1].shape[-1] - 1, dtype=torch.float64, device=scale.device)
-    stats = sums.new_zeros(len(x.params), stat_width(x.momenta, x.second_moments))
-    store = _store_unless(skip)
-    if store is None:
-        return sums, stats
-    for t, p in enumerate(x.params):
-        w, b = ([y[t if y.shape[0] > 1 else 0] for y in ys] for ys in (weights, biases))
-        element, vector = x.split(t)
-        w_element = torch.cat([w[0][columns] for _, columns in element]).T
-        # A row or column feature adds the same to every element of its row or column.
-        constant = [torch.einsum("dh,d...->h...", w[0][c], x.vector_feature(t, name)) for name, c in vector]
-        for index, block in x.blocks(t):
-            shape = block.p.shape
-            z = torch.addmm(b[0].unsqueeze(1), w_element, _stack(block, element))
-            for part in constant:
-                z.view(-1, *shape).add_(_cut(part, index))
-            for wi, bi in zip(w[1:], b[1:], strict=True):
-                z = torch.addmm(bi.unsqueeze(1), wi.T, z.relu_())
-            step = (z[0] * torch.exp(z[1] * exp_mult) * scale[t]).view(shape)
-            sums[t, 0] += _sum_of_squares(step)
-            sums[t, 1:] += z[2:].sum(1, dtype=torch.float64)
-            store(_cut(x.momenta[t], index), block.m)
-            store(_cut(x.second_moments[t], index), block.v)
-            if block.diagonal is not None:
-                store(_cut(x.diagonals[t], index), block.diagonal)
-            if out:
-                store(outs[t][index], step)
-            else:
-                store(p[index], torch.addcmul(block.p, block.p, decay[t], value=-1) - step)
-            _add_moments(stats[t], p[index], block.v, block.m)
-    return sums, stats
-
-
-def _adam_step(
-    params,
-    grads,
-    momenta,
-    second_moments,
-    momentum_decay,
-    second_decay,
-    clip,
-    scale,
-    decay,
-    momentum_correction,
-    second_correction,
-    inner_eps,
-    outer_eps,
-    skip,
-):
-    """One pass of Adam with the variations of the learned rules, momenta and second moments of shape (1, *s) in place.
-
-    step = scale[t] * momentum_correction * m / (sqrt(second_correction * v + inner_eps) + outer_eps),
-    p <- p - decay[t] * p - step. Corrections are 0-d. Returns Σ step², (T,) float64. Nothing changes where ``skip``.
-    """
-    out = torch.zeros(len(params), dtype=torch.float64, device=scale.device)
-    store = _store_unless(skip)
-    if store is None:
-        return out
-    for t, (p, g) in enumerate(zip(params, grads, strict=True)):
-        for index in _blocks(p.shape, _limit(p)):
-            x, value = g[index].float(), p[index].float()
-            x = x.clamp(-clip, clip) if clip < math.inf else x
-            m = _ema(_cut(momenta[t], index), x, [momentum_decay])
-            v = _ema(_cut(second_moments[t], index), x * x, [second_decay])
-            root = (v[0] * second_correction + inner_eps).sqrt_().add_(outer_eps)
-            step = m[0] * momentum_correction / root * scale[t]
-            out[t] += _sum_of_squares(step)
-            store(_cut(momenta[t], index), m)
-            store(_cut(second_moments[t], index), v)
-            store(p[index], torch.addcmul(value, value, decay[t], value=-1) - step)
-    return out
 
 
 def _fake_sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments):
     _check(params, grads, momenta, second_moments)
     width = stat_width(momenta, second_moments)
 
-    def without(g: Tensor, axis: int) -> Tensor:
+    def without(g: torch.Tensor, axis: int) -> torch.Tensor:
         shape = [n for i, n in enumerate(g.shape) if i != axis] if axis >= 0 else [0]
         return g.new_empty(shape, dtype=torch.float32)
 
@@ -471,14 +73,21 @@ def _fake_sums(params, grads, momenta, second_moments, row_axes, col_axes, clip,
     return rows, cols, params[0].new_empty(len(params), width, dtype=torch.float64)
 
 
+def _fake_update_factored(rows, cols, row_sums, col_sums, *args):
+    factored = [a >= 0 for a in args[3]]
+    pairs = zip(factored, rows, cols, row_sums, strict=True)
+    new = [(torch.empty_like(r), torch.empty_like(c)) if f else (s.new_empty(0),) * 2 for f, r, c, s in pairs]
+    return tuple([torch.empty_like(pair[k]) for pair in new] for k in (0, 1, 0, 1))
+
+
 def _fake_feature_sums(*args):
-    x = _Tensors(*args)
+    x = Tensors(*args)
     _check(x.params, x.grads, x.momenta, x.second_moments)
     return x.params[0].new_empty(len(x.params), x.width, dtype=torch.float64)
 
 
 def _fake_apply_network(*args):
-    x, weights = _Tensors(*args[:-7]), args[-7]
+    x, weights = Tensors(*args[:-7]), args[-7]
     _check(x.params, x.grads, x.momenta, x.second_moments)
     torch._check(
         weights[0].shape[1] == x.width,
@@ -491,6 +100,13 @@ def _fake_apply_network(*args):
 def _fake_adam_step(params, grads, momenta, second_moments, *args):
     _check(params, grads, momenta, second_moments)
     return params[0].new_empty(len(params), dtype=torch.float64)
+
+
+def _fake_descend(params, steps, *args):
+    for p, step in zip(params, steps, strict=True):
+        torch._check(
+            p.shape == step.shape, lambda p=p, s=step: f"parameter {tuple(p.shape)} has step {tuple(s.shape)}"
+        )
 
 
 def _check(params, grads, momenta, second_moments) -> None:
@@ -506,23 +122,27 @@ def _check(params, grads, momenta, second_moments) -> None:
 
 
 _KERNELS = {
-    "sums": (_sums, _fake_sums),
-    "feature_sums": (_feature_sums, _fake_feature_sums),
-    "apply_network": (_apply_network, _fake_apply_network),
-    "adam_step": (_adam_step, _fake_adam_step),
+    "sums": (_plain.sums, _fake_sums),
+    "update_factored": (_plain.update_factored, _fake_update_factored),
+    "feature_sums": (_plain.feature_sums, _fake_feature_sums),
+    "apply_network": (_plain.apply_network, _fake_apply_network),
+    "adam_step": (_plain.adam_step, _fake_adam_step),
+    "descend": (_plain.descend, _fake_descend),
 }
 # Compiled kernels come with the same schemas, and are registered for the CPU.
 _compiled = _load.load()
 _library = torch.library.Library("hf_lopt", "FRAGMENT" if _compiled else "DEF")
-for _name, (_plain, _fake) in _KERNELS.items():
+for _name, (_kernel, _fake) in _KERNELS.items():
     if not _compiled:
         _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     # Any device without a kernel of its own gets the plain one.
-    _library.impl(_name, _plain, "CompositeExplicitAutograd")
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_lopt::{_name}", _fake, lib=_library)
 
 plain = _load.plain
-sums = _load.operator("sums", _sums)
-feature_sums = _load.operator("feature_sums", _feature_sums)
-apply_network = _load.operator("apply_network", _apply_network)
-adam_step = _load.operator("adam_step", _adam_step)
+sums = _load.operator("sums", _plain.sums)
+update_factored = _load.operator("update_factored", _plain.update_factored)
+feature_sums = _load.operator("feature_sums", _plain.feature_sums)
+apply_network = _load.operator("apply_network", _plain.apply_network)
+adam_step = _load.operator("adam_step", _plain.adam_step)
+descend = _load.operator("descend", _plain.descend)

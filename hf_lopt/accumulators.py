@@ -7,15 +7,13 @@ updated here, between pass 0 and pass 1.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from hf_lopt import distributed
-from hf_lopt._ops import FACTORED_EPS, complement
+from hf_lopt import _ops, distributed
+from hf_lopt._plain import FACTORED_EPS, ema
 
 
 AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked")
@@ -109,28 +107,25 @@ def update_factored(
 ) -> Factors:
     """New row and column accumulators and their inverse-root factors, from the sums of g² over the whole tensor.
 
-    R <- b R + (1-b) mean_A(g² + 1e-30), C <- b C + (1-b) mean_B(g² + 1e-30); row factor
-    1/sqrt(max(R / (mean_B(R) + 1e-9), 1e-9)), column factor 1/sqrt(max(C, 1e-9)). ``shapes`` are the global shapes.
-    Returns new tensors; the arguments stay as they are.
+    The arithmetic is that of the operator ``update_factored``. ``shapes`` are the global shapes. Returns new tensors;
+    the arguments stay as they are.
 
     With ``cuts`` the arguments are local: sums of the shard, accumulators cut along the axes that they keep. The sums
     are completed in one reduction. It also brings mean_B(R) where B is cut, which is linear in R and in the sums.
     """
     cuts = cuts or [None] * len(row_axes)
-    factored = [i for i, a in enumerate(row_axes) if a >= 0]
     row_means: dict[int, Tensor] = {}
     if any(cut is not None for cut in cuts):
         row_sums, col_sums, row_means = _complete(rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, cuts)
-    out: tuple[list[Tensor], ...] = tuple(list(row_sums) for _ in range(4))  # empty tensors for rank < 2
-    for i in factored:
-        a, b = row_axes[i], col_axes[i]
-        row = ema(rows[i], row_sums[i] / shapes[i][a] + FACTORED_EPS, decays)
-        col = ema(cols[i], col_sums[i] / shapes[i][b] + FACTORED_EPS, decays)
-        mean = row_means[i] if i in row_means else row.mean(_axis_of_b(a, b), keepdim=True)
-        row_factor = (row / (mean + 1e-9)).clamp_min_(1e-9).rsqrt_()
-        for part, x in zip(out, (row, col, row_factor, col.clamp_min(1e-9).rsqrt_()), strict=True):
-            part[i] = x
-    return Factors(*out)
+    if not any(a >= 0 for a in row_axes):
+        return Factors(*(list(row_sums) for _ in range(4)))
+    nothing = row_sums[0].new_empty(0)
+    means = [row_means.get(i, nothing) for i in range(len(row_axes))]
+    sizes = (
+        [shape[axis] if axis >= 0 else 1 for shape, axis in zip(shapes, axes, strict=True)]
+        for axes in (row_axes, col_axes)
+    )
+    return Factors(*_ops.update_factored(rows, cols, row_sums, col_sums, means, *sizes, row_axes, col_axes, decays))
 
 
 def _axis_of_b(a: int, b: int) -> int:
@@ -171,15 +166,3 @@ def _complete(
             n_a, n_b = shapes[i][row_axes[i]], shapes[i][col_axes[i]]
             means[i] = ema(totals["old", i] / n_b, total / (n_a * n_b) + FACTORED_EPS, decays)
     return row_sums, col_sums, means
-
-
-def ema(old: Tensor, new: Tensor, decays: Sequence[float]) -> Tensor:
-    """``decay * old + (1 - decay) * new`` for ``old`` (D, *s) and ``new`` (*s), as a new tensor."""
-    keep, add = (x.view(-1, *[1] * new.dim()) for x in _ema_factors(tuple(decays), old.device))
-    return old * keep + add * new
-
-
-@functools.lru_cache(maxsize=64)
-def _ema_factors(decays: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    keep = torch.tensor(decays, dtype=torch.float32, device=device)
-    return keep, torch.tensor([complement(d) for d in decays], dtype=torch.float32, device=device)

@@ -16,7 +16,8 @@ PACKAGE = ROOT / "hf_lopt"
 LEAVES = {"distributed", "formats", "hub", "weights", "embedded"}
 ALLOWED = {
     "_load": set(),
-    "_ops": {"_load"},
+    "_plain": set(),
+    "_ops": {"_load", "_plain"},
     "distributed": set(),
     "embedded": set(),
     "formats": set(),
@@ -24,7 +25,7 @@ ALLOWED = {
     "writers": {"formats"},
     "publish": {"formats", "hub", "writers"},
     "weights": {"formats", "hub", "publish", "distributed", "embedded"},
-    "accumulators": {"_ops", "distributed"},
+    "accumulators": {"_ops", "_plain", "distributed"},
     "features": {"_ops", "accumulators", "distributed"},
     "networks": set(),
     "rules": {"_ops", "accumulators", "features", "networks", "rules", *LEAVES},

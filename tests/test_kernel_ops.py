@@ -35,6 +35,10 @@ def test_opcheck(family):
     a, b = zip(*x.axes, strict=True)
     sums = (x.params, x.grads, x.momenta, x.second_moments, a, b, x.features.clip, True)
     torch.library.opcheck(torch.ops.hf_lopt.sums.default, sums)
+    row_sums, col_sums, _ = _ops.sums(*sums)
+    whole = [torch.empty(0)] * 3
+    factored = (x.rows, x.cols, row_sums, col_sums, whole, [1, 9, 5], [1, 5, 4], a, b, [0.9, 0.99, 0.999])
+    torch.library.opcheck(torch.ops.hf_lopt.update_factored.default, factored)
     f = x.factors()
     torch.library.opcheck(torch.ops.hf_lopt.feature_sums.default, x.common(f))
     weights, biases = x.network(_ops.feature_sums(*x.common(f)))
@@ -47,6 +51,8 @@ def test_opcheck(family):
     moments = [m[:1].clone() for m in x.momenta]
     adam = (x.params, x.grads, moments, x.second_moments, 0.9, 0.95, 1000.0, one, one, one[0], one[0], 1e-8, 0.0, no)
     torch.library.opcheck(torch.ops.hf_lopt.adam_step.default, adam, test_utils=tests)
+    descend = (x.params, out, one, one, no)
+    torch.library.opcheck(torch.ops.hf_lopt.descend.default, descend, test_utils=tests)
 
 
 def test_version_counters_are_bumped():

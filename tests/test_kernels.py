@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hf_lopt import _load, _ops
-from kernel_cases import DECAYS, FAMILIES, SHAPES, Case, case, instruction_set, instruction_sets, threads
+from kernel_cases import DECAYS, FAMILIES, SHAPES, Case, case, instruction_set, instruction_sets, strided, threads
 
 
 pytestmark = pytest.mark.skipif(not _load.loaded(), reason="the kernels are not compiled here")
@@ -332,3 +332,54 @@ def test_adam_follows_the_plain_one(kernels, dtype, layout):
         close(got.params[t], want.params[t], torch.finfo(dtype).eps, "parameters")
         close(got.momenta[t], want.momenta[t], 1e-6, "momentum")
         close(got.second_moments[t], want.second_moments[t], 1e-6, "second moment")
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every second"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_descend_follows_the_plain_one(kernels, dtype, layout):
+    x = case([*SHAPES, (70, 333), (0, 3)], p_dtype=dtype, layout=layout)
+    steps = [strided(torch.randn(p.shape, generator=x.generator), layout) for p in x.params]
+    count = len(steps)
+    scale, decay = torch.linspace(0.1, 0.2, count), torch.linspace(0.3, 0.01, count)
+    want = [p.double() * (1 - decay[t].double()) - steps[t].double() * scale[t] for t, p in enumerate(x.params)]
+    before = [p.clone() for p in x.params]
+    _ops.descend(x.params, steps, scale, decay, torch.tensor(True))
+    assert all(torch.equal(p, q) for p, q in zip(x.params, before, strict=True))
+    _ops.descend(x.params, steps, scale, decay, torch.tensor(False))
+    for p, w in zip(x.params, want, strict=True):
+        torch.testing.assert_close(p.double(), w, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+# ---- factored accumulators --------------------
+
+
+@pytest.mark.parametrize("order", ["torch", "jax"])
+def test_factored_accumulators_follow_float64(kernels, order):
+    x = case([*SHAPES, (70, 333), (700, 3, 3)], order=order)
+    a, b = (list(axes) for axes in zip(*x.axes, strict=True))
+    row_sums, col_sums, _ = x.first_pass(False)
+    sizes = [[p.shape[k] if k >= 0 else 1 for p, k in zip(x.params, axes, strict=True)] for axes in (a, b)]
+    nothing = [torch.empty(0)] * len(x.params)
+    x.rows = [strided(r, "transposed") for r in x.rows]
+    got = _ops.update_factored(x.rows, x.cols, row_sums, col_sums, nothing, *sizes, a, b, DECAYS.factored)
+    keep = torch.tensor(DECAYS.factored, dtype=torch.float32)
+    add = (1 - keep).double()
+    for t, g in enumerate(x.grads):
+        if a[t] < 0:
+            assert all(part[t].numel() == 0 for part in got)
+            continue
+        k, square = keep.double().view(3, *[1] * (g.dim() - 1)), g.double().square()
+        row = k * x.rows[t].double() + add.view_as(k) * (square.mean(a[t]) + 1e-30)
+        col = k * x.cols[t].double() + add.view_as(k) * (square.mean(b[t]) + 1e-30)
+        mean = row.mean(b[t] + 1 if b[t] < a[t] else b[t], keepdim=True)
+        factors = ((row / (mean + 1e-9)).clamp_min(1e-9).rsqrt(), col.clamp_min(1e-9).rsqrt())
+        for part, want in zip(got, (row, col, *factors), strict=True):
+            torch.testing.assert_close(part[t].double(), want, rtol=2e-6, atol=1e-30)
+    # Half of the axis B, whose mean then comes from outside.
+    i = SHAPES.index((5, 9)) if order == "torch" else SHAPES.index((9, 5))
+    mean = got[0][i].mean(1, keepdim=True)
+    rows, sums = x.rows[i][:, :2], row_sums[i][:2]
+    part = _ops.update_factored(
+        [rows], [x.cols[i]], [sums], [col_sums[i]], [mean], [9], [5], [a[i]], [b[i]], keep.tolist()
+    )
+    torch.testing.assert_close(part[2][0], got[2][i][:, :2])

@@ -332,6 +332,37 @@ def test_newton_schulz_orthogonalises():
     torch.testing.assert_close(celo2.newton_schulz(x.mT), y.mT)
 
 
+def test_newton_schulz_in_bfloat16_is_close():
+    x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    half = celo2.orthogonal(x, torch.bfloat16)
+    assert half.dtype == torch.float32
+    whole = celo2.orthogonal(x)
+    error = torch.linalg.matrix_norm(half - whole) / torch.linalg.matrix_norm(whole)
+    assert 1e-4 < error.min() and error.max() < 0.1  # eight bits; a bound that float32 would miss below
+    params = make_params()
+    with pytest.raises(ValueError, match="ns_dtype must be one of float32, bfloat16, got 'float16'"):
+        make("celo2", params, ns_dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["celo2", "celo2_base", "elo_celo2"])
+def test_results_do_not_depend_on_what_is_finished_together(monkeypatch, name):
+    runs = []
+    for elements in (1 << 20, 30):
+        monkeypatch.setattr(celo2, "_CHUNK_CPU", elements)
+        monkeypatch.setattr(celo2, "_BATCH", elements)
+        params = make_params()
+        optimizer = make(name, params)
+        for t in range(3):
+            for p, g in zip(params, gradients(params, t), strict=True):
+                p.grad = g
+            optimizer.step()
+        runs.append((params, optimizer.metrics()["update_rms"]))
+    (params, rms), (others, other_rms) = runs
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+    assert rms == pytest.approx(other_rms, rel=1e-6)
+
+
 # ---- options of the reference packages -----------------------------------------------------------------------------
 
 

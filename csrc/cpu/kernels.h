@@ -79,6 +79,13 @@ struct Kernels {
     void (*apply_diagonal_32)(const Row*, int, const Constants&, const Network<32>&, double* stats);
     // Update of p_out, m[0] and v; returns Σ step².
     double (*adam)(const Row&, const AdamConstants&);
+    // p <- p - decay p - scale step.
+    void (*descend)(float* p, const float* step, int64_t n, float scale, float decay);
+    // out = keep old + add (sums / size + eps), a factored accumulator; returns Σ out.
+    double (*ema_of_means)(const float* old, const float* sums, int64_t n, float size, float keep, float add,
+                           float* out);
+    // out = 1 / sqrt(max(x / divisor, 1e-9)).
+    void (*factors)(const float* x, int64_t n, float divisor, float* out);
 };
 
 extern const Kernels kPortableKernels;

@@ -33,6 +33,11 @@ struct Weights {
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
                                           std::vector<int64_t> row_axes, std::vector<int64_t> col_axes, double clip,
                                           bool moments);
+using Sizes = std::vector<int64_t>;
+std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
+                                                               Tensors col_sums, Tensors row_means, Sizes row_sizes,
+                                                               Sizes col_sizes, Sizes row_axes, Sizes col_axes,
+                                                               std::vector<double> decays);
 Tensor feature_sums(const Common& common);
 std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& weights);
 
@@ -44,5 +49,6 @@ struct AdamStep {
 };
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamStep& step);
+void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip);
 
 }  // namespace hf_lopt

@@ -435,6 +435,33 @@ double adam(const Row& row, const AdamConstants& c) {
     return sum(total);
 }
 
+void descend(float* p, const float* step, int64_t n, float scale, float decay) {
+    for_each_vector(n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
+        prefetch(p + i);
+        prefetch(step + i);
+        vf x = get(p + i, k);
+        put(p + i, x - decay * x - get(step + i, k) * scale, k);
+    });
+}
+
+// ---- factored accumulators ----------------------------------------------------------------------------------------
+
+double ema_of_means(const float* old, const float* sums, int64_t n, float size, float keep, float add, float* out) {
+    vd total{};
+    for_each_vector(n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
+        vf x = ema(get(old + i, k), get(sums + i, k) / size + kFactoredEps, keep, add);
+        put(out + i, x, k);
+        total += widen(only(x, k));
+    });
+    return sum(total);
+}
+
+void factors(const float* x, int64_t n, float divisor, float* out) {
+    for_each_vector(n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
+        put(out + i, rsqrt(max(get(x + i, k) / divisor, splat(kFactorEps))), k);
+    });
+}
+
 }  // namespace
 
 extern const Kernels HF_LOPT_KERNELS;
@@ -457,6 +484,9 @@ const Kernels HF_LOPT_KERNELS = {
     apply_blocks<8, true, vd>,
     apply_blocks<32, true, vd>,
     adam,
+    descend,
+    ema_of_means,
+    factors,
 };
 
 }  // namespace hf_lopt

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,70 +60,149 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"network": network, "vector_network": ElementNetwork(vector, network.biases)}
 
 
-def newton_schulz(x: Tensor) -> Tensor:
-    """Matrices (..., R, C) with their singular values moved to about 1, five steps of a quintic iteration, float32."""
+def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Matrices (..., R, C) with their singular values moved to about 1, float32.
+
+    Five steps of a quintic iteration, in ``dtype``.
+    """
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + NS_EPS)
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + NS_EPS)).to(dtype)
     c0, c1, c2 = NS_COEFFICIENTS
     for _ in range(NS_STEPS):
         a = x @ x.mT
         x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
+    x = x.float()
     return x.mT if transposed else x
 
 
-def normalise(x: Tensor) -> Tensor:
-    """Matrices (..., R, C), or a whole tensor of rank < 2, with a mean square of 1."""
-    axes = (-2, -1) if x.dim() >= 2 else tuple(range(x.dim()))
-    mean = x.square().mean(axes, keepdim=True) if axes else x.square()
-    return x * (mean + CELO2.norm_eps).rsqrt()
+def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Matrices (..., R, C) with equal singular values and a mean square of 1; the iteration runs in ``dtype``."""
+    x = newton_schulz(x, dtype)
+    return x * (x.square().mean((-2, -1), keepdim=True) + CELO2.norm_eps).rsqrt()
 
 
-def _finished(parts: Sequence[passes.Batch], steps: list[list[Tensor]], orthogonalize: bool) -> list[list[Tensor]]:
-    """The network's outputs as steps: orthogonal and of unit mean square, matrix by matrix.
+# Network outputs that are held at a time, in elements, and how many are made orthogonal in one batch.
+_CHUNK_CPU, _CHUNK_OTHER, _BATCH = 1 << 20, 1 << 28, 1 << 20
 
-    Of sharded tensors those that are made orthogonal go to one owner each; the others need only their mean squares.
-    """
-    layouts, flat = [part.layout for part in parts], [step for own in steps for step in own]
-    shapes, cuts = ([x for layout in layouts for x in getattr(layout, name)] for name in ("shapes", "cuts"))
-    orders = [order for layout in layouts for order in layout.axis_orders]
-    axes = [passes.matrix_axes(len(shape), order) for shape, order in zip(shapes, orders, strict=True)]
 
-    def finish(i: int, step: Tensor) -> Tensor:
-        if step.dim() < 2:
-            return normalise(step)
-        matrices = step.movedim(axes[i], (-2, -1))
-        return normalise(newton_schulz(matrices) if orthogonalize else matrices).movedim((-2, -1), axes[i])
+@dataclass
+class _Work:
+    """Tensors that take the same way from the network's output to the step."""
 
-    split = [i for i, cut in enumerate(cuts) if cut is not None and cut.groups()]
-    ortho = [i for i in split if orthogonalize and len(shapes[i]) >= 2]
-    plain = [i for i in split if i not in set(ortho)]
-    out = [step if i in set(split) else finish(i, step) for i, step in enumerate(flat)]
-    if ortho:
+    batch: passes.Batch
+    features: ElementFeatures
+    reading: passes.Reading
+    orthogonalize: bool
+
+
+def _together(work: list[_Work]) -> Iterator[list[_Work]]:
+    """What is finished at a time: a little, so that the outputs stay in cache; all of it where ranks communicate."""
+    if not work:
+        return
+    if work[0].batch.layout.root.sharded:
+        yield work
+        return
+    limit = _CHUNK_CPU if work[0].batch.layout.device.type == "cpu" else _CHUNK_OTHER
+    for w in work:
+        for batch, reading in passes.chunks(w.batch, w.reading, limit):
+            yield [replace(w, batch=batch, reading=reading)]
+
+
+def _orthogonalise(axes: Sequence[tuple[int, int]], steps: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Steps whose matrices, over two ``axes`` of each, are orthogonal. Matrices of one shape go in batches."""
+    matrices = [step.movedim(pair, (-2, -1)) for step, pair in zip(steps, axes, strict=True)]
+    alike: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(matrices):
+        alike.setdefault(x.shape, []).append(i)
+    for shape, members in alike.items():
+        count = max(1, _BATCH // max(shape.numel(), 1))
+        for k in range(0, len(members), count):
+            some = members[k : k + count]
+            done = orthogonal(torch.stack([matrices[i] for i in some]), dtype)
+            for i, x in zip(some, done, strict=True):
+                matrices[i] = x
+    return [x.movedim((-2, -1), pair).contiguous() for x, pair in zip(matrices, axes, strict=True)]
+
+
+def _matrix_axes(layout: passes.Layout) -> list[tuple[int, int]]:
+    pairs = zip(layout.shapes, layout.axis_orders, strict=True)
+    return [passes.matrix_axes(len(shape), order) for shape, order in pairs]
+
+
+def _orthogonal_steps(work: list[_Work], steps: list[list[Tensor]], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Of sharded tensors each goes to one owner, and back."""
+    layouts = [w.batch.layout for w in work]
+    axes = [pair for layout in layouts for pair in _matrix_axes(layout)]
+    flat = [step for own in steps for step in own]
+    if not any(layout.sharded for layout in layouts):
+        done = _orthogonalise(axes, flat, dtype)
+    else:
         cache = layouts[0].root.cache
         if "owners" not in cache:
-            costs = [math.prod(shapes[i]) * min(shapes[i][axis] for axis in axes[i]) for i in ortho]
-            cache["owners"] = distributed.Owners([cuts[i] for i in ortho], [shapes[i] for i in ortho], costs)
-        done = cache["owners"].apply(lambda k, step: finish(ortho[k], step), [flat[i] for i in ortho])
-        for i, step in zip(ortho, done, strict=True):
-            out[i] = step
-    sums = [(_sum_of_squares(flat[i], axes[i]), cuts[i].groups(_pair(shapes[i], axes[i]))) for i in plain]
-    for i, total in zip(plain, distributed.sum_over(sums), strict=True):
-        count = math.prod(shapes[i][axis] for axis in _pair(shapes[i], axes[i]))
-        out[i] = flat[i] * (total / count + CELO2.norm_eps).rsqrt().float()
+            shapes, cuts = ([x for layout in layouts for x in getattr(layout, name)] for name in ("shapes", "cuts"))
+            costs = [math.prod(s) * min(s[axis] for axis in pair) for s, pair in zip(shapes, axes, strict=True)]
+            cache["owners"] = distributed.Owners(cuts, shapes, costs)
+        done = cache["owners"].apply(lambda i, step: _orthogonalise([axes[i]], [step], dtype)[0], flat)
     ends = itertools.accumulate(len(own) for own in steps)
-    return [out[end - len(own) : end] for own, end in zip(steps, ends, strict=True)]
+    return [done[end - len(own) : end] for own, end in zip(steps, ends, strict=True)]
 
 
-def _pair(shape: Sequence[int], axes: tuple[int, int]) -> Sequence[int]:
-    """The axes that one mean square is taken over: those of the matrix, or all."""
-    return axes if len(shape) >= 2 else range(len(shape))
+def _whole_squares(work: list[_Work], squares: list[Tensor]) -> list[Tensor]:
+    """Sums of squares over all shards."""
+    items = []
+    for w, own in zip(work, squares, strict=True):
+        layout = w.batch.layout
+        for x, cut, shape, pair in zip(
+            own.split(layout.slices), layout.cuts, layout.shapes, _matrix_axes(layout), strict=True
+        ):
+            # One mean square is taken over the axes of the matrix, or over all.
+            items.append((x, cut.groups(pair if len(shape) >= 2 else range(len(shape))) if cut else ()))
+    done = iter(distributed.sum_over(items))
+    return [torch.cat([next(done) for _ in w.batch.params]) for w in work]
 
 
-def _sum_of_squares(step: Tensor, axes: tuple[int, int]) -> Tensor:
-    """Of each matrix of a shard, or of the whole shard; float64, with the axes kept."""
-    over = tuple(_pair(step.shape, axes))
-    return step.square().sum(over, keepdim=True, dtype=torch.float64) if over else step.double().square()
+def _unit_scales(w: _Work, squares: Tensor, steps: list[Tensor]) -> Tensor:
+    """What brings each output to a mean square of 1, (T,); stacks are scaled in place, matrix by matrix."""
+    layout = w.batch.layout
+    scales = (squares / layout.slice_numel + CELO2.norm_eps).rsqrt().float()
+    if not layout.slice_axes:
+        return scales
+    for step, own, pair in zip(steps, scales.split(layout.slices), _matrix_axes(layout), strict=True):
+        step.mul_(own.view([1 if axis in pair else n for axis, n in enumerate(step.shape)]))
+    return torch.ones_like(layout.numel, dtype=torch.float32)
+
+
+def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str, Any], skip: Tensor) -> list[Tensor]:
+    """Pass 2 and the step. Returns Σ (lr step)² of the local shards for each batch, (T,) float64."""
+    outputs = [
+        passes.network_outputs(w.batch, w.features, w.reading, weights[_network(w.features)], skip) for w in work
+    ]
+    steps, squares = [list(x) for x in zip(*outputs, strict=True)]
+    ortho = [i for i, w in enumerate(work) if w.orthogonalize]
+    unit = [i for i, w in enumerate(work) if not w.orthogonalize]
+    scales: dict[int, Tensor] = {}
+    if ortho:
+        done = _orthogonal_steps(
+            [work[i] for i in ortho], [steps[i] for i in ortho], getattr(torch, settings["ns_dtype"])
+        )
+        for i, own in zip(ortho, done, strict=True):
+            steps[i], scales[i] = own, torch.ones_like(work[i].batch.layout.numel, dtype=torch.float32)
+    if unit:
+        whole = [squares[i] for i in unit]
+        if work[0].batch.layout.root.sharded:
+            whole = _whole_squares([work[i] for i in unit], whole)
+        for i, total in zip(unit, whole, strict=True):
+            scales[i] = _unit_scales(work[i], total, steps[i])
+    sums = []
+    for i, w in enumerate(work):
+        passes.descend(w.batch, steps[i], scales[i], skip)
+        if i in ortho or w.batch.layout.slice_axes:
+            own = torch.stack(torch._foreach_norm(steps[i])).double().square()
+        else:
+            own = squares[i]
+        sums.append(own * (w.batch["lr"] * scales[i]).double().square())
+    return sums
 
 
 def _branch(batch: passes.Batch, i: int) -> str:
@@ -158,17 +237,16 @@ def update(
     """One step: p <- p - lr (step + weight_decay p), and adam_lr_mult times as far in the Adam branch."""
     parts = _parts(batch)
     adam = parts.pop("adam", None)
-    work = [(part, CELO2_VECTOR if name == "vectors" else CELO2) for name, part in parts.items()]
-    readings, _, skip = passes.read(work, others=[] if adam is None else [adam])
-    steps = [
-        passes.network_outputs(part, features, reading, weights[_network(features)], skip)
-        for (part, features), reading in zip(work, readings, strict=True)
+    pairs = [(part, CELO2_VECTOR if name == "vectors" else CELO2) for name, part in parts.items()]
+    readings, _, skip = passes.read(pairs, others=[] if adam is None else [adam])
+    work = [
+        _Work(part, features, reading, settings["orthogonalize"] and features is CELO2)
+        for (part, features), reading in zip(pairs, readings, strict=True)
     ]
     sums = torch.zeros_like(batch.layout.numel)
-    if work:
-        steps = _finished([part for part, _ in work], steps, settings["orthogonalize"])
-    for (part, _), own in zip(work, steps, strict=True):
-        sums[part.index] = passes.descend(part, own, skip)
+    for together in _together(work):
+        for w, own in zip(together, _finish(together, weights, settings, skip), strict=True):
+            sums[w.batch.index] = own
     if adam is not None:
         sums[adam.index] = _adam(adam, run, settings, skip)
     return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums)})
@@ -195,6 +273,7 @@ _DEFAULTS = {
     "weight_decay": 0.0,
     "axis_order": "torch",
     "orthogonalize": True,
+    "ns_dtype": "float32",
     "branch": "auto",
     "adam_lr_mult": 20.0,
     "adam_bias_correction": False,

@@ -11,8 +11,9 @@ tensors, the same on all ranks.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +125,7 @@ class Batch:
             index = torch.tensor(indices, device=self.layout.device)
             wholes, orders = pick(self.layout.wholes), pick(self.layout.axis_orders)
             self.layout.cache[key] = Layout(wholes, orders, sliced), index
-            self.layout.cache[key][0].root = self.layout
+            self.layout.cache[key][0].root = self.layout.root
         layout, index = self.layout.cache[key]
         return Batch(
             layout,
@@ -133,7 +134,7 @@ class Batch:
             {name: pick(xs) for name, xs in self.state.items()},
             {name: x[index] for name, x in self.settings.items()},
             {name: pick(xs) for name, xs in self.labels.items()},
-            index,
+            index if self.index is None else self.index[index],
         )
 
     def tensors(self, key: str) -> list[Tensor]:
@@ -152,6 +153,13 @@ class Reading:
     stats: Tensor  # (T, S) float64, see the operator ``sums``
     factors: Factors
     mean_squares: Tensor  # (T, F) float64; a sliced batch has a row for each of its matrices
+
+    def of(self, batch: Batch, start: int, stop: int) -> Reading:
+        """What was found in a range of the tensors of ``batch``."""
+        first, last = (sum(batch.layout.slices[:t]) for t in (start, stop))
+        f = self.factors
+        factors = Factors(*(x[start:stop] for x in (f.rows, f.cols, f.row_factors, f.col_factors)))
+        return Reading(self.stats[start:stop], factors, self.mean_squares[first:last])
 
 
 def read(
@@ -320,34 +328,46 @@ def apply_network(
 
 def network_outputs(
     batch: Batch, features: ElementFeatures, reading: Reading, network: ElementNetwork, skip: Tensor
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     """Pass 2 for a rule that makes more of the output o0 than a step: accumulators in place, parameters left alone.
 
-    Returns o0, float32, shaped like the local parameters.
+    Returns o0, float32, shaped like the local parameters, and its sums of squares, float64: one for each tensor, or
+    for each matrix of a sliced batch.
     """
     network = network.scaled(features.scales(reading.mean_squares))
     out = [torch.zeros_like(p, dtype=torch.float32) for p in batch.params]
     ones = torch.ones_like(batch.layout.slice_numel, dtype=torch.float32)
     arguments = (network.weights, network.biases, ones, torch.zeros_like(ones), 0.0, skip, out)
-    _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
+    sums, _ = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
     _store_factors(batch, reading, skip)
-    return out
+    return out, sums[:, 0]
+
+
+def chunks(batch: Batch, reading: Reading, elements: int) -> Iterator[tuple[Batch, Reading]]:
+    """Neighbouring tensors of about so many elements at a time, for work that needs memory for each of them."""
+    cache = batch.layout.cache
+    if "chunks" not in cache:
+        starts, size = [0], 0
+        for t, p in enumerate(batch.params):
+            if size and size + p.numel() > elements:
+                starts, size = [*starts, t], 0
+            size += p.numel()
+        cache["chunks"] = list(itertools.pairwise([*starts, len(batch.params)]))
+    if len(cache["chunks"]) == 1:
+        yield batch, reading
+        return
+    for start, stop in cache["chunks"]:
+        part = batch.subset(("chunk", start), range(start, stop), sliced=bool(batch.layout.slice_axes))
+        yield part, reading.of(batch, start, stop)
 
 
 def _store_factors(batch: Batch, reading: Reading, skip: Tensor) -> None:
     store(batch, skip, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
 
 
-def descend(batch: Batch, steps: Sequence[Tensor], skip: Tensor) -> Tensor:
-    """p <- p - lr (step + weight_decay p), rounded once; returns Σ (lr step)² of the local shards, (T,) float64."""
-    lr, decay = batch["lr"], batch["weight_decay"]
-    sums = []
-    for t, (p, step) in enumerate(zip(batch.params, steps, strict=True)):
-        value = p.float()
-        scaled = step * lr[t]
-        p.copy_(torch.where(skip, value, torch.addcmul(value, value, lr[t] * decay[t], value=-1) - scaled))
-        sums.append(scaled.double().square().sum())
-    return torch.stack(sums)
+def descend(batch: Batch, steps: Sequence[Tensor], scale: Tensor, skip: Tensor) -> None:
+    """p <- p - lr (scale[t] step + weight_decay p), rounded once; ``steps`` and ``scale`` (T,) float32."""
+    _ops.descend(batch.params, steps, batch["lr"] * scale, batch["lr"] * batch["weight_decay"], skip)
 
 
 def update_rms(batch: Batch, sums_of_squares: Tensor) -> Tensor:

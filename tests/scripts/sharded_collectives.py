@@ -57,7 +57,7 @@ def record(name: str, mesh: Any, placements: list, count: int) -> dict[str, Any]
     params = [torch.nn.Parameter(distribute_tensor(x, mesh, placements)) for x in wholes]
     optimizer = single.make(name, params)
     orthogonalised, original = [], celo2.newton_schulz
-    celo2.newton_schulz = lambda x: orthogonalised.append(x.shape) or original(x)
+    celo2.newton_schulz = lambda x, dtype: orthogonalised.append(x.shape[1:]) or original(x, dtype)
     for t in range(3):  # the first step compares the ranks, the last is a usual one
         for p, g in zip(params, single.gradients(wholes, t), strict=True):
             p.grad = distribute_tensor(g, mesh, placements)

@@ -1,4 +1,4 @@
-// Adam with the variations of the learned rules, in one pass and in place.
+// Steps of one pass: Adam with the variations of the learned rules, and a step that is already there.
 #include "common.h"
 
 namespace hf_lopt {
@@ -72,6 +72,36 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     double* out = static_cast<double*>(result.data_ptr());
     for (size_t i = 0; i < tiles.size(); i++) out[tiles[i].tensor] += partial[i];
     return result;
+}
+
+void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip) {
+    const size_t count = params.size();
+    STD_TORCH_CHECK(steps.size() == count, "all lists must have one tensor per parameter");
+    STD_TORCH_CHECK(skip.scalar_type() == torch::headeronly::ScalarType::Bool, "skip must be a bool tensor");
+    if (!count || *static_cast<const bool*>(skip.data_ptr())) return;
+    struct Pair {
+        Array p, step;
+        float scale, decay;
+    };
+    std::vector<Pair> pairs;
+    std::vector<Shape> shapes;
+    for (size_t t = 0; t < count; t++) {
+        STD_TORCH_CHECK(steps[t].numel() == params[t].numel(), "a step has another shape than its parameter");
+        shapes.emplace_back(params[t], -1, -1);
+        pairs.push_back({Array(params[t]), Array(steps[t]), number(scale, (int64_t)t), number(decay, (int64_t)t)});
+    }
+    const std::vector<Tile> tiles = make_tiles(shapes);
+    std::vector<Buffers> buffers;
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+    for_each_tile(tiles, [&](int64_t i, int64_t worker) {
+        const Tile& tile = tiles[i];
+        const Pair& x = pairs[tile.tensor];
+        const int64_t columns = shapes[tile.tensor].columns;
+        float* p = x.p.read(0, tile.start, tile.n, columns, buffers[worker].p);
+        const float* step = x.step.read(0, tile.start, tile.n, columns, buffers[worker].g);
+        kernels().descend(p, step, tile.n, x.scale, x.decay);
+        x.p.write(p, 0, tile.start, tile.n, columns);
+    });
 }
 
 }  // namespace hf_lopt
