@@ -30,7 +30,7 @@ import hf_lopt
 from hf_lopt import _load, _ops, rules
 
 
-OPERATORS = ("sums", "feature_sums", "apply_network", "adam_step")
+OPERATORS = ("sums", "update_factored", "feature_sums", "apply_network", "adam_step", "descend")
 RESULTS = Path(__file__).parent / "results"
 PLAIN_LIMIT = 30_000_000  # elements; above it the plain path takes minutes per step
 

@@ -1,7 +1,7 @@
 // The operators of the library: every schema, and the kernels that are registered for the CPU. No arithmetic.
 //
-// hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels and the plain
-// ones.
+// hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels;
+// hf_lopt/_plain.py specifies them.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 

@@ -7,6 +7,7 @@ This module is the one place that knows about DTensor.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -69,6 +70,7 @@ class Sharding:
         return tuple(placements)
 
 
+@functools.cache
 def _dtensor() -> type | None:
     if not dist.is_available():
         return None
@@ -77,14 +79,21 @@ def _dtensor() -> type | None:
     return DTensor
 
 
+def _is_dtensor(x: Tensor) -> bool:
+    # By far the most tensors are of these two types; asked several times per tensor and step.
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:
+        return False
+    cls = _dtensor()
+    return cls is not None and isinstance(x, cls)
+
+
 def sharding(x: Tensor) -> Sharding | None:
     """How ``x`` is cut; None for an ordinary tensor.
 
     Raises:
         ValueError: for a DTensor with a partial placement, whose value no rank has.
     """
-    cls = _dtensor()
-    if cls is None or not isinstance(x, cls):
+    if not _is_dtensor(x):
         return None
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
@@ -100,8 +109,7 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
     ``like``: the placements wanted. A gradient may come with others than its parameter; it is brought to them, a
     collective.
     """
-    cls = _dtensor()
-    if cls is None or not isinstance(x, cls):
+    if not _is_dtensor(x):
         return x
     if like is not None and tuple(x.placements) != like.placements:
         x = x.redistribute(like.mesh, like.placements)

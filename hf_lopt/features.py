@@ -26,7 +26,7 @@ class ElementFeatures:
 
     Attributes:
         names: feature groups in trained order; a group has one column, or one per decay of its accumulator. The
-            formulas are the methods of the same name in :mod:`hf_lopt._ops`.
+            formulas are the methods of the same name in :mod:`hf_lopt._plain`.
         decays: decays of the accumulators.
         clip: bound on the gradient before anything else (inf: none).
         second_eps: added to the second moment under its inverse root.

@@ -52,6 +52,7 @@ Columns::Columns(const Names& names) {
 }
 
 const float* Copies::readable(const Tensor& x) {
+    if (x.is_contiguous()) return float_data(x, "accumulators");
     kept_.push_back(torch::stable::contiguous(x));
     return float_data(kept_.back(), "accumulators");
 }

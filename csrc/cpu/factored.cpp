@@ -67,7 +67,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
                 rows[t].numel() == depth * row_sums[t].numel() && cols[t].numel() == depth * col_sums[t].numel(),
                 "a factored accumulator has another shape than the sums for it");
             for (Tensors* list : {&rows, &cols, &row_sums, &col_sums, &row_means}) {
-                (*list)[t] = torch::stable::contiguous((*list)[t]);
+                if (!(*list)[t].is_contiguous()) (*list)[t] = torch::stable::contiguous((*list)[t]);
             }
         }
         Tensors* out[] = {&new_rows, &new_cols, &new_row_factors, &new_col_factors};

@@ -335,7 +335,7 @@ def network_outputs(
     for each matrix of a sliced batch.
     """
     network = network.scaled(features.scales(reading.mean_squares))
-    out = [torch.zeros_like(p, dtype=torch.float32) for p in batch.params]
+    out = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in batch.params]
     ones = torch.ones_like(batch.layout.slice_numel, dtype=torch.float32)
     arguments = (network.weights, network.biases, ones, torch.zeros_like(ones), 0.0, skip, out)
     sums, _ = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
