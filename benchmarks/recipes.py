@@ -94,7 +94,8 @@ def render(found: dict) -> str:
             f"{metrics['arguments']['max_steps']} steps, seed {metrics['arguments']['seed']}, one run each, embedded "
             f"weights, {' '.join(EXTRA[recipe]) or 'no other arguments'}, the rest at its defaults; "
             f"{ENCODER + '; ' if recipe == 'text_classification' else ''}CPU, "
-            f"{metrics['machine']['threads']} threads, {versions}, {metrics['date']}. Seconds include evaluation.",
+            f"{metrics['machine']['threads']} threads, {versions}, {metrics['date']}. Seconds include evaluation."
+            f"{' ' + metrics['note'] if metrics.get('note') else ''}",
             "",
             f"| optimizer | lr, schedule | training loss, first → last | held-out loss | {METRIC[recipe]} | s |",
             "| --- | --- | --- | --- | ---: | ---: |",
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of every run (default: 300)")
     parser.add_argument("--recipes", nargs="+", default=list(METRIC), choices=list(METRIC))
     parser.add_argument("--names", nargs="+", default=list(hf_lopt.available()))
+    parser.add_argument("--note", help="what a reader should know about these runs, such as what else was running")
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "recipes.json"
@@ -119,6 +121,7 @@ def main() -> None:
             for key in ("output_dir", "model"):  # folders of this machine
                 metrics["arguments"].pop(key)
             metrics["task"].pop("model", None)
+            metrics["note"] = options.note
             metrics["date"] = datetime.date.today().isoformat()
             metrics["machine"]["processor"] = platform.machine()
             found[recipe] = metrics

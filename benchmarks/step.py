@@ -5,8 +5,9 @@
 
 Both optimizers step in turns in one process, on parameters of their own with the same gradients, and a ratio is the
 median over these pairs: what else the machine does hits both. ``kernels`` is the time inside the compiled operators,
-``rest`` everything else of a step. The plain PyTorch path is the same optimizer under ``HF_LOPT_KERNELS=torch``. Peak
-memory is the growth of the process's resident set during one step.
+``rest`` everything else of a step. The plain PyTorch path is the same optimizer under ``HF_LOPT_KERNELS=torch``, which
+works block by block; ``unfused`` is that path with all features of a whole tensor at once, as learned optimizers are
+usually written. Peak memory is the growth of the process's resident set during one step.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 
 import hf_lopt
-from hf_lopt import _load, _ops, rules
+from hf_lopt import _load, _ops, _plain, rules
 
 
 OPERATORS = ("sums", "update_factored", "feature_sums", "apply_network", "adam_step", "descend")
@@ -178,18 +179,25 @@ def measure(rule: str, size: str, threads: int, seconds: float, clock: Callable[
     return row
 
 
-def measure_plain(rule: str, size: str, threads: int, clock: Callable[[], float]) -> float:
-    """Nanoseconds per element of a step in plain PyTorch."""
+def measure_plain(
+    rule: str, size: str, threads: int, clock: Callable[[], float], unfused: bool = False
+) -> tuple[float, float | None]:
+    """Nanoseconds per element of a step in plain PyTorch, and its peak extra bytes per element."""
     torch.set_num_threads(threads)
     optimizer = build(rule, parameters(SIZES[size]))
     numel = sum(math.prod(s) for s in SIZES[size])
-    times = []
-    with _ops.plain():
-        for _ in range(3 if numel < 1e6 else 2):
-            start = clock()
-            optimizer.step(1.0)
-            times.append(clock() - start)
-    return min(times) * 1e9 / numel
+    times, limit = [], _plain._BLOCK_CPU
+    try:
+        _plain._BLOCK_CPU = 1 << 62 if unfused else limit
+        with _ops.plain():
+            for _ in range(3 if numel < 1e6 else 2):
+                start = clock()
+                optimizer.step(1.0)
+                times.append(clock() - start)
+            grown = peak_growth(lambda: optimizer.step(1.0))
+    finally:
+        _plain._BLOCK_CPU = limit
+    return min(times) * 1e9 / numel, None if grown is None else grown / numel
 
 
 def machine() -> dict[str, Any]:
@@ -216,15 +224,16 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "`python -m benchmarks.step`; nanoseconds per parameter, medians of interleaved pairs.",
         "",
         "| rule | parameters | threads | AdamW fused | step | ratio | kernels alone | ratio | plain PyTorch | "
-        "speed-up | peak extra bytes/param |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "speed-up | unfused | speed-up | peak extra bytes/param | unfused |",
+        "| --- " * 14 + "|",
     ]
     for r in rows:
-        plain = r.get("plain_ns")
         cells = [r["rule"], r["size"], r["threads"], f"{r['adamw_ns']:.2f}", f"{r['step_ns']:.2f}"]
         cells += [f"{r['ratio']:.2f}", f"{r['kernels_ns']:.2f}", f"{r['ratio_kernels']:.2f}"]
-        cells += [f"{plain:.0f}", f"{plain / r['step_ns']:.0f}x"] if plain else ["", ""]
-        cells += ["" if r["peak_extra_bytes"] is None else f"{r['peak_extra_bytes']:.2f}"]
+        for slow in (r.get("plain_ns"), r.get("unfused_ns")):
+            cells += [f"{slow:.0f}", f"{slow / r['step_ns']:.0f}x"] if slow else ["", ""]
+        for grown in (r["peak_extra_bytes"], r.get("unfused_extra_bytes")):
+            cells += ["" if grown is None else f"{grown:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += ["", "Phases, nanoseconds per parameter:", ""]
     lines += ["| rule | parameters | threads | " + " | ".join(OPERATORS) + " | rest |"]
@@ -245,12 +254,15 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 
     rows = [r for r in rows if r["threads"] == rows[0]["threads"]]
     series = [("AdamW (fused)", "adamw_ns", "#8c8c8c"), ("hf_lopt", "step_ns", "#2a6fbb")]
-    series += [("hf_lopt, plain PyTorch", "plain_ns", "#e0a030")]
-    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.62 * len(rows)), layout="constrained")
+    series += [
+        ("hf_lopt, plain PyTorch in blocks", "plain_ns", "#e0a030"),
+        ("unfused PyTorch", "unfused_ns", "#b04040"),
+    ]
+    figure, axes = pyplot.subplots(figsize=(8, 0.9 + 0.72 * len(rows)), layout="constrained")
     for i, (label, key, color) in enumerate(series):
-        places = [(j + 0.27 * (i - 1), r[key]) for j, r in enumerate(rows) if r.get(key)]
+        places = [(j + 0.21 * (i - 1.5), r[key]) for j, r in enumerate(rows) if r.get(key)]
         if places:
-            bars = axes.barh(*zip(*places, strict=True), height=0.25, color=color, label=label)
+            bars = axes.barh(*zip(*places, strict=True), height=0.19, color=color, label=label)
             axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.set_yticks(range(len(rows)), [f"{r['rule']}\n{r['size']}" for r in rows])
     axes.invert_yaxis()
@@ -261,7 +273,7 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_title(
         f"{about['processor']}, {threads} thread{'s' if threads > 1 else ''}, torch {about['torch']}", size=9
     )
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -269,8 +281,10 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rules", nargs="+", default=["velo", "small_fc_lopt", "celo2_base"], choices=rules.names())
-    parser.add_argument("--sizes", nargs="+", default=["26M", "124M"], choices=SIZES)
+    parser.add_argument(
+        "--rules", nargs="+", default=["velo", "small_fc_lopt", "celo2_base", "celo2"], choices=rules.names()
+    )
+    parser.add_argument("--sizes", nargs="+", default=["L2", "26M", "124M"], choices=SIZES)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=20.0, help="for one row, without set-up")
     parser.add_argument("--no-plain", action="store_true", help="do not time the plain PyTorch path")
@@ -295,7 +309,8 @@ def main() -> None:
 
                     row = measure(rule, size, threads, options.seconds, clock)
                     if not options.no_plain and row["elements"] <= PLAIN_LIMIT and threads == options.threads[0]:
-                        row["plain_ns"] = measure_plain(rule, size, threads, clock)
+                        row["plain_ns"], _ = measure_plain(rule, size, threads, clock)
+                        row["unfused_ns"], row["unfused_extra_bytes"] = measure_plain(rule, size, threads, clock, True)
                     rows.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     RESULTS.mkdir(exist_ok=True)
