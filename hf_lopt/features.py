@@ -117,8 +117,8 @@ LOSS_MIN_START = 999999999999.0
 
 
 def step_features(step: Tensor) -> Tensor:
-    """tanh(step / tau - 1), shape (11,); ``step`` counts the steps done, 0 at the first."""
-    return torch.tanh(step.to(torch.float32) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
+    """tanh(step / tau - 1), shape (11,), or (T, 11) for a step of each tensor; it counts those done, 0 at the first."""
+    return torch.tanh(step.to(torch.float32).unsqueeze(-1) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
 
 
 def time_features(step: Tensor, num_training_steps: int) -> Tensor:

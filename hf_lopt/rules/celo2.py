@@ -176,7 +176,7 @@ def _unit_scales(w: _Work, squares: Tensor, steps: list[Tensor]) -> Tensor:
 def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str, Any], skip: Tensor) -> list[Tensor]:
     """Pass 2 and the step. Returns Σ (lr step)² of the local shards for each batch, (T,) float64."""
     outputs = [
-        passes.network_outputs(w.batch, w.features, w.reading, weights[_network(w.features)], skip) for w in work
+        passes.network_outputs(w.batch, w.features, w.reading, _network(w, weights), skip) for w in work
     ]
     steps, squares = [list(x) for x in zip(*outputs, strict=True)]
     ortho = [i for i, w in enumerate(work) if w.orthogonalize]
@@ -223,8 +223,9 @@ def _parts(batch: passes.Batch) -> dict[str, passes.Batch]:
     return {name: batch.subset(name, indices, sliced=name == "stacks") for name, indices in cache["parts"].items()}
 
 
-def _network(features: ElementFeatures) -> str:
-    return "vector_network" if features is CELO2_VECTOR else "network"
+def _network(w: _Work, weights: Mapping[str, Any]) -> ElementNetwork:
+    network = weights["vector_network" if w.features is CELO2_VECTOR else "network"]
+    return network.rows(w.batch.index, w.batch.layout.slices)
 
 
 def update(
@@ -257,7 +258,7 @@ def _adam(batch: passes.Batch, run: Mapping[str, Tensor], settings: Mapping[str,
     corrected = settings["adam_bias_correction"]
     t = (run["step"] + 1).double()
     decays = (*ADAM.momentum, *ADAM.second_moment)
-    corrections = [(1.0 / (1.0 - decay**t) if corrected else torch.ones_like(t)).float() for decay in decays]
+    corrections = [(1.0 / (1.0 - decay**t) if corrected else t.new_ones(())).float() for decay in decays]
     lr = batch["lr"] * settings["adam_lr_mult"]
     return _ops.adam_step(
         *(batch.params, batch.grads, *batch.accumulators(), *decays, float("inf")),

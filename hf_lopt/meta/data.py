@@ -1,0 +1,112 @@
+"""Small data sets that need no download: scikit-learn's digits, procedural functions, the text of Python's manual.
+
+A data set is cut into three parts with no sample in common, for training, choosing and testing optimizers; each part has
+samples to train on and samples to judge by. Axes: N samples, D numbers of an input, B samples of a batch, G streams.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+PARTS = {"train": (0.0, 0.25), "validation": (0.25, 0.4), "test": (0.4, 1.0)}
+FRESH_SHARE = 0.25
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;'\"()[]{}_-+*/=<>#`"
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples in memory.
+
+    Attributes:
+        inputs: (N, D) float32; for text (N,) int64, the numbers of characters.
+        targets: (N,) int64 classes or (N, O) float32; for text None: the next characters.
+        fresh: first sample of those that are never trained on.
+        window: length of a piece of text, 0 for others.
+    """
+
+    inputs: Tensor
+    targets: Tensor | None
+    fresh: int
+    window: int = 0
+
+    def batch(self, streams: int, size: int, generator: torch.Generator, fresh: bool = False) -> tuple[Tensor, Tensor]:
+        """Random samples with repetition: inputs (G, B, ...) and targets (G, B, ...), on the device of the data."""
+        low, high = (self.fresh, len(self.inputs)) if fresh else (0, self.fresh)
+        index = torch.randint(low, high - self.window, (streams, size), generator=generator)
+        index = index.to(self.inputs.device, non_blocking=True)
+        if self.targets is not None:
+            return self.inputs[index], self.targets[index]
+        pieces = self.inputs[index.unsqueeze(-1) + torch.arange(self.window + 1, device=index.device)]
+        return pieces[..., :-1], pieces[..., 1:]
+
+    def to(self, device: torch.device) -> Data:
+        targets = None if self.targets is None else self.targets.to(device)
+        return Data(self.inputs.to(device), targets, self.fresh, self.window)
+
+
+def _part(inputs: Tensor, targets: Tensor | None, part: str, window: int = 0) -> Data:
+    if part not in PARTS:
+        raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
+    low, high = (round(share * len(inputs)) for share in PARTS[part])
+    fresh = round((1.0 - FRESH_SHARE) * (high - low))
+    return Data(inputs[low:high], None if targets is None else targets[low:high], fresh, window)
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'hf_lopt[meta]'") from error
+    images, classes = load_digits(return_X_y=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(images, dtype=torch.float32)[order] / 8.0 - 1.0, torch.tensor(classes)[order]
+
+
+def digits(part: str) -> Data:
+    """1,797 images of 8 x 8, in [-1, 1], with ten classes."""
+    return _part(*_digits(), part)
+
+
+def digit_images(part: str) -> Data:
+    """The same images, to be reproduced."""
+    images, _ = _digits()
+    return _part(images, images, part)
+
+
+def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, samples: int = 8192) -> Data:
+    """Smooth random functions of normal inputs: sums of sines in random directions, unit variance, some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inputs, generator=generator)
+    directions = torch.randn(inputs, 6 * outputs, generator=generator) / math.sqrt(inputs)
+    waves = torch.sin(2.0 * x @ directions + 3.0 * torch.randn(6 * outputs, generator=generator))
+    y = waves.view(samples, outputs, 6).sum(2)
+    y = (y - y.mean(0)) / y.std(0) + 0.1 * torch.randn(y.shape, generator=generator)
+    return _part(x, y, part)
+
+
+def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples: int = 8192) -> Data:
+    """Classes: which of several smooth random functions is the largest, for normal inputs of unequal size."""
+    sizes = torch.logspace(-0.5, 0.5, inputs)
+    whole = functions("train", seed, inputs, classes, samples=4 * samples)  # the first quarter
+    return _part(whole.inputs * sizes, whole.targets.argmax(1), part)
+
+
+@functools.cache
+def _text() -> Tensor:
+    from pydoc_data.topics import topics
+
+    numbers = {character: i for i, character in enumerate(ALPHABET)}
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return torch.tensor([numbers[c] for c in text if c in numbers])
+
+
+def text(part: str, window: int) -> Data:
+    """The chapters of Python's language reference, character by character; others than ``ALPHABET`` are left out."""
+    return _part(_text(), None, part, window)

@@ -1,0 +1,236 @@
+"""Many copies of a model, each updated by a rule with weights of its own. The only module here that calls a rule's step.
+
+The copies ("particles") are kept as stacks (P, *shape), and a rule sees views of them as the tensors of one model.
+Rules that treat every tensor by itself take all particles in one call, with network weights per tensor. The others, whose
+scheduler couples the tensors of a run or keeps state of the run, are called once per particle.
+
+Axes: P particles, N parameters of a model, T = N P tensors of one call: parameter by parameter, each with its particles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import rules
+from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.rules.base import Rule
+from hf_lopt.rules.passes import Batch, Layout
+
+
+# Rules whose step is the sum of what they do to each tensor, with what varies between runs given per tensor.
+TOGETHER = ("celo2", "celo2_base", "elo", "mulo", "small_fc_lopt")
+IN_TURN = ("celo", "celo_adam", "rnn_mlp", "velo", "velo_s")
+
+
+def supported(name: str) -> Rule:
+    """The rule called ``name``.
+
+    Raises:
+        ValueError: if there is none, or if it cannot be run for many particles.
+    """
+    rule = rules.get(name)
+    if name not in TOGETHER + IN_TURN:
+        raise ValueError(
+            f"{name} clips the gradients of a whole model, which particles do not: train celo2, whose network is the "
+            f"same, or one of {', '.join(sorted(TOGETHER + IN_TURN))}"
+        )
+    return rule
+
+
+class Particles:
+    """Models under training: parameters, the state of their optimizer, and how far each of them is.
+
+    Args:
+        rule: name of the rule.
+        shapes: parameter name -> shape of one copy; matrices are (in, out).
+        count: number of particles.
+        settings: constructor keywords of the rule that differ from its defaults.
+        device: where everything lives.
+
+    Attributes:
+        params: parameter name -> (P, *shape), changed in place by :meth:`update`.
+        steps: (P,) int64, updates since each particle's start.
+        failed: (P,) bool: a loss or gradient was not finite since then. Such a particle stands still, at zero.
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        shapes: Mapping[str, Sequence[int]],
+        count: int,
+        settings: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.rule, self.count, self.device = supported(rule), count, torch.device(device)
+        unknown = sorted(set(settings or {}) - set(self.rule.defaults))
+        if unknown:
+            raise ValueError(f"{rule} takes no setting {', '.join(unknown)}; it takes {', '.join(self.rule.defaults)}")
+        self.group = dict(self.rule.defaults) | dict(settings or {}) | {"axis_order": "jax"}
+        self.params = {n: torch.zeros(count, *shape, device=self.device) for n, shape in shapes.items()}
+        self.state: dict[str, dict[str, Tensor]] = {}
+        self.run: dict[str, Tensor] = {}
+        self.steps = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.failed = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self._together = rule in TOGETHER
+        self._batches: list[Batch] = []
+
+    def set_weights(self, theta: Theta) -> None:
+        """Give every particle its weights: leaves (P, *leaf shape).
+
+        Raises:
+            ValueError: if learned decays differ between particles of a rule that takes them in one call.
+        """
+        self._theta = {name: leaf.to(self.device) for name, leaf in theta.items()}
+        prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
+        self._weights = [_joined(prepared, len(self.params))] if self._together else prepared
+        if not self.state:
+            self._create_state()
+
+    def _theta_of(self, i: int) -> dict[str, Tensor]:
+        return {name: leaf[i] for name, leaf in self._theta.items()}
+
+    def _create_state(self) -> None:
+        start = self._fresh_state(0)
+        for name, own in start.items():
+            self.state[name] = {key: x.expand(self.count, *x.shape).clone() for key, x in own.items()}
+        run = self.rule.init_run(self._theta_of(0))
+        self.run = {k: x.to(self.device).expand(self.count, *x.shape).clone() for k, x in run.items()}
+
+    def _fresh_state(self, i: int) -> dict[str, dict[str, Tensor]]:
+        theta = self._theta_of(i)
+        return {name: self.rule.init_state(p[i], self.group, theta) for name, p in self.params.items()}
+
+    def restart(self, which: Sequence[int], start: Mapping[str, Tensor]) -> None:
+        """Begin anew with the particles ``which``, from ``start``: parameter name -> (len(which), *shape)."""
+        if not len(which):
+            return
+        places = torch.as_tensor(which, device=self.device)
+        for name, p in self.params.items():
+            p[places] = start[name].to(self.device)
+        # State that starts at learned values is the particle's own; otherwise it is the same for all.
+        for k, i in enumerate(which):
+            if k == 0 or not self._together:
+                fresh = self._fresh_state(i)
+                run = self.rule.init_run(self._theta_of(i))
+            for key, x in run.items():
+                self.run[key][i] = x
+            if not self._together:
+                for name, own in fresh.items():
+                    for key, x in own.items():
+                        self.state[name][key][i] = x
+        if self._together:
+            for name, own in fresh.items():
+                for key, x in own.items():
+                    self.state[name][key][places] = x
+        self.steps[places], self.failed[places] = 0, False
+
+    @torch.no_grad()
+    def update(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
+        """One step of every particle.
+
+        Args:
+            grads: parameter name -> (P, *shape); changed in place where a particle has failed.
+            losses: (P,), of the same parameters.
+            lr: (P,) float32, learning rate or multiplier.
+            horizons: (P,) int64, length of each run in steps.
+        """
+        self._stop_failed(grads, losses)
+        losses = losses.masked_fill(self.failed, 0.0)
+        if not self._batches:
+            self._batches = self._together_batch() if self._together else self._batches_in_turn()
+        if self._together:
+            self._update_together(grads, lr)
+        else:
+            self._update_in_turn(grads, losses, lr, horizons)
+        self.steps += 1
+
+    def _stop_failed(self, grads: Mapping[str, Tensor], losses: Tensor) -> None:
+        """Particles with values that are not finite are zeroed: a rule skips the step of all it is given together."""
+        sums = torch.stack([g.flatten(1).sum(1) for g in grads.values()])
+        self.failed |= ~(losses.isfinite() & sums.isfinite().all(0))
+        if self.device.type == "cpu" and not self.failed.any():
+            return
+        for x in (*grads.values(), *self.params.values(), *(y for own in self.state.values() for y in own.values())):
+            x.masked_fill_(self.failed.view(-1, *[1] * (x.dim() - 1)), 0.0)
+
+    def _batch(self, particles: Sequence[int]) -> Batch:
+        """A rule's view of all parameters of some particles, whose gradients and learning rates come with each step."""
+        params = [p[i] for p in self.params.values() for i in particles]
+        states = [{k: x[i] for k, x in self.state[n].items()} for n in self.params for i in particles]
+        keys = dict.fromkeys(key for state in states for key in state)
+        total, rule = len(params), self.rule
+        numbers = ["weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float))]
+        words = [n for n in rule.per_group if isinstance(rule.defaults[n], str)]
+        return Batch(
+            layout=Layout(params, ["jax"] * total),
+            params=params,
+            grads=[],
+            state={key: [state.get(key) for state in states] for key in keys},
+            settings={n: torch.full((total,), float(self.group[n]), device=self.device) for n in numbers},
+            labels={n: [self.group[n]] * total for n in words},
+        )
+
+    def _together_batch(self) -> list[Batch]:
+        return [self._batch(range(self.count))]
+
+    def _batches_in_turn(self) -> list[Batch]:
+        return [self._batch([i]) for i in range(self.count)]
+
+    def _update_together(self, grads: Mapping[str, Tensor], lr: Tensor) -> None:
+        (batch,) = self._batches
+        flat = [g for name in self.params for g in grads[name].unbind()]
+        batch = replace(batch, grads=flat, settings=batch.settings | {"lr": lr.repeat(len(self.params))})
+        run = {"step": self.steps.repeat(len(self.params))}
+        self.rule.update(batch, run, self._weights[0], self.group, None)
+
+    def _update_in_turn(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
+        for i, (batch, horizon) in enumerate(zip(self._batches, horizons.tolist(), strict=True)):
+            own = [grads[name][i] for name in self.params]
+            batch = replace(batch, grads=own, settings=batch.settings | {"lr": lr[i].expand(len(own))})
+            run = {"step": self.steps[i]} | {key: x[i] for key, x in self.run.items()}
+            settings = self.group | {"num_training_steps": horizon}
+            outcome = self.rule.update(batch, run, self._weights[i], settings, losses[i])
+            for key, x in outcome.run.items():
+                self.run[key][i] = x
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`update` reads, but for the weights."""
+        tensors = {"params": self.params, "state": self.state, "run": self.run}
+        return tensors | {"steps": self.steps, "failed": self.failed}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Continue where ``saved`` stood; weights have been given before."""
+        pairs = [(self.params, saved["params"]), (self.run, saved["run"])]
+        pairs += [(self.state[name], saved["state"][name]) for name in self.state]
+        for ours, theirs in pairs:
+            for key, x in ours.items():
+                x.copy_(theirs[key])
+        self.steps.copy_(saved["steps"])
+        self.failed.copy_(saved["failed"])
+
+
+def _joined(prepared: Sequence[Mapping[str, Any]], parameters: int) -> dict[str, Any]:
+    """What ``prepare`` made for each particle as one set with networks per tensor."""
+    out = {}
+    for key, first in prepared[0].items():
+        if isinstance(first, ElementNetwork):
+            layers = [[getattr(p[key], kind) for p in prepared] for kind in ("weights", "biases")]
+            both = [tuple(_per_tensor(xs, parameters) for xs in zip(*kind, strict=True)) for kind in layers]
+            out[key] = ElementNetwork(*both)
+        elif all(p[key] == first for p in prepared):
+            out[key] = first
+        else:
+            raise ValueError(
+                f"{key} differ between particles, which one call cannot take; leave the decays out of what is trained"
+            )
+    return out
+
+
+def _per_tensor(xs: Sequence[Tensor], parameters: int) -> Tensor:
+    x = torch.cat(list(xs))
+    return x.repeat(parameters, *[1] * (x.dim() - 1))

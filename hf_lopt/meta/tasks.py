@@ -1,0 +1,224 @@
+"""What the optimizers are trained and judged on: small models, each for many particles in one call.
+
+A particle is one copy of a model. The copies are independent, so that the gradient of the sum of their losses holds the
+gradient of each. Axes: P particles, B samples, I inputs and O outputs of a layer. Weight matrices are (P, I, O); a
+convolution kernel is the matrix (P, height * width * channels, O).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_lopt.meta import data
+
+
+Params = Mapping[str, Tensor]
+ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data and its loss.
+
+    Attributes:
+        name: for tables and error messages.
+        shapes: parameter name -> shape of one copy.
+        scales: standard deviation of the starting values; 0: zeros, None: ones.
+        model: (parameters with a leading axis P, inputs (P, B, ...)) -> outputs (P, B, ..., O).
+        loss: (outputs, targets) -> (P,), the mean over everything else.
+        data: part ("train", "validation" or "test") -> samples.
+        part: the part in use.
+        batch: samples per step.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    scales: Mapping[str, float | None]
+    model: Callable[[Params, Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    data: Callable[[str], data.Data]
+    part: str = "train"
+    batch: int = 32
+
+    def samples(self) -> data.Data:
+        """The data of the part in use."""
+        return self.data(self.part)
+
+    def start(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Starting values of ``count`` copies, drawn on the CPU."""
+        out = {}
+        for name, shape in self.shapes.items():
+            scale = self.scales[name]
+            fixed = torch.ones if scale is None else torch.zeros
+            out[name] = torch.randn(count, *shape, generator=generator) * scale if scale else fixed(count, *shape)
+        return out
+
+    def losses(self, params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss of every copy on its samples, (P,). A batch of fewer streams than copies is repeated in turn."""
+        count = len(next(iter(params.values())))
+        inputs, targets = (x.repeat(count // len(x), *[1] * (x.dim() - 1)) for x in batch)
+        return self.loss(self.model(params, inputs), targets)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square().flatten(1).mean(1)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    losses = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.view(len(outputs), -1).mean(1)
+
+
+def _dense(params: Params, name: str, x: Tensor) -> Tensor:
+    return torch.baddbmm(params[f"{name}.b"].unsqueeze(1), x, params[f"{name}.w"])
+
+
+def _dense_parameters(layers: Mapping[str, tuple[int, int]], gain: float) -> tuple[dict, dict]:
+    """Shapes and scales of matrices and biases; (gain / inputs)^½ for all matrices but the last."""
+    shapes, scales = {}, {}
+    for i, (name, (n_in, n_out)) in enumerate(layers.items()):
+        last = i == len(layers) - 1
+        shapes |= {f"{name}.w": (n_in, n_out), f"{name}.b": (n_out,)}
+        scales |= {f"{name}.w": math.sqrt((1.0 if last else gain) / n_in), f"{name}.b": 0.0}
+    return shapes, scales
+
+
+def mlp(name: str, sizes: Sequence[int], samples: Callable, loss: Callable, activation: str = "relu", **more) -> Task:
+    """Fully connected layers of the given sizes, inputs first."""
+    layers = {f"layer{i}": pair for i, pair in enumerate(zip(sizes, sizes[1:], strict=False))}
+    shapes, scales = _dense_parameters(layers, 2.0 if activation == "relu" else 1.0)
+    act = ACTIVATIONS[activation]
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        for i in range(len(layers)):
+            x = _dense(params, f"layer{i}", x)
+            x = act(x) if i + 1 < len(layers) else x
+        return x
+
+    return Task(name, shapes, scales, model, loss, samples, **more)
+
+
+def _patches(x: Tensor, side: int, stride: int) -> Tensor:
+    """3 x 3 patches of images (P, B, side * side, C) with zeros around: (P, B * places, 9 * C)."""
+    x = F.pad(x.unflatten(2, (side, side)), (0, 0, 1, 1, 1, 1))
+    places = range(3)
+    last = side - stride + 1
+    cut = [x[:, :, i : i + last : stride, j : j + last : stride] for i in places for j in places]
+    return torch.cat(cut, -1).flatten(1, 3)
+
+
+def conv(name: str, channels: Sequence[int], samples: Callable, side: int = 8, classes: int = 10, **more) -> Task:
+    """3 x 3 convolutions, all after the first with stride 2, the mean over places, and a linear layer."""
+    sizes = [1, *channels]
+    layers = {f"conv{i}": (9 * a, b) for i, (a, b) in enumerate(zip(sizes, sizes[1:], strict=False))}
+    shapes, scales = _dense_parameters(layers | {"head": (sizes[-1], classes)}, 2.0)
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        count, batch, width = len(x), x.shape[1], side
+        x = x.unsqueeze(-1)
+        for i in range(len(channels)):
+            stride = 1 if i == 0 else 2
+            x = torch.relu(_dense(params, f"conv{i}", _patches(x, width, stride)))
+            width //= stride
+            x = x.view(count, batch, width * width, -1)
+        return _dense(params, "head", x.mean(2))
+
+    return Task(name, shapes, scales, model, cross_entropy, samples, **more)
+
+
+def _normed(x: Tensor, gain: Tensor) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain.unsqueeze(1)
+
+
+def transformer(name: str, width: int, layers: int, window: int, heads: int = 2, **more) -> Task:
+    """A causal language model of characters: RMS norms, attention, a perceptron of four times the width."""
+    symbols = len(data.ALPHABET)
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (symbols, width), "position": (window, width)}
+    scales: dict[str, float | None] = {"embedding": 0.5, "position": 0.1}
+    for i in range(layers):
+        dense = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+        shapes |= {f"{i}.{key}": shape for key, shape in dense.items()}
+        scales |= {f"{i}.{key}": shape[0] ** -0.5 for key, shape in dense.items()}
+        shapes |= {f"{i}.norm{k}": (width,) for k in range(2)}
+        scales |= {f"{i}.norm{k}": None for k in range(2)}
+    shapes |= {"norm": (width,), "head": (width, symbols)}
+    scales |= {"norm": None, "head": width**-0.5}
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        count, batch = x.shape[:2]
+        offset = torch.arange(count, device=x.device).view(-1, 1) * symbols
+        h = params["embedding"].flatten(0, 1)[(x.flatten(1) + offset)]
+        h = h + params["position"].repeat(1, batch, 1)
+        for i in range(layers):
+            qkv = torch.bmm(_normed(h, params[f"{i}.norm0"]), params[f"{i}.qkv"])
+            q, k, v = qkv.view(count * batch, window, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            h = h + torch.bmm(mixed.transpose(1, 2).reshape(count, batch * window, width), params[f"{i}.out"])
+            up = F.gelu(torch.bmm(_normed(h, params[f"{i}.norm1"]), params[f"{i}.up"]))
+            h = h + torch.bmm(up, params[f"{i}.down"])
+        return torch.bmm(_normed(h, params["norm"]), params["head"])
+
+    more = {"batch": 8, **more}
+    return Task(name, shapes, scales, model, cross_entropy, partial(data.text, window=window), **more)
+
+
+def _all() -> dict[str, Task]:
+    """Tasks to train on are small; those to judge by have other sizes, depths and activations, and other samples."""
+    digits, images = data.digits, data.digit_images
+    functions = [partial(data.functions, seed=seed) for seed in range(4)]
+    regions = [partial(data.regions, seed=seed) for seed in range(4, 8)]
+    ce, mse = cross_entropy, squared_error
+    train = [
+        mlp("digits_mlp", (64, 16, 10), digits, ce),
+        mlp("digits_mlp3", (64, 24, 24, 10), digits, ce, "gelu"),
+        mlp("functions_mlp", (8, 32, 4), functions[0], mse, "tanh"),
+        mlp("functions_deep", (8, 16, 16, 16, 16, 4), functions[1], mse),
+        mlp("regions_mlp", (8, 24, 24, 6), regions[0], ce),
+        mlp("autoencoder", (64, 16, 6, 16, 64), images, mse, "tanh"),
+        conv("digits_conv", (6, 8), digits, batch=16),
+        transformer("characters", 16, 1, 16),
+    ]
+    validation = [
+        mlp("digits_wide", (64, 48, 10), digits, ce, "tanh"),
+        mlp("regions_deep", (8, 20, 20, 20, 20, 6), regions[1], ce, "gelu"),
+        mlp("functions_wide", (8, 64, 4), functions[2], mse),
+        mlp("autoencoder_relu", (64, 32, 8, 32, 64), images, mse),
+        conv("digits_conv_wide", (8, 12), digits),
+        transformer("characters_wide", 24, 1, 24),
+    ]
+    test = [
+        transformer("char_lm", 32, 2, 32),
+        mlp("digits_autoencoder", (64, 48, 12, 48, 64), images, mse, "tanh", batch=64),
+        conv("digits_cnn", (8, 16), digits, batch=64),
+        mlp("digits_mlp_large", (64, 64, 64, 10), digits, ce, batch=64),
+        mlp("digits_mlp_deep", (64, 32, 32, 32, 32, 32, 10), digits, ce, batch=64),
+        mlp("functions_large", (8, 64, 64, 4), functions[3], mse, "gelu", batch=64),
+    ]
+    parts = {"train": train, "validation": validation, "test": test}
+    return {task.name: replace(task, part=part) for part, tasks in parts.items() for task in tasks}
+
+
+TASKS: dict[str, Task] = _all()
+
+
+def named(name: str) -> Task:
+    """The task called ``name``.
+
+    Raises:
+        ValueError: if there is none; the message lists the names.
+    """
+    if name not in TASKS:
+        raise ValueError(f"no task is called {name!r}; the tasks are {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def of_part(part: str) -> list[Task]:
+    """The tasks of a part: "train", "validation" or "test"."""
+    return [task for task in TASKS.values() if task.part == part]
