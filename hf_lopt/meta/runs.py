@@ -1,0 +1,242 @@
+"""Training runs of many particles on one task, unrolled piece by piece: what evolution strategies need of a task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt.meta.particles import Particles
+from hf_lopt.meta.tasks import Task
+from hf_lopt.meta.theta import Vector
+
+
+OBJECTIVES = ("mean", "last")
+SAMPLES = ("fresh", "train")
+WARMUP = 0.05
+# Where a meta-loss ends: the logarithm of a loss e times that at the start, which is also that of a failed particle.
+WORST = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What makes a run good. The measure is log(loss / loss at the start of the run), at most 1.
+
+    Attributes:
+        kind: "mean" over the steps, or only the "last" one of a run.
+        samples: "fresh": samples that are never trained on; "train": the batch of the step.
+        every: steps between two evaluations on fresh samples.
+        batch: fresh samples per evaluation, in batches of the task.
+    """
+
+    kind: str = "mean"
+    samples: str = "fresh"
+    every: int = 5
+    batch: int = 2
+
+    def __post_init__(self) -> None:
+        if self.kind not in OBJECTIVES:
+            raise ValueError(f"objective.kind must be one of {', '.join(OBJECTIVES)}, got {self.kind!r}")
+        if self.samples not in SAMPLES:
+            raise ValueError(f"objective.samples must be one of {', '.join(SAMPLES)}, got {self.samples!r}")
+        if self.every < 1 or self.batch < 1:
+            raise ValueError(f"objective.every and objective.batch must be positive, got {self.every}, {self.batch}")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How long runs are, and what is drawn anew for each of them, log-uniformly between two limits.
+
+    Attributes:
+        truncation: K, steps of a truncation.
+        shortest, longest: limits of the length of a run, which is rounded up to a multiple of K.
+        growth: truncations until ``longest`` is reached, linearly from ``shortest``; 0: at once.
+        lr: limits of the learning rate, where its schedule is the caller's (5 % warm-up, cosine); multiplier otherwise.
+        parameter_scale: limits of c in the reparametrisation p = c p', for each tensor: the rule sees p'.
+        loss_scale: limits of what the loss is multiplied with, before the rule sees it and its gradients.
+    """
+
+    truncation: int = 50
+    shortest: int = 100
+    longest: int = 1000
+    growth: int = 0
+    lr: tuple[float, float] = (1e-3, 1e-2)
+    parameter_scale: tuple[float, float] = (1.0, 1.0)
+    loss_scale: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.truncation <= self.longest or not 0 < self.shortest <= self.longest:
+            raise ValueError(
+                "runs need 0 < truncation <= longest and 0 < shortest <= longest, got truncation "
+                f"{self.truncation}, shortest {self.shortest}, longest {self.longest}"
+            )
+        for name in ("lr", "parameter_scale", "loss_scale"):
+            limits = getattr(self, name)
+            if len(limits) != 2 or not 0 < limits[0] <= limits[1]:
+                raise ValueError(f"runs.{name} must be two positive numbers, the smaller first, got {limits}")
+
+
+def schedule(steps: Tensor, horizons: Tensor) -> Tensor:
+    """Share of the peak learning rate after ``steps`` of ``horizons`` steps: 5 % linear warm-up, then a cosine to 0."""
+    done = steps / horizons
+    warm = ((steps + 1) / (WARMUP * horizons)).clamp(max=1.0)
+    return warm * 0.5 * (1.0 + torch.cos(math.pi * done.clamp(max=1.0)))
+
+
+@dataclass
+class Draws:
+    """What was drawn for the run of each pair. Lists of numbers per parameter in the order of the task's shapes."""
+
+    horizons: Tensor  # (N,) int64
+    ends: Tensor  # (N,) int64: the step at which the run is cut, at most the horizon
+    lr: Tensor  # (N,)
+    loss_scale: Tensor  # (N,)
+    parameter_scale: Tensor  # (N, parameters)
+    first_loss: Tensor = field(default_factory=lambda: torch.zeros(0))  # (2 N,)
+
+
+class TaskRuns:
+    """Runs of N pairs on one task; see :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
+
+    The first runs are cut short at random, so that afterwards the pairs are at different places of their runs.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        vector: Vector,
+        rule: str,
+        pairs: int,
+        runs: RunSettings,
+        objective: Objective,
+        generator: torch.Generator,
+        settings: Mapping[str, Any] | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        if pairs < 1:
+            raise ValueError(f"{task.name} needs at least one pair of particles, got {pairs}")
+        self.task, self.vector, self.pairs = task, vector, pairs
+        self.settings, self.objective, self.generator = runs, objective, generator
+        self.particles = Particles(rule, task.shapes, 2 * pairs, settings, device)
+        self.samples = task.samples().to(self.particles.device)
+        ones = torch.ones(pairs)
+        zeros = torch.zeros(pairs, dtype=torch.int64)
+        self.draws = Draws(zeros + 1, zeros, ones, ones.clone(), torch.ones(pairs, len(task.shapes)))
+        self.draws.first_loss = torch.ones(2 * pairs)
+        self.truncations = 0
+        own = self.particles.rule.own_schedule
+        self._scheduled = not own
+        self._augmented = runs.parameter_scale != (1.0, 1.0)
+
+    @property
+    def steps_per_call(self) -> int:
+        """Particle-steps of one :meth:`unroll`."""
+        return 2 * self.pairs * self.settings.truncation
+
+    def ended(self) -> list[int]:
+        """Pairs whose run is over, or has not begun."""
+        steps = self.particles.steps[: self.pairs].cpu()
+        return (steps >= self.draws.ends).nonzero().flatten().tolist()
+
+    def unroll(self, vectors: Tensor) -> Tensor:
+        """One truncation with the weights ``vectors`` (2 N, D); its meta-losses (2 N,)."""
+        self.particles.set_weights(self.vector.leaves(vectors))
+        self._restart(self.ended())
+        plan = self._plan()
+        total, count = torch.zeros(2 * self.pairs, device=self.particles.device), 0
+        for k in range(self.settings.truncation):
+            losses = self._step(*plan)
+            if self.objective.samples == "train":
+                total, count = total + self._measure(losses), count + 1
+            elif self.objective.kind == "mean" and (k + 1) % self.objective.every == 0:
+                total, count = total + self._measure(self._fresh_losses()), count + 1
+        self.truncations += 1
+        if self.objective.kind == "mean":
+            return total / max(count, 1)
+        last = self._measure(losses if self.objective.samples == "train" else self._fresh_losses())
+        complete = (self.particles.steps.cpu() >= self.draws.horizons.repeat(2)).to(last.device)
+        return torch.where(complete, last, 0.0)
+
+    def _plan(self) -> tuple[Tensor, ...]:
+        """What a step needs of the draws, on the device, both particles of a pair alike."""
+        draws, device = self.draws, self.particles.device
+        return tuple(x.repeat(2).to(device) for x in (draws.lr, draws.horizons, draws.loss_scale))
+
+    def _step(self, lr: Tensor, horizons: Tensor, loss_scale: Tensor) -> Tensor:
+        """One step of every particle; the losses before it, (2 N,)."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self.particles.params.items()}
+        batch = self.samples.batch(self.pairs, self.task.batch, self.generator)
+        with torch.enable_grad():
+            losses = self.task.losses(self._scaled(leaves), batch)
+            scaled = losses * loss_scale
+            grads = torch.autograd.grad(scaled.sum(), list(leaves.values()))
+        if self._scheduled:
+            lr = lr * schedule(self.particles.steps, horizons)
+        self.particles.update(dict(zip(leaves, grads, strict=True)), scaled.detach(), lr, horizons)
+        return losses.detach()
+
+    def _scaled(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The parameters of the model, c p', from those that the rule sees."""
+        if not self._augmented:
+            return params
+        scales = self.draws.parameter_scale.repeat(2, 1).to(self.particles.device).unbind(1)
+        pairs = zip(params.items(), scales, strict=True)
+        return {name: p * c.view(-1, *[1] * (p.dim() - 1)) for (name, p), c in pairs}
+
+    @torch.no_grad()
+    def _fresh_losses(self) -> Tensor:
+        batch = self.samples.batch(self.pairs, self.objective.batch * self.task.batch, self.generator, fresh=True)
+        return self.task.losses(self._scaled(self.particles.params), batch)
+
+    def _measure(self, losses: Tensor) -> Tensor:
+        """log(loss / first loss), at most ``WORST``, which is also that of failed particles."""
+        ratio = torch.log(losses.clamp_min(1e-12) / self.draws.first_loss.to(losses.device))
+        ratio = torch.where(self.particles.failed | ~ratio.isfinite(), WORST, ratio)
+        return ratio.clamp(max=WORST)
+
+    def _log_uniform(self, limits: Sequence[float], *shape: int) -> Tensor:
+        low, high = (math.log(x) for x in limits)
+        return torch.exp(low + (high - low) * torch.rand(*shape, generator=self.generator))
+
+    def _longest(self) -> float:
+        s = self.settings
+        share = min(1.0, self.truncations / s.growth) if s.growth else 1.0
+        return s.shortest + share * (s.longest - s.shortest)
+
+    def _restart(self, over: list[int]) -> None:
+        if not over:
+            return
+        s, n, k = self.settings, len(over), self.settings.truncation
+        pieces = torch.ceil(self._log_uniform((s.shortest, self._longest()), n) / k).long()
+        self.draws.horizons[over] = k * pieces
+        staggered = 1 + (torch.rand(n, generator=self.generator) * pieces).long()
+        self.draws.ends[over] = k * (pieces if self.truncations else staggered)
+        self.draws.lr[over] = self._log_uniform(s.lr, n)
+        self.draws.loss_scale[over] = self._log_uniform(s.loss_scale, n)
+        self.draws.parameter_scale[over] = self._log_uniform(s.parameter_scale, n, len(self.task.shapes))
+        start = self.task.start(n, self.generator)
+        if self._augmented:
+            scales = self.draws.parameter_scale[over].unbind(1)
+            pairs = zip(start.items(), scales, strict=True)
+            start = {name: p / c.view(-1, *[1] * (p.dim() - 1)) for (name, p), c in pairs}
+        both = {name: p.repeat(2, *[1] * (p.dim() - 1)) for name, p in start.items()}
+        places = [*over, *(self.pairs + i for i in over)]
+        self.particles.restart(places, both)
+        self.draws.first_loss[places] = self._fresh_losses().cpu()[places]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next :meth:`unroll` depends on, but for its argument."""
+        saved = {"draws": dict(vars(self.draws)), "generator": self.generator.get_state()}
+        return saved | {"particles": self.particles.state_dict(), "truncations": self.truncations}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.draws = Draws(**{name: x.clone() for name, x in saved["draws"].items()})
+        self.generator.set_state(saved["generator"].cpu())
+        self.truncations = saved["truncations"]
+        if saved["particles"]["state"]:
+            self.particles.set_weights(self.vector.leaves(self.vector.start().expand(2 * self.pairs, -1)))
+            self.particles.load_state_dict(saved["particles"])
