@@ -7,11 +7,12 @@ This module is the one place that knows about DTensor.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +136,23 @@ def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     return _dtensor().from_local(value, cut.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """A context in which this process counts as the only one: what others train is no concern of its optimizers."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    """Number of processes of the default group; 1 when there is none."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """Number of processes of the default group; 1 when there is none, and :func:`alone`."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
 def world_groups(shardings: Iterable[Sharding | None]) -> tuple[dist.ProcessGroup, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import rules
+from hf_lopt import distributed, rules
 from hf_lopt.networks import ElementNetwork, Theta
 from hf_lopt.rules.base import Rule
 from hf_lopt.rules.passes import Batch, Layout
@@ -123,10 +123,9 @@ class Particles:
                 for name, own in fresh.items():
                     for key, x in own.items():
                         self.state[name][key][i] = x
-        if self._together:
-            for name, own in fresh.items():
-                for key, x in own.items():
-                    self.state[name][key][places] = x
+        for name, own in fresh.items() if self._together else ():
+            for key, x in own.items():
+                self.state[name][key][places] = x
         self.steps[places], self.failed[places] = 0, False
 
     @torch.no_grad()
@@ -143,10 +142,11 @@ class Particles:
         losses = losses.masked_fill(self.failed, 0.0)
         if not self._batches:
             self._batches = self._together_batch() if self._together else self._batches_in_turn()
-        if self._together:
-            self._update_together(grads, lr)
-        else:
-            self._update_in_turn(grads, losses, lr, horizons)
+        with distributed.alone():
+            if self._together:
+                self._update_together(grads, lr)
+            else:
+                self._update_in_turn(grads, losses, lr, horizons)
         self.steps += 1
 
     def _stop_failed(self, grads: Mapping[str, Tensor], losses: Tensor) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,22 +89,35 @@ def schedule(steps: Tensor, horizons: Tensor) -> Tensor:
     return warm * 0.5 * (1.0 + torch.cos(math.pi * done.clamp(max=1.0)))
 
 
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without the garbage collector, which many small tensors would keep busy; they are freed without it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 @dataclass
 class Draws:
-    """What was drawn for the run of each pair. Lists of numbers per parameter in the order of the task's shapes."""
+    """What was drawn for each run. Lists of numbers per parameter in the order of the task's shapes."""
 
     horizons: Tensor  # (N,) int64
     ends: Tensor  # (N,) int64: the step at which the run is cut, at most the horizon
     lr: Tensor  # (N,)
     loss_scale: Tensor  # (N,)
     parameter_scale: Tensor  # (N, parameters)
-    first_loss: Tensor = field(default_factory=lambda: torch.zeros(0))  # (2 N,)
+    first_loss: Tensor = field(default_factory=lambda: torch.zeros(0))  # (C N,)
 
 
 class TaskRuns:
-    """Runs of N pairs on one task; see :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
+    """N runs on one task, of each of which C copies go side by side with weights of their own: copy c of run i is particle
+    c N + i. With two copies they are the pairs of :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
 
-    The first runs are cut short at random, so that afterwards the pairs are at different places of their runs.
+    The first runs are cut short at random, so that afterwards they are at different places.
     """
 
     def __init__(
@@ -116,58 +131,68 @@ class TaskRuns:
         generator: torch.Generator,
         settings: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
+        copies: int = 2,
     ):
         if pairs < 1:
-            raise ValueError(f"{task.name} needs at least one pair of particles, got {pairs}")
-        self.task, self.vector, self.pairs = task, vector, pairs
+            raise ValueError(f"{task.name} needs at least one run, got {pairs}")
+        self.task, self.vector, self.pairs, self.copies = task, vector, pairs, copies
         self.settings, self.objective, self.generator = runs, objective, generator
-        self.particles = Particles(rule, task.shapes, 2 * pairs, settings, device)
+        self.particles = Particles(rule, task.shapes, copies * pairs, settings, device)
         self.samples = task.samples().to(self.particles.device)
         ones = torch.ones(pairs)
         zeros = torch.zeros(pairs, dtype=torch.int64)
         self.draws = Draws(zeros + 1, zeros, ones, ones.clone(), torch.ones(pairs, len(task.shapes)))
-        self.draws.first_loss = torch.ones(2 * pairs)
+        self.draws.first_loss = torch.ones(copies * pairs)
         self.truncations = 0
         own = self.particles.rule.own_schedule
         self._scheduled = not own
         self._augmented = runs.parameter_scale != (1.0, 1.0)
 
     @property
+    def count(self) -> int:
+        """Number of particles."""
+        return self.copies * self.pairs
+
+    @property
     def steps_per_call(self) -> int:
         """Particle-steps of one :meth:`unroll`."""
-        return 2 * self.pairs * self.settings.truncation
+        return self.count * self.settings.truncation
 
     def ended(self) -> list[int]:
-        """Pairs whose run is over, or has not begun."""
+        """Runs that are over, or have not begun."""
         steps = self.particles.steps[: self.pairs].cpu()
         return (steps >= self.draws.ends).nonzero().flatten().tolist()
 
     def unroll(self, vectors: Tensor) -> Tensor:
-        """One truncation with the weights ``vectors`` (2 N, D); its meta-losses (2 N,)."""
+        """One truncation with the weights ``vectors`` (C N, D); its meta-losses (C N,)."""
         self.particles.set_weights(self.vector.leaves(vectors))
         self._restart(self.ended())
-        plan = self._plan()
-        total, count = torch.zeros(2 * self.pairs, device=self.particles.device), 0
+        with _no_collection():
+            return self._truncation()
+
+    def _truncation(self) -> Tensor:
+        plan, objective = self._plan(), self.objective
+        total, count = torch.zeros(self.count, device=self.particles.device), 0
         for k in range(self.settings.truncation):
             losses = self._step(*plan)
-            if self.objective.samples == "train":
+            if objective.samples == "train":
                 total, count = total + self._measure(losses), count + 1
-            elif self.objective.kind == "mean" and (k + 1) % self.objective.every == 0:
+            elif objective.kind == "mean" and (k + 1) % objective.every == 0:
                 total, count = total + self._measure(self._fresh_losses()), count + 1
         self.truncations += 1
-        if self.objective.kind == "mean":
+        if objective.kind == "mean":
             return total / max(count, 1)
-        last = self._measure(losses if self.objective.samples == "train" else self._fresh_losses())
-        complete = (self.particles.steps.cpu() >= self.draws.horizons.repeat(2)).to(last.device)
+        last = self._measure(losses if objective.samples == "train" else self._fresh_losses())
+        complete = (self.particles.steps.cpu() >= self.draws.horizons.repeat(self.copies)).to(last.device)
         return torch.where(complete, last, 0.0)
 
     def _plan(self) -> tuple[Tensor, ...]:
-        """What a step needs of the draws, on the device, both particles of a pair alike."""
+        """What a step needs of the draws, on the device, all copies of a run alike."""
         draws, device = self.draws, self.particles.device
-        return tuple(x.repeat(2).to(device) for x in (draws.lr, draws.horizons, draws.loss_scale))
+        return tuple(x.repeat(self.copies).to(device) for x in (draws.lr, draws.horizons, draws.loss_scale))
 
     def _step(self, lr: Tensor, horizons: Tensor, loss_scale: Tensor) -> Tensor:
-        """One step of every particle; the losses before it, (2 N,)."""
+        """One step of every particle; the losses before it, (C N,)."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.particles.params.items()}
         batch = self.samples.batch(self.pairs, self.task.batch, self.generator)
         with torch.enable_grad():
@@ -183,7 +208,7 @@ class TaskRuns:
         """The parameters of the model, c p', from those that the rule sees."""
         if not self._augmented:
             return params
-        scales = self.draws.parameter_scale.repeat(2, 1).to(self.particles.device).unbind(1)
+        scales = self.draws.parameter_scale.repeat(self.copies, 1).to(self.particles.device).unbind(1)
         pairs = zip(params.items(), scales, strict=True)
         return {name: p * c.view(-1, *[1] * (p.dim() - 1)) for (name, p), c in pairs}
 
@@ -223,8 +248,8 @@ class TaskRuns:
             scales = self.draws.parameter_scale[over].unbind(1)
             pairs = zip(start.items(), scales, strict=True)
             start = {name: p / c.view(-1, *[1] * (p.dim() - 1)) for (name, p), c in pairs}
-        both = {name: p.repeat(2, *[1] * (p.dim() - 1)) for name, p in start.items()}
-        places = [*over, *(self.pairs + i for i in over)]
+        both = {name: p.repeat(self.copies, *[1] * (p.dim() - 1)) for name, p in start.items()}
+        places = [c * self.pairs + i for c in range(self.copies) for i in over]
         self.particles.restart(places, both)
         self.draws.first_loss[places] = self._fresh_losses().cpu()[places]
 
@@ -238,5 +263,5 @@ class TaskRuns:
         self.generator.set_state(saved["generator"].cpu())
         self.truncations = saved["truncations"]
         if saved["particles"]["state"]:
-            self.particles.set_weights(self.vector.leaves(self.vector.start().expand(2 * self.pairs, -1)))
+            self.particles.set_weights(self.vector.leaves(self.vector.start().expand(self.count, -1)))
             self.particles.load_state_dict(saved["particles"])
