@@ -55,7 +55,7 @@ class RunSettings:
 
     Attributes:
         truncation: K, steps of a truncation.
-        shortest, longest: limits of the length of a run, which is rounded up to a multiple of K.
+        shortest, longest: limits of the length of a run, which is rounded to a multiple of K.
         growth: truncations until ``longest`` is reached, linearly from ``shortest``; 0: at once.
         lr: limits of the learning rate, where its schedule is the caller's (5 % warm-up, cosine); multiplier otherwise.
         parameter_scale: limits of c in the reparametrisation p = c p', for each tensor: the rule sees p'.
@@ -236,7 +236,7 @@ class TaskRuns:
         if not over:
             return
         s, n, k = self.settings, len(over), self.settings.truncation
-        pieces = torch.ceil(self._log_uniform((s.shortest, self._longest()), n) / k).long()
+        pieces = (self._log_uniform((s.shortest, self._longest()), n) / k).round().long().clamp(min=1)
         self.draws.horizons[over] = k * pieces
         staggered = 1 + (torch.rand(n, generator=self.generator) * pieces).long()
         self.draws.ends[over] = k * (pieces if self.truncations else staggered)
