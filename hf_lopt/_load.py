@@ -101,14 +101,27 @@ def _covers_factored(rows: Sequence[Tensor], *args: Any) -> bool:
 
 
 def _covers_features(features: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> bool:
-    slice_axes, decays = args[9], args[10:13]
+    decays = args[10:13]
     return (
         _FEATURES.issuperset(features)
         and tuple(map(len, decays)) == _DECAYS
-        # A matrix is its only slice.
-        and (not slice_axes or all(p.dim() <= 2 for p in params))
+        and _covers_slices(params, *args[7:10])
         and _covers_sums(params, grads)
     )
+
+
+def _covers_slices(
+    params: Sequence[Tensor], row_axes: Sequence[int], col_axes: Sequence[int], slice_axes: Sequence[int]
+) -> bool:
+    """Slices over the last two axes, which are the factored ones, or over the last axis of vectors."""
+    pairs = zip(slice_axes[::2], slice_axes[1::2], strict=True) if slice_axes else ()
+    for p, a, b, pair in zip(params, row_axes, col_axes, pairs, strict=bool(slice_axes)):
+        n = p.dim()
+        if n > 2 and not {a, b} == set(pair) == {n - 2, n - 1}:
+            return False
+        if n == 2 and pair[0] == pair[1] and not (a < 0 and pair[0] == 1):
+            return False
+    return True
 
 
 def _covers_network(features: Sequence[str], *args: Any) -> bool:

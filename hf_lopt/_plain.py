@@ -405,14 +405,24 @@ def update_factored(rows, cols, row_sums, col_sums, row_means, row_sizes, col_si
 def descend(params, steps, scale, decay, skip):
     """p <- p - decay[t] * p - scale[t] * step, rounded once; ``steps`` float32, shaped like the parameters.
 
+    ``scale`` and ``decay`` (T,), or (T S,) for numbers of each of the S slices of a tensor along its first axis.
     Nothing is changed where ``skip`` (bool, 0-d) is true."""
     store = _store_unless(skip)
     if store is None:
         return
     for t, (p, step) in enumerate(zip(params, steps, strict=True)):
         for index in _blocks(p.shape, _limit(p)):
-            value = p[index].float()
-            store(p[index], torch.addcmul(value, value, decay[t], value=-1) - step[index] * scale[t])
+            value, (rate, shrink) = p[index].float(), (_slice_numbers(x, t, params, index) for x in (scale, decay))
+            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
+
+
+def _slice_numbers(x: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
+    """The numbers of a block of tensor ``t``: one for all, or one for each place along the first axis."""
+    slices = x.numel() // len(params)
+    if slices == 1:
+        return x[t]
+    own = x.view(len(params), slices)[t].view(1, -1, *[1] * (params[t].dim() - 1))
+    return _cut(own, index)[0]
 
 
 def adam_step(
@@ -434,7 +444,8 @@ def adam_step(
     """One pass of Adam with the variations of the learned rules, momenta and second moments of shape (1, *s) in place.
 
     step = scale[t] * momentum_correction * m / (sqrt(second_correction * v + inner_eps) + outer_eps),
-    p <- p - decay[t] * p - step. Corrections are 0-d. Returns Σ step², (T,) float64. Nothing changes where ``skip``.
+    p <- p - decay[t] * p - step. Corrections are 0-d; ``scale`` and ``decay`` as in :func:`descend`. Returns Σ step²,
+    (T,) float64. Nothing changes where ``skip``.
     """
     out = torch.zeros(len(params), dtype=torch.float64, device=scale.device)
     store = _store_unless(skip)
@@ -447,9 +458,10 @@ def adam_step(
             m = ema(_cut(momenta[t], index), x, [momentum_decay])
             v = ema(_cut(second_moments[t], index), x * x, [second_decay])
             root = (v[0] * second_correction + inner_eps).sqrt_().add_(outer_eps)
-            step = m[0] * momentum_correction / root * scale[t]
+            rate, shrink = (_slice_numbers(x, t, params, index) for x in (scale, decay))
+            step = m[0] * momentum_correction / root * rate
             out[t] += _sum_of_squares(step)
             store(_cut(momenta[t], index), m)
             store(_cut(second_moments[t], index), v)
-            store(p[index], torch.addcmul(value, value, decay[t], value=-1) - step)
+            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step)
     return out

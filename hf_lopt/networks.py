@@ -54,15 +54,10 @@ class ElementNetwork:
         weights = (*self.weights[:-1], self.weights[-1][:, :, :count])
         return ElementNetwork(weights, (*self.biases[:-1], self.biases[-1][:, :count]))
 
-    def rows(self, places: Tensor, repeats: Sequence[int]) -> ElementNetwork:
-        """The networks of some of the tensors, each ``repeats`` times; what all tensors share stays."""
-        layers = (*self.weights, *self.biases)
-        if max(len(x) for x in layers) == 1:
-            return self
-        if max(repeats) > 1:
-            places = places.repeat_interleave(torch.tensor(repeats, device=places.device))
-        layers = tuple(x[places] if len(x) > 1 else x for x in layers)
-        return ElementNetwork(layers[: len(self.weights)], layers[len(self.weights) :])
+    def repeated(self, count: int) -> ElementNetwork:
+        """For ``count`` tensors in turn, each of which holds as many runs as there are networks."""
+        layers = [x.repeat(count, *[1] * (x.dim() - 1)) if len(x) > 1 else x for x in (*self.weights, *self.biases)]
+        return ElementNetwork(tuple(layers[: len(self.weights)]), tuple(layers[len(self.weights) :]))
 
 
 def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:

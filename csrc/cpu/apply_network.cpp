@@ -37,9 +37,9 @@ class Applier {
     Applier(const Common& common, const Weights& w)
         : problem_(common),
           exp_mult_((float)w.exp_mult),
-          scale_(w.scale, (int64_t)common.params.size()),
-          decay_(w.decay, (int64_t)common.params.size()) {
-        const int64_t count = (int64_t)common.params.size();
+          scale_(w.scale, slice_count(problem_.shapes)),
+          decay_(w.decay, slice_count(problem_.shapes)) {
+        const int64_t count = slice_count(problem_.shapes);
         for (const Tensor& x : w.weights) weights_.emplace_back(x, count);
         for (const Tensor& x : w.biases) biases_.emplace_back(x, count);
         STD_TORCH_CHECK(w.weights[0].size(1) == problem_.columns.count, "the first layer has ", w.weights[0].size(1),
@@ -63,7 +63,7 @@ class Applier {
             tiles, [&](int64_t i, int64_t worker) { apply(tiles[i], buffers[worker], &partial[i * kUpdateStats]); });
         problem_.store_copies();
 
-        const int64_t count = (int64_t)problem_.tensors.size(), width = kUpdateStats + 1;
+        const int64_t count = slice_count(problem_.shapes), width = kUpdateStats + 1;
         const int64_t sums_size[] = {count, 1}, stats_size[] = {count, width};
         constexpr auto type = torch::headeronly::ScalarType::Double;
         Tensor sums = torch::stable::new_zeros(like, {sums_size, 2}, type);
@@ -71,7 +71,7 @@ class Applier {
         double* sum = static_cast<double*>(sums.data_ptr());
         double* stat = static_cast<double*>(stats.data_ptr());
         for (size_t i = 0; i < tiles.size(); i++) {
-            const int64_t t = tiles[i].tensor;
+            const int64_t t = tiles[i].slice;
             sum[t] += partial[i * kUpdateStats];
             // The two statistics of the gradient come first and stay zero.
             for (int j = 1; j < kUpdateStats; j++) stat[t * width + j + 1] += partial[i * kUpdateStats + j];
@@ -103,10 +103,9 @@ class Applier {
         return net;
     }
 
-    VectorWeights<U> vector_weights(int64_t t) const {
+    VectorWeights<U> vector_weights(int64_t t, bool row) const {
         VectorWeights<U> w;
         const auto& columns = problem_.columns.vector;
-        const bool row = problem_.shapes[t].row_is_line;
         for (int k = 0; k < kFactored; k++) {
             for (int j = 0; j < U; j++) {
                 w.line[k][j] = first(t, columns[row ? kRow : kCol][k], j);
@@ -124,10 +123,10 @@ class Applier {
         const Kernels& kernel = kernels();
         const Operands& x = problem_.tensors[tile.tensor];
         const Shape& shape = x.shape;
-        const Network<U> net = network(tile.tensor);
+        const Network<U> net = network(tile.slice);
         VectorWeights<U> w;
         if (shape.factored) {
-            w = vector_weights(tile.tensor);
+            w = vector_weights(tile.slice, shape.row_is_line);
             const float* vectors[kFactored];
             for (int k = 0; k < kFactored; k++) vectors[k] = x.vector + k * shape.vector_length() + tile.vector;
             kernel.vector_bias(vectors, w.vector[0], w.rsqrt_vector[0], U, tile.n, buffers.bias, buffers.stride);
@@ -218,11 +217,12 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
     STD_TORCH_CHECK(!common.params.empty(), "there must be at least one parameter");
     STD_TORCH_CHECK(w.weights.size() == 3 && w.biases.size() == 3 && w.weights[2].size(2) == 2,
                     "the fused kernels are for networks of two hidden layers and two outputs");
-    const int64_t units = w.weights[0].size(2), count = (int64_t)common.params.size();
+    const int64_t units = w.weights[0].size(2);
     STD_TORCH_CHECK(w.weights[1].size(1) == units && w.weights[1].size(2) == units && w.weights[2].size(1) == units,
                     "the hidden layers must be of the same width");
     STD_TORCH_CHECK(w.skip.scalar_type() == torch::headeronly::ScalarType::Bool, "skip must be a bool tensor");
     if (*static_cast<const bool*>(w.skip.data_ptr())) {
+        const int64_t count = slice_count(Problem(common).shapes);
         const int64_t sums_size[] = {count, 1}, stats_size[] = {count, kUpdateStats + 1};
         constexpr auto type = torch::headeronly::ScalarType::Double;
         return {torch::stable::new_zeros(common.params[0], {sums_size, 2}, type),

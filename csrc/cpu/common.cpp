@@ -37,6 +37,15 @@ void set_decays(const std::vector<double>& decays, int count, float* keep, float
     }
 }
 
+int64_t slices(const Common& x, size_t t) {
+    if (x.slice_axes.empty()) return 1;
+    STD_TORCH_CHECK(x.slice_axes.size() == 2 * x.params.size(), "slice axes must have two entries per parameter");
+    const Tensor& p = x.params[t];
+    const int64_t a = x.slice_axes[2 * t], b = x.slice_axes[2 * t + 1];
+    if (p.dim() < 2 || p.numel() == 0) return 1;
+    return p.numel() / (a == b ? p.size(a) : p.size(a) * p.size(b));
+}
+
 }  // namespace
 
 Columns::Columns(const Names& names) {
@@ -88,7 +97,7 @@ Problem::Problem(const Common& x) : columns(x.features) {
     shapes.reserve(count);
     for (size_t t = 0; t < count; t++) {
         Operands& o = tensors[t];
-        o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t]);
+        o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices(x, t));
         shapes.push_back(o.shape);
         const int64_t n = o.shape.numel;
         STD_TORCH_CHECK(

@@ -57,14 +57,14 @@ Tensor feature_sums(const Common& common) {
         }
     });
 
-    const int64_t count = (int64_t)problem.tensors.size(), width = problem.columns.count;
+    const int64_t count = slice_count(problem.shapes), width = problem.columns.count;
     const int64_t size[] = {count, width};
     Tensor result = torch::stable::new_zeros(common.params[0], {size, 2}, torch::headeronly::ScalarType::Double);
     double* out = static_cast<double*>(result.data_ptr());
     for (size_t i = 0; i < tiles.size(); i++) {
         const Shape& shape = problem.shapes[tiles[i].tensor];
         const double* sums = &partial[i * kSums];
-        double* total = out + tiles[i].tensor * width;
+        double* total = out + tiles[i].slice * width;
         for (int f = 0; f < kInputs; f++) {
             if (problem.columns.element[f] >= 0) total[problem.columns.element[f]] += sums[f];
         }

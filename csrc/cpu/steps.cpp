@@ -11,6 +11,13 @@ float number(const Tensor& x, int64_t i = 0) {
     return static_cast<const float*>(x.data_ptr())[i * (x.dim() > 0 ? x.stride(0) : 0)];
 }
 
+// Slices of each of `count` tensors, for which there are numbers of their own.
+int64_t slices(const Tensor& numbers, size_t count) {
+    const int64_t n = numbers.numel();
+    STD_TORCH_CHECK(n % (int64_t)count == 0, "there are ", n, " scales for ", count, " tensors");
+    return n / (int64_t)count;
+}
+
 }  // namespace
 
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
@@ -35,12 +42,16 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     const float momentum_correction = number(step.momentum_correction);
 
     std::vector<Operands> operands(count);
-    std::vector<AdamConstants> constants(count, shared);
+    std::vector<AdamConstants> constants(step.scale.numel(), shared);
+    for (size_t i = 0; i < constants.size(); i++) {
+        constants[i].step_scale = momentum_correction * number(step.scale, (int64_t)i);
+        constants[i].decay = number(step.decay, (int64_t)i);
+    }
     std::vector<Shape> shapes;
     Copies copies;
     for (size_t t = 0; t < count; t++) {
         Operands& o = operands[t];
-        o.shape = Shape(params[t], -1, -1);
+        o.shape = Shape(params[t], -1, -1, slices(step.scale, count));
         shapes.push_back(o.shape);
         STD_TORCH_CHECK(grads[t].numel() == o.shape.numel && momenta[t].numel() == o.shape.numel &&
                             second_moments[t].numel() == o.shape.numel,
@@ -49,8 +60,6 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
         o.g = Array(grads[t]);
         o.m = copies.writable(momenta[t]);
         o.v = copies.writable(second_moments[t]);
-        constants[t].step_scale = momentum_correction * number(step.scale, (int64_t)t);
-        constants[t].decay = number(step.decay, (int64_t)t);
     }
     const std::vector<Tile> tiles = make_tiles(shapes);
     std::vector<double> partial(tiles.size());
@@ -61,12 +70,13 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
         const Operands& x = operands[tile.tensor];
         Row row{};
         row.n = tile.n;
-        row.g = x.g.read(0, tile.start, tile.n, x.shape.columns, buffers[worker].g);
-        row.p = row.p_out = x.p.read(0, tile.start, tile.n, x.shape.columns, buffers[worker].p);
-        row.m[0] = x.m + tile.start;
-        row.v = x.v + tile.start;
-        partial[i] = kernels().adam(row, constants[tile.tensor]);
-        x.p.write(row.p_out, 0, tile.start, tile.n, x.shape.columns);
+        const int64_t columns = x.shape.columns, offset = tile.line * columns + tile.start;
+        row.g = x.g.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);
+        row.p = row.p_out = x.p.read(tile.line, tile.start, tile.n, columns, buffers[worker].p);
+        row.m[0] = x.m + offset;
+        row.v = x.v + offset;
+        partial[i] = kernels().adam(row, constants[tile.slice]);
+        x.p.write(row.p_out, tile.line, tile.start, tile.n, columns);
     });
     copies.store();
     double* out = static_cast<double*>(result.data_ptr());
@@ -81,14 +91,13 @@ void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor s
     if (!count || *static_cast<const bool*>(skip.data_ptr())) return;
     struct Pair {
         Array p, step;
-        float scale, decay;
     };
     std::vector<Pair> pairs;
     std::vector<Shape> shapes;
     for (size_t t = 0; t < count; t++) {
         STD_TORCH_CHECK(steps[t].numel() == params[t].numel(), "a step has another shape than its parameter");
-        shapes.emplace_back(params[t], -1, -1);
-        pairs.push_back({Array(params[t]), Array(steps[t]), number(scale, (int64_t)t), number(decay, (int64_t)t)});
+        shapes.emplace_back(params[t], -1, -1, slices(scale, count));
+        pairs.push_back({Array(params[t]), Array(steps[t])});
     }
     const std::vector<Tile> tiles = make_tiles(shapes);
     std::vector<Buffers> buffers;
@@ -97,10 +106,10 @@ void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor s
         const Tile& tile = tiles[i];
         const Pair& x = pairs[tile.tensor];
         const int64_t columns = shapes[tile.tensor].columns;
-        float* p = x.p.read(0, tile.start, tile.n, columns, buffers[worker].p);
-        const float* step = x.step.read(0, tile.start, tile.n, columns, buffers[worker].g);
-        kernels().descend(p, step, tile.n, x.scale, x.decay);
-        x.p.write(p, 0, tile.start, tile.n, columns);
+        float* p = x.p.read(tile.line, tile.start, tile.n, columns, buffers[worker].p);
+        const float* step = x.step.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);
+        kernels().descend(p, step, tile.n, number(scale, tile.slice), number(decay, tile.slice));
+        x.p.write(p, tile.line, tile.start, tile.n, columns);
     });
 }
 

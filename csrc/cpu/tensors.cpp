@@ -127,10 +127,14 @@ void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t
     (type_ == Type::kHalf ? kernels().from_half : kernels().from_bfloat16)(target, n, values);
 }
 
-Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis) : numel(p.numel()) {
+Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices_) : numel(p.numel()), slices(slices_) {
     factored = row_axis >= 0;
-    columns = numel;
-    if (!factored) return;
+    STD_TORCH_CHECK(slices > 0 && numel % slices == 0, "a tensor of ", numel, " elements has no ", slices, " slices");
+    columns = factored ? numel : numel / slices;
+    if (!factored) {
+        pre = lines = slices;
+        return;
+    }
     const int64_t first = std::min(row_axis, col_axis), last = std::max(row_axis, col_axis);
     STD_TORCH_CHECK(first >= 0 && first < last && last < p.dim(), "the factored axes must be two axes of the tensor");
     for (int64_t i = 0; i < p.dim(); i++) {
@@ -139,13 +143,18 @@ Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis) : numel(p.nume
     }
     columns *= inner;
     lines = pre * k * mid;
+    STD_TORCH_CHECK(slices == 1 || (pre == slices && mid == 1 && inner == 1),
+                    "the fused kernels take slices over the last two axes");
     row_is_line = row_axis == last;  // the row accumulator averages over its axis
 }
 
 std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_elements) {
     std::vector<Tile> tiles;
+    int64_t first_slice = 0, next_slice = 0;
     for (size_t t = 0; t < shapes.size(); t++) {
         const Shape& s = shapes[t];
+        first_slice = next_slice;
+        next_slice += s.slices;
         if (s.numel == 0) continue;
         const int64_t chunks = (s.columns + row_elements - 1) / row_elements;
         const int64_t n = ((s.columns + chunks - 1) / chunks + 15) / 16 * 16;
@@ -156,6 +165,7 @@ std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_eleme
                 for (int64_t start = 0, chunk = 0; start < s.columns; start += n, chunk++) {
                     Tile tile;
                     tile.tensor = (int32_t)t;
+                    tile.slice = (int32_t)(first_slice + (s.slices > 1 ? group : 0));
                     tile.chunk = (int32_t)chunk;
                     tile.chunks = (int32_t)((s.columns + n - 1) / n);
                     tile.line = line + row * s.mid;
@@ -172,6 +182,12 @@ std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_eleme
         }
     }
     return tiles;
+}
+
+int64_t slice_count(const std::vector<Shape>& shapes) {
+    int64_t count = 0;
+    for (const Shape& shape : shapes) count += shape.slices;
+    return count;
 }
 
 int group_rows(const Shape& shape, const Tile& tile) {

@@ -5,6 +5,9 @@
 // accumulator without L has `inner` numbers per line (one, if L is the last axis), the one without K is a vector along
 // the line that all lines with the same `pre` and `mid` share. A tensor of rank < 2 is one line.
 //
+// A tensor may be a stack of slices, each with a network and results of its own: then its leading axes number them, K and
+// L are its last two axes, and a stack of vectors has a line for each.
+//
 // Parameters, gradients and outputs may have any strides and may be float32, bfloat16 or float16: what is not
 // contiguous float32 goes through a buffer of one row. Accumulators must be contiguous float32.
 #pragma once
@@ -56,15 +59,17 @@ struct Shape {
     int64_t numel = 0, lines = 1, columns = 0, inner = 1, pre = 1, k = 1, mid = 1;
     bool factored = false;
     bool row_is_line = false;  // whether the row accumulator is the one with a number per line
+    int64_t slices = 1;
 
     Shape() = default;
-    Shape(const Tensor& p, int64_t row_axis, int64_t col_axis);
+    Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices = 1);
     int64_t line_length() const { return lines * inner; }          // of the accumulator without L
     int64_t vector_length() const { return pre * mid * columns; }  // of the accumulator without K
 };
 
 struct Tile {
     int32_t tensor;
+    int32_t slice;                  // among those of all tensors
     int32_t chunk, chunks;          // which of how many column chunks; tiles with the same columns are `chunks` apart
     int64_t line, line_step, rows;  // its lines
     int64_t start, n;               // its columns
@@ -80,6 +85,8 @@ int group_rows(const Shape& shape, const Tile& tile);
 
 // Cuts all tensors into tiles of about kTileElements, with rows of at most `row_elements`.
 std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_elements = kRowElements);
+
+int64_t slice_count(const std::vector<Shape>& shapes);
 
 // Number of threads that `for_each_tile` may use, each known by a number below it.
 int64_t worker_count(const std::vector<Tile>& tiles);

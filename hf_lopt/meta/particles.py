@@ -1,10 +1,10 @@
 """Many copies of a model, each updated by a rule with weights of its own. The only module here that calls a rule's step.
 
-The copies ("particles") are kept as stacks (P, *shape), and a rule sees views of them as the tensors of one model.
-Rules that treat every tensor by itself take all particles in one call, with network weights per tensor. The others, whose
-scheduler couples the tensors of a run or keeps state of the run, are called once per particle.
+The copies ("particles") are kept as stacks (P, *shape). Rules that treat every tensor by itself take these stacks as they
+are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of a run or
+keeps state of the run, are called once per particle, on views.
 
-Axes: P particles, N parameters of a model, T = N P tensors of one call: parameter by parameter, each with its particles.
+Axes: P particles, N parameters of a model, D decays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hf_lopt.rules.base import Rule
 from hf_lopt.rules.passes import Batch, Layout
 
 
-# Rules whose step is the sum of what they do to each tensor, with what varies between runs given per tensor.
+# Rules whose step is the sum of what they do to each tensor.
 TOGETHER = ("celo2", "celo2_base", "elo", "mulo", "small_fc_lopt")
 IN_TURN = ("celo", "celo_adam", "rnn_mlp", "velo", "velo_s")
 
@@ -76,7 +76,9 @@ class Particles:
         self.run: dict[str, Tensor] = {}
         self.steps = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.failed = torch.zeros(count, dtype=torch.bool, device=self.device)
-        self._together = rule in TOGETHER
+        self._together = rule in TOGETHER and all(len(shape) in (1, 2) for shape in shapes.values())
+        # Accumulators have their decays first; the particles come next where a rule is to see stacks.
+        self._axis = int(self._together)
         self._batches: list[Batch] = []
 
     def set_weights(self, theta: Theta) -> None:
@@ -87,7 +89,7 @@ class Particles:
         """
         self._theta = {name: leaf.to(self.device) for name, leaf in theta.items()}
         prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
-        self._weights = [_joined(prepared, len(self.params))] if self._together else prepared
+        self._weights = [_joined(prepared)] if self._together else prepared
         if not self.state:
             self._create_state()
 
@@ -97,9 +99,13 @@ class Particles:
     def _create_state(self) -> None:
         start = self._fresh_state(0)
         for name, own in start.items():
-            self.state[name] = {key: x.expand(self.count, *x.shape).clone() for key, x in own.items()}
+            self.state[name] = {key: self._stacked(x, self.count).clone() for key, x in own.items()}
         run = self.rule.init_run(self._theta_of(0))
         self.run = {k: x.to(self.device).expand(self.count, *x.shape).clone() for k, x in run.items()}
+
+    def _stacked(self, x: Tensor, count: int) -> Tensor:
+        """State of one particle as that of several."""
+        return torch.stack([x] * count, self._axis)
 
     def _fresh_state(self, i: int) -> dict[str, dict[str, Tensor]]:
         theta = self._theta_of(i)
@@ -125,7 +131,7 @@ class Particles:
                         self.state[name][key][i] = x
         for name, own in fresh.items() if self._together else ():
             for key, x in own.items():
-                self.state[name][key][places] = x
+                self.state[name][key].index_copy_(1, places, self._stacked(x, len(which)))
         self.steps[places], self.failed[places] = 0, False
 
     @torch.no_grad()
@@ -141,7 +147,7 @@ class Particles:
         self._stop_failed(grads, losses)
         losses = losses.masked_fill(self.failed, 0.0)
         if not self._batches:
-            self._batches = self._together_batch() if self._together else self._batches_in_turn()
+            self._batches = self._stack_batch() if self._together else self._batches_in_turn()
         with distributed.alone():
             if self._together:
                 self._update_together(grads, lr)
@@ -155,38 +161,40 @@ class Particles:
         self.failed |= ~(losses.isfinite() & sums.isfinite().all(0))
         if self.device.type == "cpu" and not self.failed.any():
             return
-        for x in (*grads.values(), *self.params.values(), *(y for own in self.state.values() for y in own.values())):
+        for x in (*grads.values(), *self.params.values()):
             x.masked_fill_(self.failed.view(-1, *[1] * (x.dim() - 1)), 0.0)
+        for x in (y for own in self.state.values() for y in own.values()):
+            x.movedim(self._axis, -1).masked_fill_(self.failed, 0.0)
 
-    def _batch(self, particles: Sequence[int]) -> Batch:
-        """A rule's view of all parameters of some particles, whose gradients and learning rates come with each step."""
-        params = [p[i] for p in self.params.values() for i in particles]
-        states = [{k: x[i] for k, x in self.state[n].items()} for n in self.params for i in particles]
+    def _batch(self, params: list[Tensor], states: list[dict[str, Tensor]], runs: int) -> Batch:
+        """A rule's view of its tensors, whose gradients and learning rates come with each step."""
         keys = dict.fromkeys(key for state in states for key in state)
-        total, rule = len(params), self.rule
+        count, rule = len(params), self.rule
         numbers = ["weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float))]
         words = [n for n in rule.per_group if isinstance(rule.defaults[n], str)]
+        total = count * max(runs, 1)
         return Batch(
-            layout=Layout(params, ["jax"] * total),
+            layout=Layout(params, ["jax"] * count, runs=runs),
             params=params,
             grads=[],
             state={key: [state.get(key) for state in states] for key in keys},
             settings={n: torch.full((total,), float(self.group[n]), device=self.device) for n in numbers},
-            labels={n: [self.group[n]] * total for n in words},
+            labels={n: [self.group[n]] * count for n in words},
         )
 
-    def _together_batch(self) -> list[Batch]:
-        return [self._batch(range(self.count))]
+    def _stack_batch(self) -> list[Batch]:
+        return [self._batch(list(self.params.values()), [self.state[name] for name in self.params], self.count)]
 
     def _batches_in_turn(self) -> list[Batch]:
-        return [self._batch([i]) for i in range(self.count)]
+        own = ([p[i] for p in self.params.values()] for i in range(self.count))
+        states = ([{k: x[i] for k, x in self.state[n].items()} for n in self.params] for i in range(self.count))
+        return [self._batch(*pair, 0) for pair in zip(own, states, strict=True)]
 
     def _update_together(self, grads: Mapping[str, Tensor], lr: Tensor) -> None:
         (batch,) = self._batches
-        flat = [g for name in self.params for g in grads[name].unbind()]
-        batch = replace(batch, grads=flat, settings=batch.settings | {"lr": lr.repeat(len(self.params))})
-        run = {"step": self.steps.repeat(len(self.params))}
-        self.rule.update(batch, run, self._weights[0], self.group, None)
+        own = [grads[name] for name in self.params]
+        batch = replace(batch, grads=own, settings=batch.settings | {"lr": lr.repeat(len(self.params))})
+        self.rule.update(batch, {"step": self.steps}, self._weights[0], self.group, None)
 
     def _update_in_turn(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
         for i, (batch, horizon) in enumerate(zip(self._batches, horizons.tolist(), strict=True)):
@@ -214,13 +222,14 @@ class Particles:
         self.failed.copy_(saved["failed"])
 
 
-def _joined(prepared: Sequence[Mapping[str, Any]], parameters: int) -> dict[str, Any]:
-    """What ``prepare`` made for each particle as one set with networks per tensor."""
+def _joined(prepared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What ``prepare`` made for each particle as one set, with a network for each of them."""
     out = {}
     for key, first in prepared[0].items():
         if isinstance(first, ElementNetwork):
-            layers = [[getattr(p[key], kind) for p in prepared] for kind in ("weights", "biases")]
-            both = [tuple(_per_tensor(xs, parameters) for xs in zip(*kind, strict=True)) for kind in layers]
+            networks = [p[key] for p in prepared]
+            weights, biases = ([getattr(n, kind) for n in networks] for kind in ("weights", "biases"))
+            both = (tuple(torch.cat(xs) for xs in zip(*kind, strict=True)) for kind in (weights, biases))
             out[key] = ElementNetwork(*both)
         elif all(p[key] == first for p in prepared):
             out[key] = first
@@ -229,8 +238,3 @@ def _joined(prepared: Sequence[Mapping[str, Any]], parameters: int) -> dict[str,
                 f"{key} differ between particles, which one call cannot take; leave the decays out of what is trained"
             )
     return out
-
-
-def _per_tensor(xs: Sequence[Tensor], parameters: int) -> Tensor:
-    x = torch.cat(list(xs))
-    return x.repeat(parameters, *[1] * (x.dim() - 1))

@@ -37,16 +37,16 @@ def _shapes() -> dict[str, tuple[int | str, ...]]:
     return shapes | {f"{PREFIX}b{layer}": (n,) for layer, n in enumerate(("U", "V", 3))}
 
 
-def uses_adam(p: Tensor, group: Mapping[str, Any]) -> bool:
+def uses_adam(rank: int, group: Mapping[str, Any]) -> bool:
     """Whether a parameter goes to the Adam branch: "auto" sends tensors of rank < 2 there."""
     branch = group["branch"]
     if branch not in BRANCHES:
         raise ValueError(f"branch must be one of {', '.join(BRANCHES)}, got {branch!r}")
-    return branch == "adam" or (branch == "auto" and p.dim() < 2)
+    return branch == "adam" or (branch == "auto" and rank < 2)
 
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
-    decays = ADAM if uses_adam(p, group) else CELO2.decays
+    decays = ADAM if uses_adam(p.dim(), group) else CELO2.decays
     return accumulators.init(p, group["axis_order"], decays)
 
 
@@ -166,7 +166,7 @@ def _unit_scales(w: _Work, squares: Tensor, steps: list[Tensor]) -> Tensor:
     """What brings each output to a mean square of 1, (T,); stacks are scaled in place, matrix by matrix."""
     layout = w.batch.layout
     scales = (squares / layout.slice_numel + CELO2.norm_eps).rsqrt().float()
-    if not layout.slice_axes:
+    if not layout.slice_axes or layout.runs:
         return scales
     for step, own, pair in zip(steps, scales.split(layout.slices), _matrix_axes(layout), strict=True):
         step.mul_(own.view([1 if axis in pair else n for axis, n in enumerate(step.shape)]))
@@ -176,7 +176,7 @@ def _unit_scales(w: _Work, squares: Tensor, steps: list[Tensor]) -> Tensor:
 def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str, Any], skip: Tensor) -> list[Tensor]:
     """Pass 2 and the step. Returns Σ (lr step)² of the local shards for each batch, (T,) float64."""
     outputs = [
-        passes.network_outputs(w.batch, w.features, w.reading, _network(w, weights), skip) for w in work
+        passes.network_outputs(w.batch, w.features, w.reading, weights[_network(w.features)], skip) for w in work
     ]
     steps, squares = [list(x) for x in zip(*outputs, strict=True)]
     ortho = [i for i, w in enumerate(work) if w.orthogonalize]
@@ -187,7 +187,7 @@ def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str
             [work[i] for i in ortho], [steps[i] for i in ortho], getattr(torch, settings["ns_dtype"])
         )
         for i, own in zip(ortho, done, strict=True):
-            steps[i], scales[i] = own, torch.ones_like(work[i].batch.layout.numel, dtype=torch.float32)
+            steps[i], scales[i] = own, torch.ones_like(work[i].batch["lr"])
     if unit:
         whole = [squares[i] for i in unit]
         if work[0].batch.layout.root.sharded:
@@ -201,15 +201,16 @@ def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str
             own = torch.stack(torch._foreach_norm(steps[i])).double().square()
         else:
             own = squares[i]
-        sums.append(own * (w.batch["lr"] * scales[i]).double().square())
+        rates = (w.batch["lr"] * scales[i]).double().square()
+        # Of many runs: their mean rate.
+        sums.append(own * rates.unflatten(0, (len(steps[i]), -1)).mean(1))
     return sums
 
 
 def _branch(batch: passes.Batch, i: int) -> str:
-    p = batch.layout.wholes[i]
-    if uses_adam(p, {"branch": batch.labels["branch"][i]}):
+    rank = batch.layout.rank(i)
+    if uses_adam(rank, {"branch": batch.labels["branch"][i]}):
         return "adam"
-    rank = p.dim()
     return "vectors" if rank < 2 else "matrices" if rank == 2 else "stacks"
 
 
@@ -223,9 +224,8 @@ def _parts(batch: passes.Batch) -> dict[str, passes.Batch]:
     return {name: batch.subset(name, indices, sliced=name == "stacks") for name, indices in cache["parts"].items()}
 
 
-def _network(w: _Work, weights: Mapping[str, Any]) -> ElementNetwork:
-    network = weights["vector_network" if w.features is CELO2_VECTOR else "network"]
-    return network.rows(w.batch.index, w.batch.layout.slices)
+def _network(features: ElementFeatures) -> str:
+    return "vector_network" if features is CELO2_VECTOR else "network"
 
 
 def update(

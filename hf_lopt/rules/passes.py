@@ -27,23 +27,36 @@ from hf_lopt.networks import ElementNetwork
 
 
 class Layout:
-    """What is fixed for a list of parameters: axes, shapes, sizes, shards. Built once and reused for the same list."""
+    """What is fixed for a list of parameters: axes, shapes, sizes, shards. Built once and reused for the same list.
 
-    def __init__(self, params: Sequence[Tensor], axis_orders: Sequence[str], sliced: bool = False):
+    ``runs``: every tensor is a stack of as many copies, one for each of several independent runs, in the axis order "jax"
+    and of rank 1 or 2 without that axis. Each copy counts as a tensor of its own: settings of the groups are (T runs,),
+    networks may differ between runs. Rules for which only the tensor matters work on such stacks as they do on tensors.
+    """
+
+    def __init__(self, params: Sequence[Tensor], axis_orders: Sequence[str], sliced: bool = False, runs: int = 0):
         self.wholes = list(params)
         self.cuts = [distributed.sharding(p) for p in params]
         self.sharded = any(cut is not None for cut in self.cuts)
         self.device = params[0].device
         self.axis_orders = list(axis_orders)
         self.shapes = [tuple(p.shape) for p in params]
+        self.runs = runs
         axes = [factored_axes(shape, order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
+        if runs:
+            assert all(len(shape) in (2, 3) and shape[0] == runs for shape in self.shapes), self.shapes
+            axes = [(a + 1, b + 1) if a >= 0 else (a, b) for a, b in (factored_axes(s[1:], "jax") for s in self.shapes)]
         self.row_axes, self.col_axes = [a for a, _ in axes], [b for _, b in axes]
         self.numel = torch.tensor([p.numel() for p in params], dtype=torch.float64, device=self.device)
         # Stacks of matrices that are normalised one by one count each matrix as a tensor of its own.
         self.slice_axes: list[int] = []
         self.slices = [1] * len(self.shapes)  # of the local shard
         self.slice_numel = self.numel
-        if sliced:
+        if runs:
+            self.slice_axes = [axis for shape in self.shapes for axis in (len(shape) - 2 or 1, len(shape) - 1)]
+            self.slices = [runs] * len(self.shapes)
+            self.slice_numel = (self.numel / runs).repeat_interleave(runs)
+        elif sliced:
             pairs = [matrix_axes(len(shape), order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
             self.slice_axes = [axis for pair in pairs for axis in pair]
             local_shapes = [distributed.local(p).shape for p in params]
@@ -58,6 +71,10 @@ class Layout:
         self.replicas = torch.tensor([_replicas(cut) for cut in self.cuts], dtype=torch.float64, device=self.device)
         self.cache: dict[Any, Any] = {}  # what the next step of a rule can take from this one
         self.versions: list[int] = []  # of the accumulators, when the cached statistics were taken
+
+    def rank(self, i: int) -> int:
+        """Number of axes of a tensor, without that of the runs."""
+        return len(self.shapes[i]) - (self.runs > 0)
 
 
 class Plan:
@@ -124,7 +141,7 @@ class Batch:
         if key not in self.layout.cache:
             index = torch.tensor(indices, device=self.layout.device)
             wholes, orders = pick(self.layout.wholes), pick(self.layout.axis_orders)
-            self.layout.cache[key] = Layout(wholes, orders, sliced), index
+            self.layout.cache[key] = Layout(wholes, orders, sliced, self.layout.runs), index
             self.layout.cache[key][0].root = self.layout.root
         layout, index = self.layout.cache[key]
         return Batch(
@@ -132,7 +149,7 @@ class Batch:
             pick(self.params),
             pick(self.grads),
             {name: pick(xs) for name, xs in self.state.items()},
-            {name: x[index] for name, x in self.settings.items()},
+            {name: x.unflatten(0, (len(self.params), -1))[index].flatten() for name, x in self.settings.items()},
             {name: pick(xs) for name, xs in self.labels.items()},
             index if self.index is None else self.index[index],
         )
@@ -317,13 +334,22 @@ def apply_network(
     by lr; both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
     """
     layout = batch.layout
-    network = network.scaled(features.scales(reading.mean_squares))
+    network = _scaled(batch, features, reading, network)
     arguments = (network.weights, network.biases, scale, batch["lr"] * batch["weight_decay"], exp_mult, skip, ())
     sums, stats = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
-    layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
     _store_factors(batch, reading, skip)
+    if layout.runs:
+        return sums.unflatten(0, (len(batch.params), -1)).sum(1)
+    layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
     layout.versions = _versions(batch)
     return sums
+
+
+def _scaled(batch: Batch, features: ElementFeatures, reading: Reading, network: ElementNetwork) -> ElementNetwork:
+    """The network with the normaliser of each tensor folded in."""
+    if batch.layout.runs:
+        network = network.repeated(len(batch.params))
+    return network.scaled(features.scales(reading.mean_squares))
 
 
 def network_outputs(
@@ -334,7 +360,7 @@ def network_outputs(
     Returns o0, float32, shaped like the local parameters, and its sums of squares, float64: one for each tensor, or
     for each matrix of a sliced batch.
     """
-    network = network.scaled(features.scales(reading.mean_squares))
+    network = _scaled(batch, features, reading, network)
     out = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in batch.params]
     ones = torch.ones_like(batch.layout.slice_numel, dtype=torch.float32)
     arguments = (network.weights, network.biases, ones, torch.zeros_like(ones), 0.0, skip, out)
