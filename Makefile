@@ -3,10 +3,12 @@
 #   PYTHON     the interpreter that .venv is made from (Python 3.10 or newer)
 #   PIP_ARGS   more arguments for every `pip install`, such as another package index
 #   ARGS       more arguments for the demo (make demo) or for pytest (make test)
+#   WORKERS    processes that share the tests (make test); 0 runs them in one, as a debugger wants it
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
@@ -29,7 +31,7 @@ help:
 	@echo "make test    set up .venv, then lint and the whole test suite"
 	@echo "make setup   only the set-up      make lint    only the linters"
 	@echo "make format  rewrite the sources  make clean   remove .venv and build output"
-	@echo "Variables: PYTHON=$(PYTHON)  PIP_ARGS=$(PIP_ARGS)  ARGS=$(ARGS)"
+	@echo "Variables: PYTHON=$(PYTHON)  PIP_ARGS=$(PIP_ARGS)  ARGS=$(ARGS)  WORKERS=$(WORKERS)"
 
 setup: $(STAMP_PACKAGE)
 	@echo "==> $(VENV) is set up"
@@ -39,8 +41,8 @@ demo: setup
 	@$(VENV_PYTHON) recipes/text_classification.py $(ARGS)
 
 test: lint
-	@echo "==> Tests: pytest $(ARGS)"
-	@$(VENV_PYTHON) -m pytest $(ARGS)
+	@echo "==> Tests: pytest in $(WORKERS) processes $(ARGS)"
+	@$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	@echo "==> Lint: ruff check, ruff format$(if $(CSRC),$(comma) clang-format)"
