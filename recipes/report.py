@@ -3,17 +3,18 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the choice of backend: no display is needed)
+from matplotlib import pyplot, ticker  # noqa: E402  (after the choice of backend: no display is needed)
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -27,9 +28,9 @@ def _replace(path: Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
     """Write `value` as standard JSON, atomically; NaN and infinities, which JSON lacks, become null."""
-    text = json.dumps(_without_nonfinite(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(_without_nonfinite(value), indent=indent, allow_nan=False) + "\n"
     _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -117,3 +118,100 @@ def print_summary(
     print(f"Curves:  {folder / 'curves.png'}")
     for label in runs:
         print(f"Model:   {folder / label}")
+
+
+def _series(run: Mapping[str, Any], key: str, along: str) -> tuple[list[float], list[float]]:
+    entries = [entry for entry in run["history"] if entry.get(key) is not None]
+    return [entry[along] for entry in entries], [entry[key] for entry in entries]
+
+
+def _draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: str, **style: Any) -> None:
+    """Mean over the seeds, with a band of one standard deviation; `along` is averaged as well."""
+    series = [_series(run, key, along) for run in runs]
+    length = min(len(values) for _, values in series)
+    if not length:
+        return
+    places = np.mean([xs[:length] for xs, _ in series], axis=0)
+    values = np.array([ys[:length] for _, ys in series])
+    mean = values.mean(0)
+    axis.plot(places, mean, **style)
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        axis.fill_between(places, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]]) -> None:
+    """Draw one row per comparison (results.json of compare.py): losses over the steps, and over the seconds.
+
+    Of several learning rates of one optimizer the best one and the default are drawn. On a CPU, seconds are processor
+    time within the optimizer steps, which other processes on the machine hardly change.
+    """
+    figure, grid = pyplot.subplots(
+        len(comparisons), 3, figsize=(13.5, 3.6 * len(comparisons)), layout="constrained", squeeze=False
+    )
+    for axes, results in zip(grid, comparisons, strict=True):
+        runs = [results["runs"][key] for key in results["compared"]]
+        on_cpu = all(run["machine"]["device"] == "cpu" for run in runs)
+        seconds = "step_cpu_seconds" if on_cpu else "step_seconds"
+        grids = {row["optim"] for row in results["rows"] if row.get("best")}
+        for index, row in enumerate(
+            row for row in results["rows"] if row.get("best") or row["optim"] not in grids or "=" not in row["label"]
+        ):
+            mine = [run for run in runs if run["label"] == row["label"]]
+            label = f"{row['label']} (best of grid)" if row.get("best") else row["label"]
+            style = {"color": f"C{index}", "label": label}
+            _draw_mean(axes[0], mine, "loss", "step", **style)
+            for axis, along in ((axes[1], "step"), (axes[2], seconds)):
+                _draw_mean(axis, mine, "eval_loss", along, marker="o", markersize=3, **style)
+        names = ("training loss, optimizer steps", "held-out loss, optimizer steps")
+        last = f"held-out loss, {'processor ' if on_cpu else ''}seconds in steps"
+        for axis, name in zip(axes, (*names, last), strict=True):
+            axis.set_title(f"{results['recipe']}: {name}", fontsize=10)
+            axis.set_yscale("log")
+            axis.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2g"))
+            axis.tick_params(labelsize=8, which="both")
+            axis.grid(alpha=0.3, which="both")
+        axes[0].legend(fontsize=8)
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    pyplot.close(figure)
+
+
+def plus_minus(number: Mapping[str, float | None]) -> str:
+    """A mean with its standard deviation, such as "0.1234 ± 0.0012"."""
+    mean, spread = number["mean"], number["spread"]
+    if mean is None or not math.isfinite(mean):
+        return "not finite"
+    return f"{mean:.4g}" if spread is None else f"{mean:.4g} ± {spread:.2g}"
+
+
+def comparison_cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """The table of a comparison as text: the names of the columns, then one row per optimizer and learning rate."""
+    on_cpu = all(results["runs"][key]["machine"]["device"] == "cpu" for key in results["compared"])
+    seconds = "step_cpu_seconds" if on_cpu else "step_seconds"
+    metric = results["metric"]
+    cells = [["optimizer", "lr, schedule", "seeds", "train loss", "held-out loss", results["metric_name"], "s"]]
+    for row in results["rows"]:
+        note = "best, at the edge of the grid" if row.get("edge") else "best"
+        cells.append(
+            [
+                f"{row['label']} ({note})" if row.get("best") else row["label"],
+                f"{row['learning_rate']:g}, {row['lr_scheduler_type']}",
+                str(len(row["seeds"])),
+                *(plus_minus(row[key]) for key in ("train_loss", "eval_loss", metric)),
+                f"{row[seconds]:.1f}",
+            ]
+        )
+    return cells
+
+
+def print_comparison(results: Mapping[str, Any], folder: Path) -> None:
+    """Print the table of a comparison, and where the results are."""
+    names, *rows = comparison_cells(results)
+    table = Table(title=f"{results['recipe']}: mean ± standard deviation over the seeds")
+    for index, name in enumerate(names):
+        table.add_column(name, justify="right" if index > 1 else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(f"Results: {folder / 'results.json'}")
+    print(f"Picture: {folder / 'comparison.png'}")

@@ -8,13 +8,10 @@ recipes/requirements-assets.txt; nothing is downloaded.
   python recipes/text_classification.py --train_file mine.csv --model distilbert/distilbert-base-uncased
 """
 
-import csv
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +26,9 @@ from transformers import (
 
 import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
-from common import InputError, RecipeArguments, Task, parse, run_script, train_and_compare
+from arguments import InputError, RecipeArguments, parse, run_script
+from common import Task, train_and_compare
+from tables import hold_out, read_columns
 
 
 BUILT_IN_TRAIN_SIZE = 2048
@@ -83,54 +82,13 @@ class Example:
 
 
 def read_examples(path: str, text_column: str, label_column: str) -> list[Example]:
-    """Read the two columns of a CSV, TSV, JSON or JSON Lines file; the ending of its name tells which.
+    """The two columns of a CSV, TSV, JSON or JSON Lines file.
 
     Raises:
-        InputError: no such file, an unknown ending, a damaged file, a missing column, an empty text or label.
+        InputError: see `tables.read_columns`.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"there is no file {path}")
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
-    if file.suffix.lower() not in readers:
-        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}")
-    try:
-        rows = readers[file.suffix.lower()](file)
-    except (csv.Error, ValueError) as error:  # among them JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"{path} cannot be read as {file.suffix.lower()[1:]}: {error}") from error
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, record {number}: expected an object with named fields, got {row!r:.60}")
-        for column, option in ((text_column, "text_column"), (label_column, "label_column")):
-            if column not in row:
-                raise InputError(
-                    f"{path}, record {number}: no column {column!r}, only {', '.join(map(repr, row))}; "
-                    f"name the right one with --{option}"
-                )
-            if row[column] is None or not str(row[column]).strip():
-                raise InputError(f"{path}, record {number}: the column {column!r} is empty")
-        examples.append(Example(str(row[text_column]), str(row[label_column])))
-    if not examples:
-        raise InputError(f"{path} holds no records")
-    return examples
-
-
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    # One field may be a whole document; the module's own limit is 128 KiB.
-    csv.field_size_limit(1 << 30)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True))
-
-
-def _read_json(file: Path) -> list[Any]:
-    text = file.read_text(encoding="utf-8-sig")
-    if file.suffix.lower() == ".jsonl":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    rows = json.loads(text)
-    if not isinstance(rows, list):
-        raise ValueError("expected a list of objects; one object per line goes into a .jsonl file")
-    return rows
+    rows = read_columns(path, text_column=text_column, label_column=label_column)
+    return [Example(text, label) for text, label in rows]
 
 
 def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
@@ -146,11 +104,10 @@ def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
         train, evaluation = ([Example(item.text, item.label) for item in side] for side in built_in)
     else:
         train = read_examples(args.train_file, args.text_column, args.label_column)
-        random.Random(0).shuffle(train)
         if args.eval_file is None:
-            held_out = min(len(train) // 5, args.eval_size or len(train))
-            evaluation, train = train[:held_out], train[held_out:]
+            train, evaluation = hold_out(train, args.eval_size)
         else:
+            random.Random(0).shuffle(train)
             evaluation = read_examples(args.eval_file, args.text_column, args.label_column)
             random.Random(0).shuffle(evaluation)
         train, evaluation = train[: args.train_size], evaluation[: args.eval_size]

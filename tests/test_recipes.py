@@ -19,10 +19,13 @@ pytest.importorskip("matplotlib", reason="the recipes need: pip install 'hf_lopt
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))  # as when one of them is run as a script
 
+import arguments  # noqa: E402
 import assets  # noqa: E402
 import causal_lm  # noqa: E402
 import common  # noqa: E402
+import image_classification  # noqa: E402
 import report  # noqa: E402
+import seq2seq  # noqa: E402
 import text_classification  # noqa: E402
 
 
@@ -99,7 +102,15 @@ def classification(tmp_path_factory):
 
 def numbers(run):
     """The history without what depends on the clock, and without the name of the weights, said once per session."""
-    left_out = ("seconds", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "lopt/weights")
+    left_out = (
+        "seconds",
+        "step_seconds",
+        "step_cpu_seconds",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "lopt/weights",
+    )
     return [{key: value for key, value in entry.items() if key not in left_out} for entry in run["history"]]
 
 
@@ -287,7 +298,7 @@ def test_bad_training_files_are_named(tmp_path, content, name, message):
     path = tmp_path / name
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(common.InputError, match=message) as error:
+    with pytest.raises(arguments.InputError, match=message) as error:
         text_classification.main(["--train_file", str(path), "--output_dir", str(tmp_path / "out")])
     assert str(path) in str(error.value) or "label" in str(error.value)
     assert not (tmp_path / "out").exists()
@@ -296,7 +307,7 @@ def test_bad_training_files_are_named(tmp_path, content, name, message):
 def test_a_label_without_training_texts_is_an_error(tmp_path):
     train = write_csv(tmp_path / "train.csv", reviews(10, seed=1))
     evaluation = write_csv(tmp_path / "eval.csv", [("film", "ugly")])
-    with pytest.raises(common.InputError, match="'ugly'"):
+    with pytest.raises(arguments.InputError, match="'ugly'"):
         text_classification.main(["--train_file", str(train), "--eval_file", str(evaluation)])
 
 
@@ -323,7 +334,7 @@ def test_a_label_without_training_texts_is_an_error(tmp_path):
 )
 def test_bad_arguments_are_named_before_training(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(common.InputError, match=message):
+    with pytest.raises(arguments.InputError, match=message):
         causal_lm.main(options)
     assert not (tmp_path / "runs").exists()
 
@@ -340,7 +351,7 @@ def test_scripts_run_from_any_folder_and_report_mistakes_in_one_line(tmp_path):
 
 
 def test_help_explains_every_argument_and_names_the_files(capsys):
-    for recipe in (causal_lm, text_classification):
+    for recipe in (causal_lm, text_classification, image_classification, seq2seq):
         with pytest.raises(SystemExit) as leave:
             recipe.main(["--help"])
         assert leave.value.code == 0

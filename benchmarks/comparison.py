@@ -1,0 +1,122 @@
+"""Learned optimizers against AdamW on four recipes, three seeds each: `python -m benchmarks.comparison`.
+
+Runs recipes/compare.py on small settings of four recipes and writes benchmarks/results/comparison/RECIPE.json,
+comparison.md and comparison.png. The JSON files hold every run under its arguments and the SHA-256 of its weights:
+what is there is not done again, so that new weights of one optimizer cost only its own runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare as comparing  # noqa: E402
+from benchmarks.recipes import cut_down_encoder  # noqa: E402
+from report import comparison_cells, draw_comparisons, write_json  # noqa: E402
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "comparison"
+PAGE = RESULTS.parent / "comparison.md"
+PICTURE = RESULTS.parent / "comparison.png"
+LEARNED = ["velo", "celo2", "small_fc_lopt"]
+# Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core.
+SETTINGS = {
+    "causal_lm": (
+        "1e-3,3e-3,1e-2,3e-2",
+        "--layers 2 --width 64 --heads 4 --vocab_size 512 --block_size 64 --max_steps 300 --eval_steps 100",
+    ),
+    "text_classification": (
+        "1e-4,3e-4,1e-3",
+        "--model runs/encoder --train_size 1024 --eval_size 300 --per_device_train_batch_size 16 --max_length 32 "
+        "--max_steps 128 --eval_steps 32",
+    ),
+    "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
+    "seq2seq": ("1e-3,3e-3,1e-2,3e-2", "--max_steps 300 --eval_steps 100"),
+}
+NOTES = {
+    "text_classification": "The model is the pretrained MiniLM of the recipe cut to 2 of its 6 layers and to the "
+    "tokens that occur; learned optimizers use their multiplier for fine-tuning.",
+}
+"""What the page says about a recipe beyond its arguments."""
+
+
+def run(recipe: str, seeds: list[int]) -> dict:
+    """Do what is missing of one recipe's comparison."""
+    rates, options = SETTINGS[recipe]
+    folder = ROOT / "runs" / "comparison" / recipe
+    stored = RESULTS / f"{recipe}.json"
+    if stored.is_file() and not (folder / "results.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_text(stored.read_text(encoding="utf-8"), encoding="utf-8")
+    if "runs/encoder" in options and not (ROOT / "runs/encoder/config.json").is_file():
+        (ROOT / "runs/encoder").mkdir(parents=True, exist_ok=True)
+        cut_down_encoder(ROOT / "runs/encoder")
+    argv = ["--recipe", recipe, "--optims", *LEARNED, "adamw_torch", f"adamw_torch={rates}"]
+    argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
+    results = comparing.main([*argv, *options.split()])
+    results["recipe_arguments"].pop("output_dir", None)
+    # Only what is compared: earlier weights belong to earlier pages.
+    kept = {key: results["runs"][key] for key in results["compared"]}
+    write_json(stored, results | {"runs": kept}, indent=None)
+    return results
+
+
+def render(found: list[dict]) -> str:
+    """The page of all tables."""
+    text = [
+        "# Learned optimizers against AdamW",
+        "",
+        "Embedded weights. Made by `python -m benchmarks.comparison` with `OMP_NUM_THREADS=1`. Every optimizer starts "
+        "from the same weights and sees the same batches; mean ± standard deviation over the seeds. AdamW has "
+        "Trainer's default rate, and a grid of which the best by held-out loss is named: it was chosen by the same "
+        "numbers that the table shows, which favours it. Learned optimizers are at their own default. s: processor "
+        "seconds within the optimizer steps of one run.",
+        "",
+        "![Losses over steps and seconds](comparison.png)",
+        "",
+    ]
+    for results in found:
+        first = results["runs"][results["compared"][0]]
+        dates = sorted({results["runs"][key]["date"] for key in results["compared"]})
+        versions = ", ".join(f"{key} {value}" for key, value in first["versions"].items())
+        place = first["machine"]
+        names, *rows = comparison_cells(results)
+        learned = (row for row in results["rows"] if row.get("weights") is not None)
+        weights = (f"{row['optim']} {row['weights']['sha256'][:12]}" for row in learned)
+        setting = f"`{SETTINGS[results['recipe']][1]}`, the rest at its defaults."
+        text += [
+            f"## {results['recipe']}",
+            "",
+            f"{setting} {NOTES.get(results['recipe'], '')}".strip(),
+            "",
+            f"{place['name']}, {place['threads']} of {place['cores']} threads; {versions}; {', '.join(dates)}. "
+            f"Weights (sha256): {', '.join(weights)}.",
+            "",
+            f"| {' | '.join(names)} |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+        ]
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    options = parser.parse_args()
+    os.chdir(ROOT)  # the arguments of the runs name no machine's folders
+    found = [run(recipe, options.seeds) for recipe in options.recipes]
+    if len(found) == len(SETTINGS):
+        draw_comparisons(PICTURE, found)
+        PAGE.write_text(render(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
