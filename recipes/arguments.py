@@ -83,6 +83,10 @@ class RecipeArguments:
             raise InputError(f"--max_steps is {self.max_steps}; give at least 1, or -1 to go by --num_train_epochs")
         contenders(self)
 
+    def own_optim_args(self, optim: str) -> str | None:
+        """Options that the recipe itself gives an optimizer, as --optim_args; the user's come first."""
+        return None
+
     def _require_positive(self, *names: str) -> None:
         for name in names:
             value = getattr(self, name)

@@ -139,15 +139,46 @@ def load_model_parts(args: Arguments, texts: Sequence[str]) -> tuple[PreTrainedT
             eos_token_id=tokenizer.eos_token_id,
         )
         return tokenizer, config
+    return load_pretrained_parts(args.model, args.block_size)
+
+
+def load_pretrained_parts(model: str, block_size: int) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Tokenizer and configuration of a pretrained model.
+
+    Raises:
+        InputError: no usable model under that name, or one whose context is shorter than a block.
+    """
     try:
-        path = assets.model_path(args.model)
+        path = assets.model_path(model)
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"--model {args.model}: no usable model there. {error}") from error
+        raise InputError(f"--model {model}: no usable model there. {error}") from error
     context = getattr(config, "max_position_embeddings", None)
-    if context is not None and args.block_size > context:
-        raise InputError(f"--block_size is {args.block_size}, but {args.model} takes at most {context} tokens")
+    if context is not None and block_size > context:
+        raise InputError(f"--block_size is {block_size}, but {model} takes at most {context} tokens")
     return tokenizer, config
+
+
+def load_blocks(
+    texts: tuple[list[str], list[str]], tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Training and held-out examples cut from both sides of `texts`.
+
+    Raises:
+        InputError: a side is too short for one block.
+    """
+    train_data, eval_data = (make_blocks(side, tokenizer, block_size) for side in texts)
+    if not train_data or not eval_data:
+        raise InputError(
+            f"the text gives {len(train_data)} training and {len(eval_data)} held-out blocks of {block_size} "
+            "tokens; use a longer text or a smaller --block_size"
+        )
+    return train_data, eval_data
+
+
+def draw_blocks(blocks: list[dict[str, list[int]]], at_most: int | None) -> list[dict[str, list[int]]]:
+    """`at_most` of `blocks`, drawn at random and the same ones every time; None: all."""
+    return blocks if at_most is None else random.Random(0).sample(blocks, min(at_most, len(blocks)))
 
 
 def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -163,16 +194,10 @@ def make_task(args: Arguments) -> Task:
     Raises:
         InputError: the text or the model cannot be used, or the text is too short for one block on either side.
     """
-    train_texts, eval_texts = load_texts(args.text_file)
-    tokenizer, config = load_model_parts(args, train_texts)
-    train_data, eval_data = (make_blocks(texts, tokenizer, args.block_size) for texts in (train_texts, eval_texts))
-    if not train_data or not eval_data:
-        raise InputError(
-            f"the text gives {len(train_data)} training and {len(eval_data)} held-out blocks of {args.block_size} "
-            "tokens; use a longer text or a smaller --block_size"
-        )
-    if args.eval_blocks is not None:
-        eval_data = random.Random(0).sample(eval_data, min(args.eval_blocks, len(eval_data)))
+    texts = load_texts(args.text_file)
+    tokenizer, config = load_model_parts(args, texts[0])
+    train_data, eval_data = load_blocks(texts, tokenizer, args.block_size)
+    eval_data = draw_blocks(eval_data, args.eval_blocks)
     fresh = args.model is None or args.from_scratch
     if fresh:
         # Otherwise the name of the checkpoint would stay on a model that has none of its weights.

@@ -204,7 +204,7 @@ def training_arguments(
     return TrainingArguments(
         output_dir=str(Path(args.output_dir) / contender.label),
         optim=contender.optim,
-        optim_args=contender.optim_args,
+        optim_args=",".join(filter(None, (contender.optim_args, args.own_optim_args(contender.optim)))) or None,
         num_train_epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,

@@ -44,7 +44,7 @@ from hf_lopt.hf.arguments import read_optim_args
 from report import draw_comparisons, print_comparison, write_json
 
 
-RECIPES = ("causal_lm", "text_classification", "image_classification", "seq2seq")
+RECIPES = ("causal_lm", "text_classification", "image_classification", "seq2seq", "lora")
 # What a recipe takes, but a comparison decides.
 DECIDED = ("optim", "compare", "learning_rate", "seed", "resume", "no_checkpoints")
 # What changes nothing about a run's numbers.
