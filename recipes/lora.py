@@ -6,8 +6,8 @@ of rank 8; one or two minutes on two CPU cores. The model needs: pip install --n
   python recipes/lora.py --compare adamw_torch=1e-3
   python recipes/lora.py --model meta-llama/Llama-3.2-1B --text_file book.txt --target_modules all-linear --rank 16
 
-The B matrix of an adapter starts at zero. VeLO, Celo and small_fc scale every step by the size of the tensor, so that
-B would hardly leave zero in a short run. --min_param_scale sets the least size that they assume for a tensor; this
+The B matrix of an adapter starts at zero. VeLO and Celo scale every step by the size of the tensor, so that B would
+hardly leave zero in a short run. --min_param_scale sets the least size that they assume for a tensor; this
 recipe uses 0.01. Leave it at 0, the published rule, for models whose tensors all start away from zero.
 """
 
@@ -53,7 +53,7 @@ class Arguments(RecipeArguments):
     min_param_scale: float = field(
         default=0.01,
         metadata={
-            "help": "Least size of a tensor that learned optimizers assume when they scale its step; see above. 0: as "
+            "help": "Least size of a tensor that VeLO and Celo assume when they scale its step; see above. 0: as "
             "published."
         },
     )
