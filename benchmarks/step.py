@@ -253,6 +253,7 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     rows = [r for r in rows if r["threads"] == rows[0]["threads"]]
+    rows = [r for r in rows if r["size"] != "L2"] or rows
     series = [("AdamW (fused)", "adamw_ns", "#8c8c8c"), ("hf_lopt", "step_ns", "#2a6fbb")]
     series += [
         ("hf_lopt, plain PyTorch in blocks", "plain_ns", "#e0a030"),
