@@ -39,8 +39,6 @@ from arguments import (
     run_script,
 )
 from common import Task, machine, train, training_arguments, versions
-from hf_lopt import rules
-from hf_lopt.hf.arguments import read_optim_args
 from report import draw_comparisons, print_comparison, write_json
 
 
@@ -108,9 +106,8 @@ def weights_sha256(contender: Contender) -> str | None:
     """SHA-256 of the weights that a learned optimizer would load now; None for the others."""
     if contender.optim not in hf_lopt.available():
         return None
-    rule = rules.get(contender.optim)
-    given, _ = read_optim_args(rule, contender.optim_args)
-    return rule.load_weights(given.pop("weights", rule.defaults["weights"]), **(dict(rule.defaults) | given)).sha256
+    options = dict(item.strip().split("=", 1) for item in (contender.optim_args or "").split(",") if "=" in item)
+    return hf_lopt.load_weights(contender.optim, options.get("weights", "auto")).sha256
 
 
 def run_key(recipe: str, recipe_args: RecipeArguments, contender: Contender, seed: int, sha256: str | None) -> str:

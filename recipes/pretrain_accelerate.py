@@ -28,7 +28,6 @@ import causal_lm
 import hf_lopt
 from arguments import InputError, parse, run_script
 from common import versions
-from hf_lopt import rules
 from report import draw_curves, write_json
 
 
@@ -97,11 +96,11 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> tuple[torch.optim
     given = {} if args.learning_rate is None else {"lr": args.learning_rate}
     if args.optim == "adamw":
         return torch.optim.AdamW(model.parameters(), **({"lr": 1e-3} | given)), True
-    rule = rules.get(args.optim)
-    if rule.needs_horizon:  # the one setting that is not optional: the schedule is learned for a known length
-        given["num_training_steps"] = args.max_steps
     groups = hf_lopt.param_groups(model, args.optim)
-    return hf_lopt.LearnedOptimizer(groups, args.optim, weights=args.weights, **given), not rule.own_schedule
+    optimizer = hf_lopt.LearnedOptimizer(groups, args.optim, weights=args.weights, **given)
+    if optimizer.rule.needs_horizon:  # the one setting that is not optional: the schedule is learned for a known length
+        optimizer.num_training_steps = args.max_steps
+    return optimizer, not optimizer.rule.own_schedule
 
 
 def endless(loader: DataLoader, accelerator: Accelerator, batches_done: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -35,7 +35,7 @@ ALLOWED = {
     "hf": {"optimizer", "rules", "param_groups", "hf", *LEAVES},
     "launch": {"hf"},
     "meta": {"rules", "networks", "features", "accumulators", "_ops", "publish", "meta", *LEAVES},
-    "__init__": {"optimizer", "rules", "param_groups", "hf"},
+    "__init__": {"optimizer", "rules", "param_groups", "weights", "hf"},
     "__main__": {"__init__", "_load", "_ops", "optimizer", "rules", "hf", *LEAVES},
 }
 
