@@ -99,14 +99,18 @@ def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples
 
 
 @functools.cache
-def _text() -> Tensor:
+def _text(capitals: bool) -> Tensor:
     from pydoc_data.topics import topics
 
     numbers = {character: i for i, character in enumerate(ALPHABET)}
     text = "\n".join(topics[name] for name in sorted(topics))
+    text = text.upper() if capitals else text
     return torch.tensor([numbers[c] for c in text if c in numbers])
 
 
-def text(part: str, window: int) -> Data:
-    """The chapters of Python's language reference, character by character; others than ``ALPHABET`` are left out."""
-    return _part(_text(), None, part, window)
+def text(part: str, window: int, capitals: bool = False) -> Data:
+    """The chapters of Python's language reference, character by character; others than ``ALPHABET`` are left out.
+
+    ``capitals``: all letters are capitals, for a model that knows the text as it is.
+    """
+    return _part(_text(capitals), None, part, window)

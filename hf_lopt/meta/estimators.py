@@ -78,6 +78,7 @@ class Estimator:
         losses = self.runs.unroll(torch.cat([theta + noise, theta - noise])).cpu()
         plus, minus = losses.chunk(2)
         difference = (plus - minus).clamp(-self.clip, self.clip)
+        difference = difference.to(self.accumulated.dtype)
         return difference @ self.accumulated / (2.0 * self.std**2 * self.runs.pairs), losses
 
     def state_dict(self) -> dict[str, Any]:

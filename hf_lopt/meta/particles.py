@@ -55,7 +55,7 @@ class Particles:
     Attributes:
         params: parameter name -> (P, *shape), changed in place by :meth:`update`.
         steps: (P,) int64, updates since each particle's start.
-        failed: (P,) bool: a loss or gradient was not finite since then. Such a particle stands still, at zero.
+        failed: (P,) bool: a loss or gradient was not finite since then. Such a particle is set to zero before every step.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ convolution kernel is the matrix (P, height * width * channels, O).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -169,6 +170,40 @@ def transformer(name: str, width: int, layers: int, window: int, heads: int = 2,
     return Task(name, shapes, scales, model, cross_entropy, partial(data.text, window=window), **more)
 
 
+@functools.cache
+def _trained(name: str, steps: int) -> dict[str, Tensor]:
+    """Parameters (1, ...) of a task after training with AdamW, to be adapted."""
+    task, generator = named(name), torch.Generator().manual_seed(0)
+    samples = task.samples()
+    leaves = {key: x.requires_grad_() for key, x in task.start(1, generator).items()}
+    optimizer = torch.optim.AdamW(leaves.values(), lr=5e-3)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        task.losses(leaves, samples.batch(1, task.batch, generator)).sum().backward()
+        optimizer.step()
+        cosine.step()
+    return {key: x.detach() for key, x in leaves.items()}
+
+
+def lora(name: str, frozen: Task, samples: Callable, rank: int, steps: int = 1000, **more) -> Task:
+    """Low-rank additions A B to the matrices in the blocks of ``frozen``, trained, which stay as they are;
+    B starts at zero."""
+    matrices = [key for key, shape in frozen.shapes.items() if len(shape) == 2 and key[0].isdigit()]
+    shapes, scales = {}, {}
+    for key in matrices:
+        n_in, n_out = frozen.shapes[key]
+        shapes |= {f"{key}.a": (n_in, rank), f"{key}.b": (rank, n_out)}
+        scales |= {f"{key}.a": n_in**-0.5, f"{key}.b": 0.0}
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        whole = {key: p.to(x.device).expand(len(x), *p.shape[1:]) for key, p in _trained(frozen.name, steps).items()}
+        whole |= {key: whole[key] + params[f"{key}.a"] @ params[f"{key}.b"] for key in matrices}
+        return frozen.model(whole, x)
+
+    return Task(name, shapes, scales, model, frozen.loss, samples, batch=frozen.batch, **more)
+
+
 def _all() -> dict[str, Task]:
     """Tasks to train on are small; those to judge by have other sizes, depths and activations, and other samples."""
     digits, images = data.digits, data.digit_images
@@ -200,6 +235,7 @@ def _all() -> dict[str, Task]:
         mlp("digits_mlp_large", (64, 64, 64, 10), digits, ce, batch=64),
         mlp("digits_mlp_deep", (64, 32, 32, 32, 32, 32, 10), digits, ce, batch=64),
         mlp("functions_large", (8, 64, 64, 4), functions[3], mse, "gelu", batch=64),
+        lora("char_lora", train[-1], partial(data.text, window=16, capitals=True), rank=4),
     ]
     parts = {"train": train, "validation": validation, "test": test}
     return {task.name: replace(task, part=part) for part, tasks in parts.items() for task in tasks}

@@ -1,0 +1,154 @@
+"""Particles: each follows the trajectory of an optimizer of its own; restarts, failures and stacks of runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from hf_lopt import LearnedOptimizer, _ops
+from hf_lopt.meta import tasks, theta
+from hf_lopt.meta.particles import IN_TURN, TOGETHER, Particles, supported
+
+
+P, STEPS = 3, 8
+LR, HORIZONS = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([10, 20, 30])
+TASK = tasks.mlp("small", (8, 6, 5, 4), tasks.named("functions_mlp").data, tasks.squared_error, "tanh", batch=16)
+
+
+def thetas(rule):
+    """Weights that differ between particles."""
+    generator = torch.Generator().manual_seed(1)
+    start = theta.starting_weights(rule, "constructed")
+    return {
+        name: torch.stack([leaf + (0.0 if "decays" in name else 1e-3 * torch.randn(leaf.shape, generator=generator)) for _ in range(P)])
+        for name, leaf in start.items()
+    }
+
+
+def gradients(task, params, batch):
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    losses = task.losses(leaves, batch)
+    return dict(zip(leaves, torch.autograd.grad(losses.sum(), list(leaves.values())), strict=True)), losses.detach()
+
+
+@pytest.mark.parametrize("rule", [*TOGETHER, *IN_TURN])
+def test_a_particle_follows_an_optimizer_of_its_own(rule):
+    """With a weight, learning rate and horizon of its own, and a start in the middle of the others' runs."""
+    generator = torch.Generator().manual_seed(0)
+    weights, lr = thetas(rule), LR * (1.0 if supported(rule).own_schedule else 3e-3)
+    samples = TASK.samples()
+    begin = [0, 3, 0]
+    starts = {name: p + 0.1 for name, p in TASK.start(P, generator).items()}
+    batches = [samples.batch(P, TASK.batch, generator) for _ in range(STEPS)]
+
+    particles = Particles(rule, TASK.shapes, P, {"weight_decay": 0.1})
+    particles.set_weights(weights)
+    particles.restart(range(P), starts)
+    for t, batch in enumerate(batches):
+        late = [i for i in range(P) if begin[i] == t and t]
+        particles.restart(late, {name: p[late] for name, p in starts.items()})
+        particles.update(*gradients(TASK, particles.params, batch), lr, HORIZONS)
+
+    for i in range(P):
+        params = {name: nn.Parameter(p[i].clone()) for name, p in starts.items()}
+        horizon = {"num_training_steps": HORIZONS[i].item()} if supported(rule).needs_horizon else {}
+        own = {name: leaf[i] for name, leaf in weights.items()}
+        optimizer = LearnedOptimizer(
+            params.values(), rule, weights=own, lr=lr[i].item(), axis_order="jax", weight_decay=0.1, **horizon
+        )
+        for batch in batches[begin[i] :]:
+            optimizer.zero_grad()
+            loss = TASK.losses({k: p.unsqueeze(0) for k, p in params.items()}, tuple(x[i : i + 1] for x in batch)).sum()
+            loss.backward()
+            optimizer.step(loss)
+        for name, p in params.items():
+            assert (p - starts[name][i]).abs().max() > 1e-4
+            torch.testing.assert_close(particles.params[name][i], p.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["celo2", "celo2_base", "small_fc_lopt"])
+def test_stacks_of_runs_on_the_plain_kernels(rule):
+    """The compiled kernels number results by slice; so do the plain ones."""
+    generator = torch.Generator().manual_seed(2)
+    weights, starts = thetas(rule), TASK.start(P, generator)
+    batches = [TASK.samples().batch(P, TASK.batch, generator) for _ in range(3)]
+    ends = []
+    for plain in (False, True):
+        particles = Particles(rule, TASK.shapes, P)
+        particles.set_weights(weights)
+        particles.restart(range(P), {name: p + 0.1 for name, p in starts.items()})
+        for batch in batches:
+            step = gradients(TASK, particles.params, batch)
+            if plain:
+                with _ops.plain():
+                    particles.update(*step, LR * 1e-2, HORIZONS)
+            else:
+                particles.update(*step, LR * 1e-2, HORIZONS)
+        ends.append(particles.params)
+    for name in starts:
+        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["celo2", "velo"])
+def test_a_particle_that_fails_leaves_the_others_alone(rule):
+    generator = torch.Generator().manual_seed(3)
+    weights, starts = thetas(rule), TASK.start(P, generator)
+    batches = [TASK.samples().batch(P, TASK.batch, generator) for _ in range(4)]
+    ends = []
+    for fails in (False, True):
+        particles = Particles(rule, TASK.shapes, P)
+        particles.set_weights(weights)
+        particles.restart(range(P), starts)
+        for t, batch in enumerate(batches):
+            own, losses = gradients(TASK, particles.params, batch)
+            if fails and t == 1:
+                own["layer1.w"][2, 0, 0] = float("inf")
+            particles.update(own, losses, LR * 1e-2, HORIZONS)
+        ends.append({name: p.clone() for name, p in particles.params.items()})
+    assert particles.failed.tolist() == [False, False, True]
+    for name, p in ends[1].items():
+        assert torch.equal(p[:2], ends[0][name][:2])
+        assert p[2].abs().max() < 0.1
+    particles.restart([2], {name: p[2:] for name, p in starts.items()})
+    assert not particles.failed.any() and torch.equal(particles.params["layer0.w"][2], starts["layer0.w"][2])
+
+
+def test_what_particles_refuse():
+    with pytest.raises(ValueError, match="train celo2"):
+        Particles("elo_celo2", TASK.shapes, 2)
+    with pytest.raises(ValueError, match="exp_multiplier"):
+        Particles("small_fc_lopt", TASK.shapes, 2, {"exp_multiplier": 1.0})
+    particles = Particles("small_fc_lopt", TASK.shapes, 2)
+    weights = {n: torch.stack([leaf, leaf + 0.1]) for n, leaf in theta.starting_weights("small_fc_lopt", "bundled").items()}
+    with pytest.raises(ValueError, match="decays"):
+        particles.set_weights(weights)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_losses_of_particles_are_independent(name):
+    """A loss depends on its own copy only, and the model has a gradient in every parameter."""
+    task, generator = tasks.named(name), torch.Generator().manual_seed(0)
+    params = {k: p.requires_grad_() for k, p in task.start(2, generator).items()}
+    batch = task.samples().batch(1, 4, generator)
+    losses = task.losses(params, batch)
+    assert losses.shape == (2,) and losses.isfinite().all()
+    grads = torch.autograd.grad(losses[1], list(params.values()))
+    for (key, p), g in zip(params.items(), grads, strict=True):
+        assert g.shape == p.shape and not g[0].any(), key
+        assert g[1].any() or key.endswith(".a"), key  # beside a zero B
+    same = {k: p.detach()[:1].expand(2, *p.shape[1:]) for k, p in params.items()}
+    alone = task.losses({k: p[:1] for k, p in same.items()}, batch)
+    torch.testing.assert_close(task.losses(same, batch), alone.expand(2), rtol=1e-5, atol=1e-6)
+
+
+def test_parts_have_no_sample_in_common():
+    for name in ("digits_mlp", "characters", "functions_mlp"):
+        parts = [tasks.named(name).data(part) for part in ("train", "validation", "test")]
+        sizes = [len(part.inputs) for part in parts]
+        whole = sum(sizes)
+        starts = [part.inputs.storage_offset() // part.inputs.stride(0) for part in parts]
+        assert all(a + n <= b for a, n, b in zip(starts, sizes, starts[1:], strict=False)) and starts[0] == 0
+        assert whole >= 1797 and all(0 < part.fresh < len(part.inputs) for part in parts)
+    generator = torch.Generator().manual_seed(0)
+    data = tasks.named("characters").data("train")
+    inputs, targets = data.batch(2, 3, generator, fresh=True)
+    assert inputs.shape == (2, 3, 16) and torch.equal(inputs[..., 1:], targets[..., :-1])

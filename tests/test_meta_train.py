@@ -1,0 +1,305 @@
+"""Meta-training as a whole: it learns, stops and goes on, splits over processes, and says what is wrong."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+from ranks import torchrun
+from torch import nn
+
+from hf_lopt import LearnedOptimizer, formats, publish
+from hf_lopt.meta import cli, config, evaluate, export, search, tasks, theta
+from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
+from hf_lopt.meta.train import CHECKPOINT, Trainer
+
+
+SMALL = {
+    "rule": "celo2",
+    "tasks": {"functions_mlp": 3, "regions_mlp": 2},
+    "runs": {"truncation": 5, "shortest": 10, "longest": 20, "loss_scale": [0.1, 10.0], "parameter_scale": [0.5, 2.0]},
+    "outer": {"steps": 6, "lr": 1e-3},
+    "selection": {"every": 3, "tasks": ["functions_wide"], "seeds": 2, "steps": 10, "lr": [3e-3]},
+    "checkpoint_every": 2,
+}
+
+
+def settings(**changes):
+    return config.from_dict(SMALL | changes)
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a | b)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rule": "celo", "tasks": {"functions_mlp": 1}},
+        {"perturbation": {"method": "cma_es", "std": 0.2}, "mixture": {"m[0]": 1.0, "g[0]": 0.5}, "population": 4},
+    ],
+    ids=["pes", "pes of a rule with a scheduler", "cma_es"],
+)
+def test_resumed_is_the_same_bit_by_bit(changes, tmp_path):
+    whole = Trainer(settings(**changes), tmp_path / "whole")
+    whole.run()
+    Trainer(settings(**changes), tmp_path / "parts").run(until=3)
+    parts = Trainer(settings(**changes), tmp_path / "parts")
+    assert parts.steps == 3
+    parts.run()
+    assert parts.steps == whole.steps == 6
+    assert same(parts.search.theta(), whole.search.theta()) and same(parts.theta(), whole.theta())
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if "per_second" not in k} for line in path.open()]
+        for path in (tmp_path / "whole/log.jsonl", tmp_path / "parts/log.jsonl")
+    ]
+    assert logs[0] == logs[1] and [entry["step"] for entry in logs[0] if "meta_loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert not same(whole.search.theta(), theta.starting_weights(whole.config.rule, "constructed"))
+
+
+def test_two_processes_are_one(tmp_path):
+    """Each takes one of the two tasks; the checkpoint goes on in one process, to the same weights."""
+    (tmp_path / "small.json").write_text(json.dumps(SMALL))
+    torchrun(2, "meta_training.py", tmp_path / "small.json", tmp_path / "ranks", 4)
+    alone = Trainer(settings(), tmp_path / "alone")
+    alone.run(until=4)
+    joined = Trainer(settings(), tmp_path / "ranks")
+    assert joined.steps == 4 and same(joined.search.theta(), alone.search.theta())
+    for trainer in (joined, alone):
+        trainer.run()
+    assert same(joined.search.theta(), alone.search.theta()) and same(joined.theta(), alone.theta())
+
+
+def test_a_signal_stops_after_the_step(tmp_path):
+    trainer = Trainer(settings(), tmp_path)
+    trainer.run(report=lambda metrics: os.kill(os.getpid(), signal.SIGTERM) if trainer.steps == 2 else None)
+    assert trainer.steps == 2 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert Trainer(settings(), tmp_path).steps == 2
+
+
+def test_command_line_and_export(tmp_path, capsys):
+    """train, export, and an optimizer that takes the folder; the provenance names configuration and start."""
+    yaml = pytest.importorskip("yaml")
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
+    arguments = ["train", "--config", str(tmp_path / "small.yaml"), "--output", str(tmp_path / "run")]
+    assert cli.main([*arguments, "--until", "2"]) == 0
+    assert "4 outer steps are left" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "weights")]) == 0
+    record = json.loads((tmp_path / "weights" / export.PROVENANCE).read_text())
+    trainer = Trainer(settings(), tmp_path / "run")
+    assert record["origin"] == "meta-trained" and record["sha256"] == formats.content_sha256(trainer.theta())
+    assert config.from_dict(record["config"]) == trainer.config and record["outer_step"] == trainer.best["step"]
+    assert record["start_sha256"] == formats.content_sha256(theta.starting_weights("celo2", "constructed"))
+
+    model = nn.Linear(4, 3)
+    optimizer = LearnedOptimizer(model.parameters(), "celo2", weights=str(tmp_path / "weights"))
+    assert same(optimizer.weights.theta, trainer.theta())
+    before = model.weight.detach().clone()
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+    assert cli.main(["export", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "output folder" in capsys.readouterr().err
+
+
+def test_evaluate_prints_and_writes_a_table(tmp_path, capsys):
+    arguments = ["evaluate", "celo2", "--tasks", "functions_wide", "--steps", "10", "--seeds", "2"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "table")]) == 0
+    record = json.loads((tmp_path / "table.json").read_text())
+    assert set(record["results"]) == {"functions_wide"} and record["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "table.md").read_text() == capsys.readouterr().out
+    assert cli.main(["evaluate", "celo3"]) == 2 and "celo2" in capsys.readouterr().err
+
+
+def test_a_bad_start_gets_better(tmp_path):
+    """From weights that follow the parameter rather than the gradient, a short training lowers the loss of other runs."""
+    start = theta.starting_weights("celo2", "constructed")
+    bad = search.mixture_leaves("celo2", start, {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15})
+    publish.save(bad, tmp_path, rule="celo2")
+    trained = search.GradientSearch(
+        config.from_dict(
+            {
+                "rule": "celo2",
+                "start": str(tmp_path),
+                "tasks": {"functions_mlp": 24, "regions_mlp": 24},
+                "runs": {"truncation": 20, "shortest": 20, "longest": 60, "lr": [3e-3, 1e-2]},
+                "objective": {"every": 4},
+                "perturbation": {"std": 0.03},
+                "outer": {"steps": 40, "lr": 1e-2, "average": 0.8},
+            }
+        )
+    )
+    for _ in range(trained.config.outer.steps):
+        trained.step()
+    for name in ("functions_wide", "regions_deep"):
+        after, before = (
+            evaluate.learned(tasks.named(name), "celo2", weights, 60, 6, 3e-3).final
+            for weights in (trained.theta(), bad)
+        )
+        assert evaluate.paired(after, before).interval()[1] < 1.0, name
+
+
+def test_cma_es_improves_a_mixture():
+    """From a mixture that mostly follows the second moment, to one that follows the gradient."""
+    made = config.from_dict(
+        {
+            "rule": "celo2_base",
+            "tasks": {"functions_mlp": 2},
+            "runs": {"truncation": 40, "shortest": 40, "longest": 40, "lr": [1e-2, 1e-2]},
+            "objective": {"kind": "last", "batch": 4},
+            "perturbation": {"method": "cma_es", "std": 0.5},
+            "mixture": {"rsqrt_v[0]": 1.0, "m_rsqrt_v[0]": 0.1},
+            "population": 8,
+            "outer": {"steps": 8},
+        }
+    )
+    found = search.MixtureSearch(made)
+    values = [found.step()["meta_loss"] for _ in range(8)]
+    assert values[-1] < values[0] - 0.2
+    task = tasks.named("functions_wide")
+    before, after = (
+        evaluate.learned(task, "celo2_base", weights, 40, 4, 1e-2).final
+        for weights in (search.mixture_leaves("celo2_base", found.start, made.mixture), found.theta())
+    )
+    assert evaluate.paired(after, before).interval()[1] < 0.9
+
+
+def test_mixture_leaves_add_features_up():
+    leaves = search.mixture_leaves("celo2", theta.starting_weights("celo2", "constructed"), {"g[0]": 2.0, "m[1]": -0.5})
+    x = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    h = x
+    for layer in range(3):
+        w = torch.cat([leaves[f"ff_mod_stack/~/w0__{k}"] for k in range(14)]) if not layer else leaves[f"ff_mod_stack/~/w{layer}"]
+        h = h @ w + leaves[f"ff_mod_stack/~/b{layer}"]
+        h = h.relu() if layer < 2 else h
+    torch.testing.assert_close(h[:, 0], 2.0 * x[:, 0] - 0.5 * x[:, 4])
+
+
+def test_vector_is_the_part_that_the_rule_uses():
+    start = theta.starting_weights("celo2", "constructed")
+    vector = theta.Vector("celo2", start)
+    assert len(vector.start()) == 329 and same(vector.leaves(vector.start()), start)
+    assert len(theta.Vector("small_fc_lopt", theta.starting_weights("small_fc_lopt", "bundled")).start()) == 2402
+    moved = vector.leaves(torch.stack([vector.start(), vector.start() + 1.0]))
+    last = moved["ff_mod_stack/~/w2"]
+    assert torch.equal(last[0], start["ff_mod_stack/~/w2"]) and torch.equal(last[1, :, 1:], last[0, :, 1:])
+    assert torch.equal(last[1, :, 0], last[0, :, 0] + 1.0)
+    assert len(theta.Vector("celo2", start, ["*/b?"]).start()) == 8 + 8 + 1
+    with pytest.raises(ValueError, match="no leaf of celo2 fits nn"):
+        theta.Vector("celo2", start, ["nn/*"])
+
+
+def test_starts_are_staggered_and_copies_alike():
+    vector = theta.Vector("celo2", theta.starting_weights("celo2", "constructed"))
+    runs = TaskRuns(
+        tasks.named("functions_mlp"), vector, "celo2", 20, RunSettings(truncation=2, shortest=10, longest=40),
+        Objective(every=1), torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    point = vector.start().expand(40, -1)
+    losses = runs.unroll(point)
+    assert torch.equal(losses[:20], losses[20:]) and (runs.draws.horizons % 2 == 0).all()
+    assert runs.draws.horizons.min() >= 10 and runs.draws.horizons.max() <= 40 and (losses < 0.3).all()
+    assert len(set(runs.draws.ends.tolist())) > 5 and (runs.draws.ends <= runs.draws.horizons).all()
+    for _ in range(20):
+        runs.unroll(point)
+    assert (runs.draws.ends == runs.draws.horizons).all()
+    assert len(set(runs.particles.steps.tolist())) > 5
+    assert torch.equal(runs.particles.steps[:20], runs.particles.steps[20:])
+
+
+def test_the_objective_is_the_log_of_the_relative_loss():
+    """By hand: one run of two steps whose losses are known from the model itself."""
+    vector = theta.Vector("celo2", theta.starting_weights("celo2", "constructed"))
+    task, found = tasks.named("functions_mlp"), {}
+    for kind in ("mean", "last"):
+        runs = TaskRuns(
+            task, vector, "celo2", 1, RunSettings(truncation=2, shortest=2, longest=2),
+            Objective(kind, every=1), torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        seen = []
+        fresh = runs._fresh_losses
+        runs._fresh_losses = lambda fresh=fresh, seen=seen: seen.append(fresh()) or seen[-1]
+        found[kind] = runs.unroll(vector.start().expand(2, -1))[0].item(), [x[0].item() for x in seen]
+    value, (first, *later) = found["mean"]
+    assert value == pytest.approx(sum(math.log(x / first) for x in later) / 2, abs=1e-6)
+    value, (first, last) = found["last"]
+    assert value == pytest.approx(math.log(last / first), abs=1e-6)
+
+
+def test_paired_comparisons():
+    ours, theirs = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2.0, 2.0, 8.0])
+    comparison = evaluate.paired(ours, theirs)
+    assert comparison.mean == pytest.approx(-2 * math.log(2) / 3)
+    assert comparison.error == pytest.approx(math.log(2) / math.sqrt(3) / math.sqrt(3))
+    assert evaluate.paired(torch.tensor([math.inf, 1.0]), torch.ones(2)).mean == pytest.approx(math.log(1e3) / 2)
+    assert evaluate.over_tasks([comparison] * 3).error == pytest.approx(0.0)
+
+
+def test_adamw_of_all_seeds_is_adamw_of_each():
+    task = tasks.named("functions_wide")
+    curves = evaluate.adamw(task, 5, 2, 1e-2, looks=5)
+    assert curves.steps.tolist() == [1, 2, 3, 4, 5] and curves.losses.shape == (2, 5)
+    generator = search.seeded("evaluation", task.name)
+    start, samples = task.start(2, generator), task.samples()
+    fresh = [samples.batch(2, task.batch, generator, fresh=True) for _ in range(evaluate.FRESH_BATCHES)]
+    batches = [samples.batch(2, task.batch, generator) for _ in range(5)]
+    params = {name: nn.Parameter(p[1:].clone()) for name, p in start.items()}
+    optimizer = torch.optim.AdamW(params.values())
+    for t, batch in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 * min(1, (t + 1) / 0.25) * 0.5 * (1 + math.cos(math.pi * t / 5))
+        optimizer.zero_grad()
+        task.losses(params, tuple(x[1:] for x in batch)).sum().backward()
+        optimizer.step()
+    losses = [task.losses(params, tuple(x[1:] for x in batch)) for batch in fresh]
+    torch.testing.assert_close(torch.stack(losses).mean(), curves.final[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "adam"}, "no update rule is called 'adam'"),
+        ({"task": {}}, "no setting task"),
+        ({"tasks": {}}, "at least one task"),
+        ({"tasks": {"mnist": 4}}, "no task is called 'mnist'"),
+        ({"tasks": {"char_lm": 4}}, "char_lm is a test task"),
+        ({"tasks": {"digits_mlp": 0}}, "tasks.digits_mlp"),
+        ({"runs": {"truncation": 50, "longest": 20}}, "truncation 50"),
+        ({"runs": {"lr": [1.0]}}, "runs.lr"),
+        ({"outer": {"steps": "many"}}, "outer.steps must be of type int, got 'many'"),
+        ({"outer": {"learning_rate": 1}}, "no setting outer.learning_rate"),
+        ({"perturbation": {"method": "sgd"}}, "perturbation.method"),
+        ({"perturbation": {"method": "cma_es"}}, "mixture"),
+        ({"selection": {"tasks": ["char_lm"]}}, "a test task"),
+        ({"objective": {"kind": "best"}}, "objective.kind"),
+        ({"start": "nowhere"}, "start must be"),
+        ({"trained": ["nn/*"]}, "no leaf"),
+    ],
+)
+def test_mistakes_are_named(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings(**changes), tmp_path)
+
+
+def test_a_folder_belongs_to_one_configuration(tmp_path):
+    Trainer(settings(), tmp_path).run(until=1)
+    with pytest.raises(ValueError, match="differs in outer"):
+        Trainer(settings(outer={"steps": 7}), tmp_path)
+    assert (tmp_path / CHECKPOINT).is_file() and not list(tmp_path.glob(".*"))
+
+
+def test_yaml_without_a_point_is_a_number(tmp_path):
+    pytest.importorskip("yaml")
+    path = tmp_path / "c.yaml"
+    path.write_text("rule: celo2\ntasks: {digits_mlp: 2}\nouter: {lr: 3e-4}\nperturbation: {clip: inf}\n")
+    made = config.read(path)
+    assert made.outer.lr == 3e-4 and made.perturbation.clip == math.inf
+    path.write_text("rule: [celo2\n")
+    with pytest.raises(ValueError, match=r"c\.yaml"):
+        config.read(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        config.read(tmp_path / "none.yaml")
