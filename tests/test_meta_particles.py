@@ -19,7 +19,12 @@ def thetas(rule):
     generator = torch.Generator().manual_seed(1)
     start = theta.starting_weights(rule, "constructed")
     return {
-        name: torch.stack([leaf + (0.0 if "decays" in name else 1e-3 * torch.randn(leaf.shape, generator=generator)) for _ in range(P)])
+        name: torch.stack(
+            [
+                leaf + (0.0 if "decays" in name else 1e-3 * torch.randn(leaf.shape, generator=generator))
+                for _ in range(P)
+            ]
+        )
         for name, leaf in start.items()
     }
 
@@ -57,7 +62,9 @@ def test_a_particle_follows_an_optimizer_of_its_own(rule):
         )
         for batch in batches[begin[i] :]:
             optimizer.zero_grad()
-            loss = TASK.losses({k: p.unsqueeze(0) for k, p in params.items()}, tuple(x[i : i + 1] for x in batch)).sum()
+            loss = TASK.losses(
+                {k: p.unsqueeze(0) for k, p in params.items()}, tuple(x[i : i + 1] for x in batch)
+            ).sum()
             loss.backward()
             optimizer.step(loss)
         for name, p in params.items():
@@ -118,7 +125,9 @@ def test_what_particles_refuse():
     with pytest.raises(ValueError, match="exp_multiplier"):
         Particles("small_fc_lopt", TASK.shapes, 2, {"exp_multiplier": 1.0})
     particles = Particles("small_fc_lopt", TASK.shapes, 2)
-    weights = {n: torch.stack([leaf, leaf + 0.1]) for n, leaf in theta.starting_weights("small_fc_lopt", "bundled").items()}
+    weights = {
+        n: torch.stack([leaf, leaf + 0.1]) for n, leaf in theta.starting_weights("small_fc_lopt", "bundled").items()
+    }
     with pytest.raises(ValueError, match="decays"):
         particles.set_weights(weights)
 

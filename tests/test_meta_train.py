@@ -7,13 +7,13 @@ import signal
 
 import pytest
 import torch
-from ranks import torchrun
 from torch import nn
 
 from hf_lopt import LearnedOptimizer, formats, publish
 from hf_lopt.meta import cli, config, evaluate, export, search, tasks, theta
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from hf_lopt.meta.train import CHECKPOINT, Trainer
+from ranks import torchrun
 
 
 SMALL = {
@@ -117,7 +117,7 @@ def test_evaluate_prints_and_writes_a_table(tmp_path, capsys):
 
 
 def test_a_bad_start_gets_better(tmp_path):
-    """From weights that follow the parameter rather than the gradient, a short training lowers the loss of other runs."""
+    """From weights that follow the parameter rather than the gradient, a short training lowers the loss elsewhere."""
     start = theta.starting_weights("celo2", "constructed")
     bad = search.mixture_leaves("celo2", start, {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15})
     publish.save(bad, tmp_path, rule="celo2")
@@ -170,11 +170,17 @@ def test_cma_es_improves_a_mixture():
 
 
 def test_mixture_leaves_add_features_up():
-    leaves = search.mixture_leaves("celo2", theta.starting_weights("celo2", "constructed"), {"g[0]": 2.0, "m[1]": -0.5})
+    leaves = search.mixture_leaves(
+        "celo2", theta.starting_weights("celo2", "constructed"), {"g[0]": 2.0, "m[1]": -0.5}
+    )
     x = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     h = x
     for layer in range(3):
-        w = torch.cat([leaves[f"ff_mod_stack/~/w0__{k}"] for k in range(14)]) if not layer else leaves[f"ff_mod_stack/~/w{layer}"]
+        w = (
+            torch.cat([leaves[f"ff_mod_stack/~/w0__{k}"] for k in range(14)])
+            if not layer
+            else leaves[f"ff_mod_stack/~/w{layer}"]
+        )
         h = h @ w + leaves[f"ff_mod_stack/~/b{layer}"]
         h = h.relu() if layer < 2 else h
     torch.testing.assert_close(h[:, 0], 2.0 * x[:, 0] - 0.5 * x[:, 4])

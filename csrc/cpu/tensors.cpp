@@ -127,7 +127,8 @@ void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t
     (type_ == Type::kHalf ? kernels().from_half : kernels().from_bfloat16)(target, n, values);
 }
 
-Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices_) : numel(p.numel()), slices(slices_) {
+Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices_)
+    : numel(p.numel()), slices(slices_) {
     factored = row_axis >= 0;
     STD_TORCH_CHECK(slices > 0 && numel % slices == 0, "a tensor of ", numel, " elements has no ", slices, " slices");
     columns = factored ? numel : numel / slices;

@@ -5,8 +5,8 @@
 // accumulator without L has `inner` numbers per line (one, if L is the last axis), the one without K is a vector along
 // the line that all lines with the same `pre` and `mid` share. A tensor of rank < 2 is one line.
 //
-// A tensor may be a stack of slices, each with a network and results of its own: then its leading axes number them, K and
-// L are its last two axes, and a stack of vectors has a line for each.
+// A tensor may be a stack of slices, each with a network and results of its own: then its leading axes number them, K
+// and L are its last two axes, and a stack of vectors has a line for each.
 //
 // Parameters, gradients and outputs may have any strides and may be float32, bfloat16 or float16: what is not
 // contiguous float32 goes through a buffer of one row. Accumulators must be contiguous float32.

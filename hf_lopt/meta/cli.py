@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train weights; continues where the output folder stopped")
     train.add_argument("--config", type=Path, required=True, help="YAML file")
-    train.add_argument("--output", type=Path, required=True, help="folder of the checkpoint, log and TensorBoard files")
+    train.add_argument("--output", type=Path, required=True, help="folder of checkpoint, log and TensorBoard files")
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     train.add_argument("--until", type=int, help="outer step to stop at; default: the end")
 
@@ -59,9 +59,8 @@ def _train(args: argparse.Namespace) -> None:
         with _bar(settings.outer.steps, trainer.steps) as bar:
 
             def report(metrics: dict[str, float]) -> None:
-                bar.set_postfix_str(
-                    f"meta-loss {metrics['meta_loss']:.3f}, {metrics['particle_steps_per_second']:.0f} particle-steps/s"
-                )
+                speed = f"{metrics['particle_steps_per_second']:.0f} particle-steps/s"
+                bar.set_postfix_str(f"meta-loss {metrics['meta_loss']:.3f}, {speed}")
                 bar.update()
 
             trainer.run(args.until, report)

@@ -26,8 +26,8 @@ class Perturbation:
     """How theta is disturbed.
 
     Attributes:
-        method: "pes", "truncated_es" (which with truncations as long as the runs is full-length ES), or "cma_es", which
-            searches for mixing weights.
+        method: "pes", "truncated_es" (which with truncations as long as the runs is full-length ES), or "cma_es",
+            which searches for mixing weights.
         std: standard deviation of a perturbation.
         clip: bound on the difference of the meta-losses of a pair; inf for none.
     """
@@ -163,7 +163,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return tuple(_convert(inner, x, f"{where}[{i}]") for i, x in enumerate(value))
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         inner = typing.get_args(kind)[1]
-        return {str(key): value[key] if inner is Any else _convert(inner, value[key], f"{where}.{key}") for key in value}
+        return {
+            str(key): value[key] if inner is Any else _convert(inner, value[key], f"{where}.{key}") for key in value
+        }
     name = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
     raise ValueError(f"{where} must be of type {name}, got {value!r}")
 

@@ -1,7 +1,8 @@
 """Small data sets that need no download: scikit-learn's digits, procedural functions, the text of Python's manual.
 
-A data set is cut into three parts with no sample in common, for training, choosing and testing optimizers; each part has
-samples to train on and samples to judge by. Axes: N samples, D numbers of an input, B samples of a batch, G streams.
+A data set is cut into three parts with no sample in common, for training, choosing and testing optimizers; each part
+has samples to train on and samples to judge by. Axes: N samples, D numbers of an input, B samples of a batch,
+G streams.
 """
 
 from __future__ import annotations

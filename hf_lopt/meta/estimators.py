@@ -1,8 +1,8 @@
 """Gradients of a meta-loss by evolution strategies, over whole runs or over truncations of them.
 
 A run is unrolled for K steps at a time (a truncation). Pairs of particles run side by side with weights theta + e and
-theta - e, on the same data from the same start; e ~ N(0, s² I) is new in every truncation. With L+ and L- their meta-losses
-of the truncation, N pairs, and the accumulated perturbation
+theta - e, on the same data from the same start; e ~ N(0, s² I) is new in every truncation. With L+ and L- their
+meta-losses of the truncation, N pairs, and the accumulated perturbation
 
     x = sum of e over the truncations since the pair's run began,
 

@@ -1,7 +1,7 @@
 """Judging optimizers: paired runs on the same starts and samples, confidence intervals, and AdamW with a grid.
 
-A comparison is paired: seed k of a task means the same start and the same batches for every optimizer. The measure is the
-loss on samples that are never trained on, averaged over several batches and over the last looks of a run.
+A comparison is paired: seed k of a task means the same start and the same batches for every optimizer. The measure is
+the loss on samples that are never trained on, averaged over several batches.
 """
 
 from __future__ import annotations

@@ -62,8 +62,10 @@ def load(run: str | os.PathLike, last: bool = False) -> tuple[dict[str, torch.Te
     return {name: leaf.clone() for name, leaf in theta.items()}, record
 
 
-def export(run: str | os.PathLike, folder: str | os.PathLike, format: str = "theta_state", last: bool = False) -> list[Path]:
-    """Write the weights of a training folder, as :func:`hf_lopt.publish.save` does, and their provenance beside them."""
+def export(
+    run: str | os.PathLike, folder: str | os.PathLike, format: str = "theta_state", last: bool = False
+) -> list[Path]:
+    """Write the weights of a training folder, as :func:`hf_lopt.publish.save` does, and where they come from."""
     theta, record = load(run, last)
     settings = {k: v for k, v in record["config"]["settings"].items() if k in rules.get(record["rule"]).defaults}
     written = publish.save(theta, folder, format=format, rule=record["rule"], settings=settings)

@@ -1,8 +1,8 @@
-"""Many copies of a model, each updated by a rule with weights of its own. The only module here that calls a rule's step.
+"""Many copies of a model, each updated by a rule with weights of its own. Only this module calls a rule's step.
 
-The copies ("particles") are kept as stacks (P, *shape). Rules that treat every tensor by itself take these stacks as they
-are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of a run or
-keeps state of the run, are called once per particle, on views.
+The copies ("particles") are kept as stacks (P, *shape). Rules that treat every tensor by itself take these stacks as
+they are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of a
+run or keeps state of the run, are called once per particle, on views.
 
 Axes: P particles, N parameters of a model, D decays.
 """
@@ -55,7 +55,8 @@ class Particles:
     Attributes:
         params: parameter name -> (P, *shape), changed in place by :meth:`update`.
         steps: (P,) int64, updates since each particle's start.
-        failed: (P,) bool: a loss or gradient was not finite since then. Such a particle is set to zero before every step.
+        failed: (P,) bool: a loss or gradient was not finite since then. Such a particle is set to zero before every
+            step.
     """
 
     def __init__(

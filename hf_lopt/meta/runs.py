@@ -57,7 +57,7 @@ class RunSettings:
         truncation: K, steps of a truncation.
         shortest, longest: limits of the length of a run, which is rounded to a multiple of K.
         growth: truncations until ``longest`` is reached, linearly from ``shortest``; 0: at once.
-        lr: limits of the learning rate, where its schedule is the caller's (5 % warm-up, cosine); multiplier otherwise.
+        lr: limits of the learning rate, where its schedule is the caller's (5 % warm-up, cosine); else a multiplier.
         parameter_scale: limits of c in the reparametrisation p = c p', for each tensor: the rule sees p'.
         loss_scale: limits of what the loss is multiplied with, before the rule sees it and its gradients.
     """
@@ -83,7 +83,7 @@ class RunSettings:
 
 
 def schedule(steps: Tensor, horizons: Tensor) -> Tensor:
-    """Share of the peak learning rate after ``steps`` of ``horizons`` steps: 5 % linear warm-up, then a cosine to 0."""
+    """Share of the peak learning rate after ``steps`` of ``horizons`` steps: 5 % linear warm-up, a cosine to 0."""
     done = steps / horizons
     warm = ((steps + 1) / (WARMUP * horizons)).clamp(max=1.0)
     return warm * 0.5 * (1.0 + torch.cos(math.pi * done.clamp(max=1.0)))
@@ -114,8 +114,8 @@ class Draws:
 
 
 class TaskRuns:
-    """N runs on one task, of each of which C copies go side by side with weights of their own: copy c of run i is particle
-    c N + i. With two copies they are the pairs of :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
+    """N runs on one task. C copies of each go side by side, with weights of their own; copy c of run i is particle
+    c N + i. Two copies are the pairs of :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
 
     The first runs are cut short at random, so that afterwards they are at different places.
     """

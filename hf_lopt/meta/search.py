@@ -1,8 +1,8 @@
 """Two ways of improving weights: gradient descent on estimated gradients, and CMA-ES over a few mixing weights.
 
 Both go step by step, keep all of their state in a dict, and split their work over processes: a task is the unit, each
-process takes some of them, and every process computes the same update from all results. The numbers do not depend on how
-many processes there are.
+process takes some of them, and every process computes the same update from all results. The numbers do not depend on
+how many processes there are.
 """
 
 from __future__ import annotations
@@ -99,9 +99,7 @@ class GradientSearch:
                 *(seeded(config.seed, "runs", name), config.settings, device),
             )
             generator = seeded(config.seed, "perturbations", name)
-            self.estimators[name] = Estimator(
-                runs, len(self.average), noise.std, generator, noise.method, noise.clip
-            )
+            self.estimators[name] = Estimator(runs, len(self.average), noise.std, generator, noise.method, noise.clip)
 
     def step(self) -> dict[str, float]:
         """One truncation of every task and one outer step; numbers for a log."""

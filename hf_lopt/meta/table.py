@@ -52,9 +52,7 @@ def learned(spec: str, task: tasks.Task, steps: int, seeds: int) -> tuple[float,
     name, weights, settings = _candidate(spec)
     theta = starting_weights(name, weights)
     rates = (1.0,) if rules.get(name).own_schedule else RATES
-    return evaluate.best_of(
-        lambda lr: evaluate.learned(task, name, theta, steps, seeds, lr, settings), rates
-    )
+    return evaluate.best_of(lambda lr: evaluate.learned(task, name, theta, steps, seeds, lr, settings), rates)
 
 
 def chosen(names: Sequence[str]) -> list[tasks.Task]:

@@ -1,7 +1,7 @@
 """What the optimizers are trained and judged on: small models, each for many particles in one call.
 
-A particle is one copy of a model. The copies are independent, so that the gradient of the sum of their losses holds the
-gradient of each. Axes: P particles, B samples, I inputs and O outputs of a layer. Weight matrices are (P, I, O); a
+A particle is one copy of a model. The copies are independent, so that the gradient of the sum of their losses holds
+the gradient of each. Axes: P particles, B samples, I inputs and O outputs of a layer. Weight matrices are (P, I, O); a
 convolution kernel is the matrix (P, height * width * channels, O).
 """
 
@@ -144,7 +144,12 @@ def transformer(name: str, width: int, layers: int, window: int, heads: int = 2,
     shapes: dict[str, tuple[int, ...]] = {"embedding": (symbols, width), "position": (window, width)}
     scales: dict[str, float | None] = {"embedding": 0.5, "position": 0.1}
     for i in range(layers):
-        dense = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+        dense = {
+            "qkv": (width, 3 * width),
+            "out": (width, width),
+            "up": (width, 4 * width),
+            "down": (4 * width, width),
+        }
         shapes |= {f"{i}.{key}": shape for key, shape in dense.items()}
         scales |= {f"{i}.{key}": shape[0] ** -0.5 for key, shape in dense.items()}
         shapes |= {f"{i}.norm{k}": (width,) for k in range(2)}

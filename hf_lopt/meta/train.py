@@ -78,9 +78,7 @@ class Trainer:
         if (self.folder / CHECKPOINT).is_file():
             self._load()
         elif processes()[0] == 0:
-            atomic(
-                self.folder / "config.json", lambda p: p.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-            )
+            atomic(self.folder / "config.json", lambda p: p.write_text(json.dumps(to_dict(config), indent=2) + "\n"))
 
     @property
     def steps(self) -> int:

@@ -29,9 +29,9 @@ from hf_lopt.networks import ElementNetwork
 class Layout:
     """What is fixed for a list of parameters: axes, shapes, sizes, shards. Built once and reused for the same list.
 
-    ``runs``: every tensor is a stack of as many copies, one for each of several independent runs, in the axis order "jax"
-    and of rank 1 or 2 without that axis. Each copy counts as a tensor of its own: settings of the groups are (T runs,),
-    networks may differ between runs. Rules for which only the tensor matters work on such stacks as they do on tensors.
+    ``runs``: every tensor is a stack of as many copies, one for each of several independent runs, in the axis order
+    "jax" and of rank 1 or 2 without that axis. Each copy counts as a tensor of its own: settings of the groups are
+    (T runs,), networks may differ between runs. Rules for which only the tensor matters work on such stacks unchanged.
     """
 
     def __init__(self, params: Sequence[Tensor], axis_orders: Sequence[str], sliced: bool = False, runs: int = 0):
@@ -45,7 +45,7 @@ class Layout:
         axes = [factored_axes(shape, order) for shape, order in zip(self.shapes, axis_orders, strict=True)]
         if runs:
             assert all(len(shape) in (2, 3) and shape[0] == runs for shape in self.shapes), self.shapes
-            axes = [(a + 1, b + 1) if a >= 0 else (a, b) for a, b in (factored_axes(s[1:], "jax") for s in self.shapes)]
+            axes = [tuple(a + (a >= 0) for a in factored_axes(shape[1:], "jax")) for shape in self.shapes]
         self.row_axes, self.col_axes = [a for a, _ in axes], [b for _, b in axes]
         self.numel = torch.tensor([p.numel() for p in params], dtype=torch.float64, device=self.device)
         # Stacks of matrices that are normalised one by one count each matrix as a tensor of its own.

@@ -10,10 +10,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ranks import leave  # noqa: E402
-
 from hf_lopt.meta import config  # noqa: E402
 from hf_lopt.meta.train import Trainer  # noqa: E402
+from ranks import leave  # noqa: E402
 
 
 torch.set_num_threads(1)
