@@ -15,7 +15,14 @@ from hf_lopt import _ops, rules, weights
 
 
 _PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "peft", "trl", "numpy")
-_VARIABLES = ("HF_HUB_OFFLINE", "HF_HOME", "HF_ENDPOINT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "HF_LOPT_AUTOLOAD",
+    "HF_HUB_OFFLINE",
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def _version(package: str) -> str:

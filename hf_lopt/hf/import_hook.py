@@ -59,11 +59,28 @@ class _Finder(importlib.abc.MetaPathFinder):
 _FINDER = _Finder()
 
 
+class _Unfinished(ModuleSpec):
+    """What the spec of a module becomes while the module is being executed: it runs the actions when that is done.
+
+    A module of interest can be what imports torch, and torch what imports hf_lopt (``hf_lopt_autoload``). Its loader
+    runs already, so that the finder comes too late; but the import system marks the end of it on the spec.
+    """
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if key == "_initializing" and not value:
+            self.__class__ = ModuleSpec
+            module = sys.modules.get(self.name)
+            if getattr(module, "__spec__", None) is self:  # not if its execution failed
+                for action in _FINDER.actions.get(self.name, ()):
+                    action(module)
+
+
 def when_imported(name: str, action: Action) -> None:
     """Call ``action(module)`` now if module ``name`` is imported, and after every later import of it.
 
     ``action`` has to be safe to call twice. Asking for the same action again only repeats the call on a module that is
-    there.
+    there. A module that is just being executed, further up the stack, counts as imported when that has ended.
     """
     if _FINDER not in sys.meta_path:
         sys.meta_path.insert(0, _FINDER)
@@ -71,5 +88,9 @@ def when_imported(name: str, action: Action) -> None:
     if action not in actions:
         actions.append(action)
     module = sys.modules.get(name)
-    if module is not None:
+    spec = getattr(module, "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        if type(spec) is ModuleSpec:
+            spec.__class__ = _Unfinished
+    elif module is not None:
         action(module)
