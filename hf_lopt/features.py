@@ -117,7 +117,7 @@ LOSS_MIN_START = 999999999999.0
 
 
 def step_features(step: Tensor) -> Tensor:
-    """tanh(step / tau - 1), shape (11,), or (T, 11) for a step of each tensor; it counts those done, 0 at the first."""
+    """tanh(step / tau - 1), shape (11,), or (T, 11) for a step of each tensor; it counts those done, from 0."""
     return torch.tanh(step.to(torch.float32).unsqueeze(-1) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
 
 

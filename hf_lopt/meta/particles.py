@@ -1,8 +1,8 @@
 """Many copies of a model, each updated by a rule with weights of its own. Only this module calls a rule's step.
 
 The copies ("particles") are kept as stacks (P, *shape). Rules that treat every tensor by itself take these stacks as
-they are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of a
-run or keeps state of the run, are called once per particle, on views.
+they are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of
+a run or keeps state of the run, are called once per particle, on views.
 
 Axes: P particles, N parameters of a model, D decays.
 """
