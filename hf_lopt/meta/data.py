@@ -51,7 +51,8 @@ class Data:
         return Data(self.inputs.to(device), targets, self.fresh, self.window)
 
 
-def _part(inputs: Tensor, targets: Tensor | None, part: str, window: int = 0) -> Data:
+def cut(inputs: Tensor, targets: Tensor | None, part: str, window: int = 0) -> Data:
+    """The samples of a part ("train", "validation" or "test") of those given, in their order."""
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
     low, high = (round(share * len(inputs)) for share in PARTS[part])
@@ -72,13 +73,13 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 def digits(part: str) -> Data:
     """1,797 images of 8 x 8, in [-1, 1], with ten classes."""
-    return _part(*_digits(), part)
+    return cut(*_digits(), part)
 
 
 def digit_images(part: str) -> Data:
     """The same images, to be reproduced."""
     images, _ = _digits()
-    return _part(images, images, part)
+    return cut(images, images, part)
 
 
 def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, samples: int = 8192) -> Data:
@@ -89,14 +90,14 @@ def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, sampl
     waves = torch.sin(2.0 * x @ directions + 3.0 * torch.randn(6 * outputs, generator=generator))
     y = waves.view(samples, outputs, 6).sum(2)
     y = (y - y.mean(0)) / y.std(0) + 0.1 * torch.randn(y.shape, generator=generator)
-    return _part(x, y, part)
+    return cut(x, y, part)
 
 
 def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples: int = 8192) -> Data:
     """Classes: which of several smooth random functions is the largest, for normal inputs of unequal size."""
     sizes = torch.logspace(-0.5, 0.5, inputs)
     whole = functions("train", seed, inputs, classes, samples=4 * samples)  # the first quarter
-    return _part(whole.inputs * sizes, whole.targets.argmax(1), part)
+    return cut(whole.inputs * sizes, whole.targets.argmax(1), part)
 
 
 @functools.cache
@@ -114,4 +115,4 @@ def text(part: str, window: int, capitals: bool = False) -> Data:
 
     ``capitals``: all letters are capitals, for a model that knows the text as it is.
     """
-    return _part(_text(capitals), None, part, window)
+    return cut(_text(capitals), None, part, window)

@@ -249,6 +249,17 @@ def _all() -> dict[str, Task]:
 TASKS: dict[str, Task] = _all()
 
 
+def add(task: Task) -> None:
+    """Make a task known by its name, to configurations too.
+
+    Raises:
+        ValueError: there is another one of this name.
+    """
+    if task.name in TASKS:
+        raise ValueError(f"there is a task called {task.name!r} already")
+    TASKS[task.name] = task
+
+
 def named(name: str) -> Task:
     """The task called ``name``.
 

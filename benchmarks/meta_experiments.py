@@ -1,0 +1,178 @@
+"""What meta-training was tried on, with its results: benchmarks/results/meta_*.
+
+    python -m benchmarks.meta_experiments bad-start            # trains for some minutes from bad weights, and judges
+    python -m benchmarks.meta_experiments candidates RUN ...   # output folders of training against their start
+    python -m benchmarks.meta_experiments long                 # 20,000 steps with the embedded weights
+    python -m benchmarks.meta_experiments figures              # the pictures of the results
+
+One thread. The table of all embedded weights comes from ``python -m hf_lopt.meta evaluate``; docs/meta_training.md has
+the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import publish
+from hf_lopt.meta import config, evaluate, export, search, table, tasks, theta
+from hf_lopt.meta.train import Trainer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+BAD = {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15}
+
+
+def write(name: str, record: Mapping[str, Any], command: str) -> None:
+    whole = {"machine": table.machine(), "command": f"python -m benchmarks.meta_experiments {command}", **record}
+    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+
+
+def judge(
+    candidates: Mapping[str, Mapping[str, Tensor]], part: str, steps: int, seeds: int, rates: Sequence[float]
+) -> dict[str, Any]:
+    """Final losses of weights for celo2 by task, at the best rate for each; compared with the first of them."""
+    results: dict[str, dict[str, Any]] = {}
+    for task in tasks.of_part(part):
+        results[task.name] = {}
+        for name, weights in candidates.items():
+            rate, curves = evaluate.best_of(
+                lambda lr, w=weights, t=task: evaluate.learned(t, "celo2", w, steps, seeds, lr, looks=1), rates
+            )
+            results[task.name][name] = {"lr": rate, "final": curves.final.tolist(), "train": curves.train.tolist()}
+        print(task.name, {name: sum(row["final"]) / seeds for name, row in results[task.name].items()}, flush=True)
+    first = next(iter(candidates))
+    summary = {}
+    for name in candidates:
+        own = table.comparisons(results, name, first)
+        total = evaluate.over_tasks(list(own.values()))
+        summary[name] = {"ratio": total.ratio, "interval": total.interval()}
+        summary[name]["tasks"] = {task: {"ratio": c.ratio, "interval": c.interval()} for task, c in own.items()}
+        print(name, f"{total.ratio:.4f}", [f"{x:.4f}" for x in total.interval()], flush=True)
+    return {"part": part, "steps": steps, "seeds": seeds, "against": first, "results": results, "summary": summary}
+
+
+def bad_start() -> None:
+    """Train from a mixture that mostly follows the parameter, then judge on the validation tasks."""
+    weights = search.mixture_leaves("celo2", theta.starting_weights("celo2", "constructed"), BAD)
+    folder, run = ROOT / "build" / "bad_start", ROOT / "build" / "bad_start_run"
+    shutil.rmtree(run, ignore_errors=True)
+    publish.save(weights, folder, rule="celo2")
+    trainer = Trainer(config.read(ROOT / "recipes" / "meta" / "bad_start.yaml"), run)
+    start = time.perf_counter()
+    losses: list[float] = []
+    trainer.run(report=lambda metrics: losses.append(metrics["meta_loss"]))
+    seconds = time.perf_counter() - start
+    found = {"start": weights, "trained": trainer.theta()}
+    found["constructed"] = theta.starting_weights("celo2", "constructed")
+    judged = judge(found, "validation", 200, 4, (3e-3, 1e-2))
+    steps = trainer.search.steps_per_call * trainer.steps
+    write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, "meta_loss": losses, **judged}, "bad-start")
+
+
+def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
+    """The weights of training folders, selected ones, against the constructed ones; with the course of the training."""
+    found = {"constructed": theta.starting_weights("celo2", "constructed")}
+    record: dict[str, Any] = {}
+    for run in runs:
+        name = Path(run).name
+        found[name], provenance = export.load(run)
+        log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
+        speed = [entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry]
+        keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
+        course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
+        record[name] = {"provenance": provenance, "course": course, "median_speed": sorted(speed)[len(speed) // 2]}
+    judged = judge(found, part, steps, seeds, (1e-3, 3e-3, 1e-2, 3e-2))
+    write(f"meta_candidates_{part}", {**judged, "runs": record}, f"candidates RUN ... --part {part}")
+
+
+def long_runs(steps: int, seeds: int) -> None:
+    """Runs of 20,000 steps on one small task, with their course; the rules with a schedule of their own, celo2, AdamW."""
+    task, record = tasks.named("functions_wide"), {}
+    for name in ("velo", "celo", "small_fc_lopt", "celo2"):
+        lr = 3e-3 if name == "celo2" else 1.0
+        weights = theta.starting_weights(name, "bundled")
+        curves = evaluate.learned(task, name, weights, steps, seeds, lr, looks=20)
+        record[name] = {"lr": lr, "losses": curves.losses.tolist(), "train": curves.train.tolist()}
+        print(name, curves.losses.mean(0).tolist(), flush=True)
+    curves = evaluate.adamw(task, steps, seeds, 1e-3, looks=20)
+    record["AdamW"] = {"lr": 1e-3, "losses": curves.losses.tolist(), "train": curves.train.tolist()}
+    print("AdamW", curves.losses.mean(0).tolist(), flush=True)
+    at = curves.steps.tolist()
+    write("meta_long", {"task": task.name, "steps": steps, "seeds": seeds, "at": at, "runs": record}, "long")
+
+
+def figures() -> None:
+    """benchmarks/results/meta_*.png from the JSON files that are there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000", "#F0E442")
+    path = RESULTS / "meta_evaluation.json"
+    if path.is_file():
+        record = json.loads(path.read_text())
+        names = [name for name in next(iter(record["results"].values())) if name != table.TUNED]
+        figure, axes = plt.subplots(figsize=(9, 4.8), constrained_layout=True)
+        for k, name in enumerate(names):
+            own = list(table.comparisons(record["results"], name, table.TUNED).values())
+            places = [i + 0.8 * (k / len(names) - 0.5) for i in range(len(own))]
+            ratios = [c.ratio for c in own]
+            bars = [[c.ratio - c.interval()[0] for c in own], [c.interval()[1] - c.ratio for c in own]]
+            marker = "s" if name.startswith("AdamW") else "o"
+            axes.errorbar(places, ratios, bars, fmt=marker, color=colours[k % len(colours)], label=name, markersize=5)
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_xticks(range(len(record["results"])), list(record["results"]), rotation=15)
+        axes.set_ylabel("final fresh loss / tuned AdamW's")
+        axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
+        axes.legend(fontsize=7, ncols=3, frameon=False)
+        figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
+        plt.close(figure)
+    path = RESULTS / "meta_candidates_test.json"
+    if path.is_file():
+        record = json.loads(path.read_text())
+        figure, panels = plt.subplots(1, len(record["runs"]), figsize=(9, 3.4), constrained_layout=True, squeeze=False)
+        for axes, (name, run) in zip(panels[0], record["runs"].items(), strict=True):
+            course = [(e["step"], e["meta_loss"]) for e in run["course"] if "meta_loss" in e]
+            axes.plot(*zip(*course, strict=True), color=colours[0], linewidth=1.0, label="meta-loss, training tasks")
+            chosen = [(e["step"], e["selection/mean"]) for e in run["course"] if "selection/mean" in e]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), "o-", color=colours[1], label="log loss, validation tasks")
+            axes.set(title=name, xlabel="outer step")
+            axes.legend(fontsize=7, frameon=False)
+        figure.savefig(RESULTS / "meta_candidates.png", dpi=110)
+        plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("bad-start", "candidates", "long", "figures"))
+    parser.add_argument("runs", nargs="*", help="candidates: output folders of python -m hf_lopt.meta train")
+    parser.add_argument("--part", default="validation", choices=("validation", "test"))
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=4)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.what == "bad-start":
+        bad_start()
+    elif args.what == "candidates":
+        candidates(args.runs, args.part, args.steps or 200, args.seeds)
+    elif args.what == "long":
+        long_runs(args.steps or 20_000, args.seeds)
+    else:
+        figures()
+
+
+if __name__ == "__main__":
+    main()
