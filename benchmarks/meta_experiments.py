@@ -80,7 +80,7 @@ def bad_start() -> None:
 
 
 def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
-    """The weights of training folders, selected ones, against the constructed ones; with the course of the training."""
+    """The selected weights of training folders against the constructed ones; with the course of the training."""
     found = {"constructed": theta.starting_weights("celo2", "constructed")}
     record: dict[str, Any] = {}
     for run in runs:
@@ -96,7 +96,7 @@ def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
 
 
 def long_runs(steps: int, seeds: int) -> None:
-    """Runs of 20,000 steps on one small task, with their course; the rules with a schedule of their own, celo2, AdamW."""
+    """Long runs on one small task, with their course."""
     task, record = tasks.named("functions_wide"), {}
     for name in ("velo", "celo", "small_fc_lopt", "celo2"):
         lr = 3e-3 if name == "celo2" else 1.0
