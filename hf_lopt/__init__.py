@@ -4,21 +4,17 @@
 ``TrainingArguments(optim="velo")`` works.
 """
 
-from typing import Any as _Any
-
 from hf_lopt import optimizer as _optimizer
-from hf_lopt import rules as _rules
 from hf_lopt.hf.register import register as _register
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.param_groups import param_groups
-from hf_lopt.weights import Weights as _Weights
 
 
 __version__ = "0.1.0"
 
 _names = sorted({cls.__name__ for cls in _optimizer.PUBLIC_CLASSES.values()})
 globals().update({name: getattr(_optimizer, name) for name in _names})
-__all__ = ["LearnedOptimizer", "available", "load_weights", "param_groups", *_names]
+__all__ = ["LearnedOptimizer", "available", "param_groups", *_names]
 
 _register()
 
@@ -26,11 +22,3 @@ _register()
 def available() -> tuple[str, ...]:
     """The ``optim=`` names that this installation offers, sorted."""
     return tuple(sorted(_optimizer.PUBLIC_CLASSES))
-
-
-def load_weights(name: str, weights: _Any = "auto") -> _Weights:
-    """The weights that the optimizer ``name`` would run on: tensors, source, SHA-256.
-
-    ``weights`` is what its constructor takes. Raises ValueError for an unknown name and for weights that do not fit.
-    """
-    return _rules.get(name).load_weights(weights)

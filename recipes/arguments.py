@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 
@@ -112,6 +113,11 @@ def contenders(args: RecipeArguments) -> list[Contender]:
     """
     first = Contender(args.optim, args.optim, args.learning_rate, args.optim_args)
     return check_contenders([first, *(read_contender(entry, "compare") for entry in args.compare)])
+
+
+def learned_optimizer(name: str, **settings: Any) -> hf_lopt.LearnedOptimizer:
+    """The optimizer `name` on a stand-in for parameters, to ask it for its rule and its weights."""
+    return hf_lopt.LearnedOptimizer([torch.nn.Parameter(torch.zeros(2, 2))], name, **settings)
 
 
 def read_contender(entry: str, option: str) -> Contender:

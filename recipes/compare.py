@@ -33,6 +33,7 @@ from arguments import (
     InputError,
     RecipeArguments,
     check_contenders,
+    learned_optimizer,
     parse,
     parse_known,
     read_contender,
@@ -46,7 +47,7 @@ RECIPES = ("causal_lm", "text_classification", "image_classification", "seq2seq"
 # What a recipe takes, but a comparison decides.
 DECIDED = ("optim", "compare", "learning_rate", "seed", "resume", "no_checkpoints")
 # What changes nothing about a run's numbers.
-NEUTRAL = ("output_dir", "optim_args", "report_to", "log_layers", *DECIDED)
+NEUTRAL = ("output_dir", "optim_args", "report_to", *DECIDED)
 FILES_WRITTEN = """\
 Files written to --output_dir:
   results.json      the table, and every run: arguments, weights, versions, machine, final metrics and history
@@ -106,8 +107,9 @@ def weights_sha256(contender: Contender) -> str | None:
     """SHA-256 of the weights that a learned optimizer would load now; None for the others."""
     if contender.optim not in hf_lopt.available():
         return None
-    options = dict(item.strip().split("=", 1) for item in (contender.optim_args or "").split(",") if "=" in item)
-    return hf_lopt.load_weights(contender.optim, options.get("weights", "auto")).sha256
+    options = (option.partition("=") for option in (contender.optim_args or "").split(","))
+    given = {key.strip(): value.strip() for key, _, value in options if key.strip() == "weights"}
+    return learned_optimizer(contender.optim, **given).weights.sha256
 
 
 def run_key(recipe: str, recipe_args: RecipeArguments, contender: Contender, seed: int, sha256: str | None) -> str:

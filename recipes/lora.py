@@ -7,8 +7,9 @@ of rank 8; one or two minutes on two CPU cores. The model needs: pip install --n
   python recipes/lora.py --model meta-llama/Llama-3.2-1B --text_file book.txt --target_modules all-linear --rank 16
 
 The B matrix of an adapter starts at zero. VeLO and Celo scale every step by the size of the tensor, so that B would
-hardly leave zero in a short run. --min_param_scale sets the least size that they assume for a tensor; this
-recipe uses 0.01. Leave it at 0, the published rule, for models whose tensors all start away from zero.
+hardly leave zero in a short run. --min_param_scale sets the least size that they assume for a tensor; this recipe uses
+0.1, as Trainer does by itself for adapters with the embedded weights. 0 is the published rule, for models whose
+tensors all start away from zero.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_collator
 
 import assets
-from arguments import InputError, RecipeArguments, parse, run_script
+import hf_lopt
+from arguments import InputError, RecipeArguments, learned_optimizer, parse, run_script
 from causal_lm import draw_blocks, load_blocks, load_pretrained_parts, load_texts, perplexity
 from common import Task, train_and_compare
-from hf_lopt import available, rules
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Arguments(RecipeArguments):
         metadata={"help": "Layers that get an adapter, by the end of their names; all-linear for every linear one."},
     )
     min_param_scale: float = field(
-        default=0.01,
+        default=0.1,
         metadata={
             "help": "Least size of a tensor that VeLO and Celo assume when they scale its step; see above. 0: as "
             "published."
@@ -77,9 +78,9 @@ class Arguments(RecipeArguments):
 
     def own_optim_args(self, optim: str) -> str | None:
         """min_param_scale, for optimizers that take it."""
-        takes = optim in available() and "min_param_scale" in rules.get(optim).defaults
+        takes = optim in hf_lopt.available() and "min_param_scale" in learned_optimizer(optim).rule.defaults
         given = optim == self.optim and "min_param_scale" in (self.optim_args or "")
-        return f"min_param_scale={self.min_param_scale:g}" if takes and not given and self.min_param_scale else None
+        return f"min_param_scale={self.min_param_scale:g}" if takes and not given else None
 
 
 def make_task(args: Arguments) -> Task:

@@ -98,7 +98,7 @@ def make_optimizer(args: Arguments, model: torch.nn.Module) -> tuple[torch.optim
         return torch.optim.AdamW(model.parameters(), **({"lr": 1e-3} | given)), True
     groups = hf_lopt.param_groups(model, args.optim)
     optimizer = hf_lopt.LearnedOptimizer(groups, args.optim, weights=args.weights, **given)
-    if optimizer.rule.needs_horizon:  # its schedule is learned for a known length
+    if optimizer.rule.needs_horizon:  # the one setting that is not optional: the schedule is for a known length
         optimizer.num_training_steps = args.max_steps
     return optimizer, not optimizer.rule.own_schedule
 

@@ -399,11 +399,23 @@ def test_embedded_weights_fine_tune_at_their_own_multiplier(tmp_path):
     assert chosen(cases.arguments("unused"), torch.nn.Sequential(pretrained))[1]["lr"] == finetune
 
 
-def test_peft_models_count_as_fine_tuning():
+def test_adapters_start_from_scratch(tmp_path):
+    """On a pretrained model as on any other, and with a size to which a step of a matrix of zeros can be relative."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(cases.tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    cases.tiny_llama().save_pretrained(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2))
     _, keywords, warned = chosen(cases.arguments("unused"), model)
-    assert keywords["lr"] == rules.get("velo").finetune_lr and "PEFT" in warned[0]
+    assert keywords["lr"] == 1.0 and keywords["min_param_scale"] == 0.1
+    assert all(group["min_param_scale"] == 0.1 for group in keywords["params"])
+    assert "min_param_scale is 0.1, because adapters start with matrices of zeros" in warned[0]
+    arguments_ = cases.arguments("unused", optim_args="weights=bundled,min_param_scale=0")
+    _, keywords, warned = chosen(arguments_, model)
+    assert keywords["min_param_scale"] == 0.0 and "min_param_scale" not in warned[0]
+    _, keywords, _ = chosen(cases.arguments("unused", optim="small_fc_lopt"), model)
+    assert keywords["lr"] == 1.0 and "min_param_scale" not in keywords
+    _, keywords, _ = chosen(cases.arguments("unused"), cases.tiny_llama())
+    assert "min_param_scale" not in keywords
 
 
 def test_published_weights_keep_their_multiplier_on_pretrained_models(tmp_path, monkeypatch):

@@ -343,7 +343,7 @@ def test_lora(tmp_path):
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
-    assert args.learning_rate == 0.05
+    assert args.learning_rate == 1.0
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ ALLOWED = {
     "optimizer": {"_checks", "_ops", "rules", "accumulators", *LEAVES},
     "hf": {"optimizer", "rules", "param_groups", "hf", *LEAVES},
     "launch": {"hf"},
+    "plot": set(),
     "meta": {"rules", "networks", "features", "accumulators", "_ops", "publish", "meta", *LEAVES},
-    "__init__": {"optimizer", "rules", "param_groups", "weights", "hf"},
+    "__init__": {"optimizer", "rules", "param_groups", "hf"},
     "__main__": {"__init__", "_load", "_ops", "optimizer", "rules", "hf", *LEAVES},
 }
 

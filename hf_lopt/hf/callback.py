@@ -8,7 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lopt.hf import limits, loss_feed
-from hf_lopt.hf.arguments import optim_name, read_optim_args
+from hf_lopt.hf.arguments import optim_name, read_optim_args, wants_layers
+from hf_lopt.hf.layers import LayerLog
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.weights import Weights
 
@@ -37,12 +38,16 @@ class LearnedOptimizerCallback(TrainerCallback):
     ``lopt/nonfinite_steps`` once there are any; and in the first row ``lopt/weights``, a text, which does not change
     and which some trackers answer with a warning each time. Only then does it read from the device.
 
+    ``optim_args="log_layers=true"`` adds ``lopt/lr_mult/NAME`` and ``lopt/update_ratio/NAME`` of every tensor
+    (:mod:`hf_lopt.hf.layers`), which ``python -m hf_lopt.plot`` draws.
+
     The values join the row that Trainer is logging, so that they share its step and reach whatever ``report_to``
     names. This works because Trainer puts default callbacks before those of the trackers.
     """
 
     def __init__(self) -> None:
         self._weights_logged = False
+        self._layers: LayerLog | None = None
 
     def on_train_begin(
         self,
@@ -50,10 +55,11 @@ class LearnedOptimizerCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """Runs after a checkpoint's optimizer state has been loaded and before the first step."""
-        self._weights_logged = False
+        self._weights_logged, self._layers = False, None
         learned = loss_feed.unwrap(optimizer)
         if learned is None:
             return
@@ -63,6 +69,9 @@ class LearnedOptimizerCallback(TrainerCallback):
         self._align_steps(learned, state)
         if learned.rule.needs_horizon:
             self._set_horizon(learned, args, state)
+        # Of an optimizer that was passed in, the arguments may be for another one.
+        if optim_name(args) == learned.rule.name and wants_layers(args.optim_args):
+            self._layers = LayerLog(model)
 
     def _align_steps(self, optimizer: LearnedOptimizer, state: TrainerState) -> None:
         """Make the optimizer's count of steps agree with Trainer's. Steps that were skipped make it smaller."""
@@ -98,6 +107,37 @@ class LearnedOptimizerCallback(TrainerCallback):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
 
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep what a step changes, if it will be logged."""
+        if self._layers is not None and self._will_log(args, state):
+            self._layers.before(loss_feed.unwrap(optimizer))
+
+    @staticmethod
+    def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+        step = state.global_step + 1
+        if str(getattr(args.logging_strategy, "value", args.logging_strategy)) != "steps":
+            return True  # which step ends an epoch is not known here
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare, while gradients still say which tensors took part."""
+        if self._layers is not None:
+            self._layers.after(loss_feed.unwrap(optimizer))
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -117,6 +157,8 @@ class LearnedOptimizerCallback(TrainerCallback):
         extra: dict[str, float | str] = {f"lopt/{key}": metrics[key] for key in _LOGGED if key in metrics}
         if metrics.get("nonfinite_steps"):
             extra["lopt/nonfinite_steps"] = metrics["nonfinite_steps"]
+        if self._layers is not None:
+            extra |= {f"lopt/{key}": value for key, value in self._layers.read().items()}
         if not self._weights_logged:
             extra["lopt/weights"] = describe_weights(learned.weights)
             self._weights_logged = True
