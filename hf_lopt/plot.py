@@ -55,13 +55,18 @@ def _checkpoints(run: Path) -> list[Path]:
 
 
 def layer_table(history: History, kind: str) -> tuple[list[int], list[str], list[list[float]]]:
-    """Steps, names of tensors and values [tensor][step] of ``kind``, "lr_mult" or "update_ratio"; NaN where a row has
-    none. Empty lists if layers were not logged."""
+    """Steps, sorted names of tensors, and values [tensor][step] of ``kind``, "lr_mult" or "update_ratio"; NaN where a
+    row has none. Empty lists if layers were not logged."""
     start = f"{PREFIX}{kind}/"
     rows = [row for row in history if any(key.startswith(start) for key in row)]
-    names = list(dict.fromkeys(key[len(start) :] for row in rows for key in row if key.startswith(start)))
+    names = sorted({key[len(start) :] for row in rows for key in row if key.startswith(start)}, key=_by_number)
     values = [[_number(row.get(start + name)) for row in rows] for name in names]
     return [row["step"] for row in rows], names, values
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10; Trainer's file has them in alphabetical order."""
+    return [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
 
 
 def _number(value: Any) -> float:

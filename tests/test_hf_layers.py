@@ -142,16 +142,21 @@ def test_plot_draws_a_checkpoint(tmp_path, capsys):
     plot.main([str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "lopt.png")
     with_maps = size_of_png(tmp_path / "lopt.png")
-    # The latest checkpoint, its tensors in the order of the model, its values those of the log.
+    # The latest checkpoint, with the values of the log.
     history = plot.find_histories(tmp_path)["checkpoint-6"]
     steps, names, values = plot.layer_table(history, "lr_mult")
-    assert steps == [2, 4, 6] and names == [name for name, _ in trainer.model.named_parameters()]
+    assert steps == [2, 4, 6] and sorted(names) == sorted(n for n, _ in trainer.model.named_parameters())
     assert values[0][-1] == trainer.state.log_history[-2][f"lopt/lr_mult/{names[0]}"]
     plain = [{key: row[key] for key in row if key.count("/") < 2} for row in history]
     (tmp_path / "plain.json").write_text(json.dumps({"log_history": plain}))
     plot.main([str(tmp_path / "plain.json"), "-o", str(tmp_path / "deep" / "plain.png")])
     assert "log_layers=true" in capsys.readouterr().out
     assert size_of_png(tmp_path / "deep" / "plain.png")[1] < with_maps[1]
+
+
+def test_layers_are_sorted_by_number():
+    row = {"step": 1} | {f"lopt/lr_mult/h.{i}.w": float(i) for i in (10, 2, 1)}
+    assert plot.layer_table([row], "lr_mult") == ([1], ["h.1.w", "h.2.w", "h.10.w"], [[1.0], [2.0], [10.0]])
 
 
 def test_plot_draws_all_learned_runs_of_a_recipe(tmp_path):
