@@ -161,3 +161,35 @@ def test_parts_have_no_sample_in_common():
     data = tasks.named("characters").data("train")
     inputs, targets = data.batch(2, 3, generator, fresh=True)
     assert inputs.shape == (2, 3, 16) and torch.equal(inputs[..., 1:], targets[..., :-1])
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"), [((3, 20, 30), "torch_stacked"), ((2, 3, 7, 5), "jax"), ((40, 6, 5), "jax")]
+)
+def test_a_stack_of_matrices_is_its_matrices(shape, order):
+    """Celo2 normalises a stack matrix by matrix: where the factored axes are those of the matrix, the step of the stack
+    is the step of each, on the compiled kernels as on the plain ones."""
+    generator = torch.Generator().manual_seed(4)
+    start, grads = (torch.randn(*shape, generator=generator) for _ in range(2))
+    ends = []
+    for plain in (False, True):
+        whole = nn.Parameter(start.clone())
+        optimizer = LearnedOptimizer([whole], "celo2", weights="bundled", axis_order=order, weight_decay=0.1)
+        for t in range(3):
+            whole.grad = grads * (t + 1)
+            if plain:
+                with _ops.plain():
+                    optimizer.step()
+            else:
+                optimizer.step()
+        ends.append(whole.detach())
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+    if shape[0] < shape[-1]:
+        matrices = [nn.Parameter(p) for p in start.flatten(0, -3).clone()]
+        optimizer = LearnedOptimizer(matrices, "celo2", weights="bundled", axis_order=order[:5], weight_decay=0.1)
+        for t in range(3):
+            for p, g in zip(matrices, grads.flatten(0, -3), strict=True):
+                p.grad = g * (t + 1)
+            optimizer.step()
+        one_by_one = torch.stack([p.detach() for p in matrices])
+        torch.testing.assert_close(ends[0].flatten(0, -3), one_by_one, rtol=1e-4, atol=1e-6)

@@ -119,20 +119,18 @@ class Particles:
         places = torch.as_tensor(which, device=self.device)
         for name, p in self.params.items():
             p[places] = start[name].to(self.device)
-        # State that starts at learned values is the particle's own; otherwise it is the same for all.
-        for k, i in enumerate(which):
-            if k == 0 or not self._together:
-                fresh = self._fresh_state(i)
-                run = self.rule.init_run(self._theta_of(i))
-            for key, x in run.items():
-                self.run[key][i] = x
-            if not self._together:
-                for name, own in fresh.items():
+        if self._together:
+            for name, own in self._fresh_state(which[0]).items():
+                for key, x in own.items():
+                    self.state[name][key].index_copy_(1, places, self._stacked(x, len(which)))
+        else:
+            for i in which:  # state may start at learned values, which are the particle's own
+                for name, own in self._fresh_state(i).items():
                     for key, x in own.items():
                         self.state[name][key][i] = x
-        for name, own in fresh.items() if self._together else ():
-            for key, x in own.items():
-                self.state[name][key].index_copy_(1, places, self._stacked(x, len(which)))
+        for i in which:
+            for key, x in self.rule.init_run(self._theta_of(i)).items():
+                self.run[key][i] = x
         self.steps[places], self.failed[places] = 0, False
 
     @torch.no_grad()

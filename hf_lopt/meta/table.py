@@ -20,7 +20,7 @@ from hf_lopt.meta.theta import starting_weights
 from hf_lopt.meta.train import atomic
 
 
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNED = "AdamW, tuned"
 BASELINES: dict[str, Callable[[tasks.Task, int, int], tuple[float, evaluate.Curves]]] = {
     TUNED: lambda task, steps, seeds: evaluate.best_of(
