@@ -167,8 +167,8 @@ def test_parts_have_no_sample_in_common():
     ("shape", "order"), [((3, 20, 30), "torch_stacked"), ((2, 3, 7, 5), "jax"), ((40, 6, 5), "jax")]
 )
 def test_a_stack_of_matrices_is_its_matrices(shape, order):
-    """Celo2 normalises a stack matrix by matrix: where the factored axes are those of the matrix, the step of the stack
-    is the step of each, on the compiled kernels as on the plain ones."""
+    """Celo2 normalises a stack matrix by matrix: if the factored axes are those of the matrix, it steps like the
+    matrices by themselves, on the compiled kernels as on the plain ones."""
     generator = torch.Generator().manual_seed(4)
     start, grads = (torch.randn(*shape, generator=generator) for _ in range(2))
     ends = []
