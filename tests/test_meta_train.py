@@ -121,7 +121,13 @@ def test_evaluate_prints_and_writes_a_table(tmp_path, capsys):
     record = json.loads((tmp_path / "table.json").read_text())
     assert set(record["results"]) == {"functions_wide"} and record["machine"]["torch"] == torch.__version__
     assert (tmp_path / "table.md").read_text() == capsys.readouterr().out
-    assert cli.main(["evaluate", "celo3"]) == 2 and "celo2" in capsys.readouterr().err
+    for wrong, message in (
+        ("celo3", "celo2"),
+        ("velo:min_param_scale=x", "number"),
+        ("velo:floor=1", "min_param_scale"),
+    ):
+        assert cli.main(["evaluate", wrong, "--tasks", "functions_wide", "--steps", "1", "--seeds", "2"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_bad_start_gets_better(tmp_path):

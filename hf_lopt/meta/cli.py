@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--until", type=int, help="outer step to stop at; default: the end")
 
     evaluate = commands.add_parser("evaluate", help="compare weights with AdamW and with each other")
-    evaluate.add_argument("candidates", nargs="+", metavar="RULE[=WEIGHTS]", help="WEIGHTS as in weights=...")
+    evaluate.add_argument(
+        "candidates", nargs="+", metavar="RULE[:SETTING=NUMBER][@WEIGHTS]", help="WEIGHTS as in weights=..."
+    )
     evaluate.add_argument("--tasks", nargs="+", default=["test"], help="names, or train, validation, test")
     evaluate.add_argument("--steps", type=int, default=300)
     evaluate.add_argument("--seeds", type=int, default=3)

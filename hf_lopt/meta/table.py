@@ -31,20 +31,20 @@ BASELINES: dict[str, Callable[[tasks.Task, int, int], tuple[float, evaluate.Curv
 }
 
 
-def _candidate(spec: str) -> tuple[str, str, dict[str, Any]]:
-    """Rule, weights and settings of ``RULE[:SETTING=NUMBER][=WEIGHTS]``."""
-    head, _, weights = spec.partition("=") if ":" not in spec else (spec, "", "")
-    settings: dict[str, Any] = {}
-    if ":" in spec:
-        head, _, rest = spec.partition(":")
-        assignment, _, weights = rest.partition("@")
-        name, _, value = assignment.partition("=")
+def _candidate(spec: str) -> tuple[str, str, dict[str, float]]:
+    """Rule, weights and settings of ``RULE[:SETTING=NUMBER...][@WEIGHTS]``."""
+    head, _, weights = spec.partition("@")
+    name, *assignments = head.split(":")
+    known, settings = rules.get(name).defaults, {}
+    for assignment in assignments:
+        key, _, value = assignment.partition("=")
+        if key not in known:
+            raise ValueError(f"{spec!r}: {name} takes no setting {key!r}; it takes {', '.join(known)}")
         try:
-            settings[name] = float(value)
+            settings[key] = float(value)
         except ValueError as error:
-            raise ValueError(f"{spec!r}: {name} must be a number, got {value!r}") from error
-    rules.get(head)
-    return head, weights or "bundled", settings
+            raise ValueError(f"{spec!r}: {key} must be a number, got {value!r}") from error
+    return name, weights or "bundled", settings
 
 
 def learned(spec: str, task: tasks.Task, steps: int, seeds: int) -> tuple[float, evaluate.Curves]:
