@@ -21,7 +21,7 @@ from hf_lopt.meta.tasks import Task
 from hf_lopt.networks import Theta
 
 
-GRID = tuple(10.0 ** (k / 4.0) for k in range(-14, -5))  # nine rates from 3e-4 to 3e-2
+GRID = tuple(10.0 ** (k / 4.0) for k in range(-14, -3))  # eleven rates from 3e-4 to 0.1
 FRESH_BATCHES = 16
 
 
