@@ -80,12 +80,12 @@ def bad_start() -> None:
 
 
 def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
-    """The selected weights of training folders against the constructed ones; with the course of the training."""
+    """The last weights of training folders against the constructed ones; with the course of the training."""
     found = {"constructed": theta.starting_weights("celo2", "constructed")}
     record: dict[str, Any] = {}
     for run in runs:
         name = Path(run).name
-        found[name], provenance = export.load(run)
+        found[name], provenance = export.load(run, last=True)
         log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
         speed = [entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry]
         keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
@@ -139,7 +139,7 @@ def figures() -> None:
         axes.legend(fontsize=7, ncols=3, frameon=False)
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         plt.close(figure)
-    path = RESULTS / "meta_candidates_test.json"
+    path = RESULTS / "meta_candidates_validation.json"
     if path.is_file():
         record = json.loads(path.read_text())
         figure, panels = plt.subplots(1, len(record["runs"]), figsize=(9, 3.4), constrained_layout=True, squeeze=False)
