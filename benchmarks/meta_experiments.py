@@ -118,25 +118,26 @@ def figures() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000", "#F0E442")
+    colours = ("#0072B2", "#E69F00")
     path = RESULTS / "meta_evaluation.json"
     if path.is_file():
         record = json.loads(path.read_text())
         names = [name for name in next(iter(record["results"].values())) if name != table.TUNED]
-        figure, axes = plt.subplots(figsize=(9, 4.8), constrained_layout=True)
+        figure, axes = plt.subplots(figsize=(9, 5.6), constrained_layout=True)
+        shades = plt.get_cmap("tab20")(range(0, 40, 2) if len(names) < 11 else range(20))
         for k, name in enumerate(names):
             own = list(table.comparisons(record["results"], name, table.TUNED).values())
             places = [i + 0.8 * (k / len(names) - 0.5) for i in range(len(own))]
             ratios = [c.ratio for c in own]
             bars = [[c.ratio - c.interval()[0] for c in own], [c.interval()[1] - c.ratio for c in own]]
             marker = "s" if name.startswith("AdamW") else "o"
-            axes.errorbar(places, ratios, bars, fmt=marker, color=colours[k % len(colours)], label=name, markersize=5)
+            axes.errorbar(places, ratios, bars, fmt=marker, color=shades[k], label=name, markersize=5)
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_yscale("log")
         axes.set_xticks(range(len(record["results"])), list(record["results"]), rotation=15)
         axes.set_ylabel("final fresh loss / tuned AdamW's")
         axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
-        axes.legend(fontsize=7, ncols=3, frameon=False)
+        figure.legend(fontsize=8, ncols=4, frameon=False, loc="outside lower center")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         plt.close(figure)
     path = RESULTS / "meta_candidates_validation.json"

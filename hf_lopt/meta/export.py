@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from hf_lopt import formats, publish, rules
+from hf_lopt.meta import atomic
 from hf_lopt.meta.config import from_dict
+from hf_lopt.meta.search import search
 from hf_lopt.meta.theta import starting_weights
 from hf_lopt.meta.train import CHECKPOINT
 
@@ -34,8 +36,6 @@ def load(run: str | os.PathLike, last: bool = False) -> tuple[dict[str, torch.Te
     path = Path(run) / CHECKPOINT
     if not path.is_file():
         raise ValueError(f"{run} holds no {CHECKPOINT}: give the output folder of `python -m hf_lopt.meta train`")
-    from hf_lopt.meta.search import search
-
     saved = torch.load(path, map_location="cpu", weights_only=True)
     config = from_dict(saved["config"])
     best = saved["best"] if not last else {}
@@ -69,8 +69,6 @@ def export(
     theta, record = load(run, last)
     settings = {k: v for k, v in record["config"]["settings"].items() if k in rules.get(record["rule"]).defaults}
     written = publish.save(theta, folder, format=format, rule=record["rule"], settings=settings)
-    from hf_lopt.meta.train import atomic
-
     target = Path(folder).expanduser() / PROVENANCE
-    atomic(target, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    atomic.replace(target, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     return [*written, target]

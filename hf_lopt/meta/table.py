@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from hf_lopt import rules
-from hf_lopt.meta import evaluate, tasks
+from hf_lopt.meta import atomic, evaluate, tasks
 from hf_lopt.meta.theta import starting_weights
-from hf_lopt.meta.train import atomic
 
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -134,6 +133,6 @@ def main(
     sys.stdout.write(text + "\n")
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        atomic(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-        atomic(output.with_suffix(".md"), lambda path: path.write_text(text + "\n"))
+        atomic.replace(output.with_suffix(".json"), lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+        atomic.replace(output.with_suffix(".md"), lambda path: path.write_text(text + "\n"))
     return record

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,25 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_lopt import rules
-from hf_lopt.meta import evaluate, tasks
+from hf_lopt.meta import atomic, evaluate, tasks
 from hf_lopt.meta.config import Config, to_dict
 from hf_lopt.meta.search import processes, search
 
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 FORMAT = 1
-
-
-def atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` to a file beside ``path``, which then takes its place: a reader sees the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(Path(name))
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def selection_score(config: Config, theta: Mapping[str, Tensor]) -> dict[str, float]:
@@ -78,7 +65,9 @@ class Trainer:
         if (self.folder / CHECKPOINT).is_file():
             self._load()
         elif processes()[0] == 0:
-            atomic(self.folder / "config.json", lambda p: p.write_text(json.dumps(to_dict(config), indent=2) + "\n"))
+            atomic.replace(
+                self.folder / "config.json", lambda p: p.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+            )
 
     @property
     def steps(self) -> int:
@@ -104,7 +93,7 @@ class Trainer:
         if processes()[0] == 0:
             saved = {"format": FORMAT, "config": json.loads(json.dumps(to_dict(self.config))), "search": state}
             saved |= {"best": self.best, "seconds": self.seconds}
-            atomic(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
+            atomic.replace(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
         if processes()[1] > 1:
             dist.barrier()
 
@@ -163,7 +152,7 @@ class Trainer:
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.steps]
             kept = kept if self.steps else []
-            atomic(path, lambda target: target.write_text("".join(f"{line}\n" for line in kept)))
+            atomic.replace(path, lambda target: target.write_text("".join(f"{line}\n" for line in kept)))
         board = _board(self.folder, self.steps)
         with path.open("a") as file:
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_lopt import weights
+from hf_lopt.meta import atomic
 
 
 EMBEDDED = weights.EMBEDDED
@@ -66,19 +65,6 @@ def files(rule: str, built: Construction) -> dict[str, bytes]:
     }
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replaces ``path`` in one go: a reader sees the old content or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
 def with_table(document: str, rule: str, table: str) -> str:
     """``document`` with the generated part of a rule replaced. ValueError if the document has no place for it."""
     start, end = (marker.format(rule=rule) for marker in MARKERS)
@@ -113,6 +99,6 @@ def main(builders: Mapping[str, Callable[[], Construction]], argv: Sequence[str]
                 different += not same
                 sys.stdout.write(f"{path}: {'as generated' if same else 'DIFFERS from what this script makes'}\n")
             else:
-                write(path, content)
+                atomic.replace(path, lambda target, content=content: target.write_bytes(content))
                 sys.stdout.write(f"wrote {path} ({len(content)} bytes)\n")
     return int(different > 0)
