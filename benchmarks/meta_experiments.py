@@ -92,7 +92,11 @@ def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
         course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
         record[name] = {"provenance": provenance, "course": course, "median_speed": sorted(speed)[len(speed) // 2]}
     judged = judge(found, part, steps, seeds, (1e-3, 3e-3, 1e-2, 3e-2))
-    write(f"meta_candidates_{part}", {**judged, "runs": record}, f"candidates RUN ... --part {part}")
+    write(
+        f"meta_candidates_{part}",
+        {**judged, "runs": record},
+        f"candidates RUN ... --part {part} --steps {steps} --seeds {seeds}",
+    )
 
 
 def long_runs(steps: int, seeds: int) -> None:
@@ -108,7 +112,11 @@ def long_runs(steps: int, seeds: int) -> None:
     record["AdamW"] = {"lr": 1e-3, "losses": curves.losses.tolist(), "train": curves.train.tolist()}
     print("AdamW", curves.losses.mean(0).tolist(), flush=True)
     at = curves.steps.tolist()
-    write("meta_long", {"task": task.name, "steps": steps, "seeds": seeds, "at": at, "runs": record}, "long")
+    write(
+        "meta_long",
+        {"task": task.name, "steps": steps, "seeds": seeds, "at": at, "runs": record},
+        f"long --steps {steps} --seeds {seeds}",
+    )
 
 
 def figures() -> None:
