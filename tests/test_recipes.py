@@ -419,9 +419,10 @@ def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
         assets.package_dir("no_such_package_here")
 
 
-def test_packages_are_those_of_the_requirements_file():
+def test_packages_are_those_of_the_requirements_files():
     """For the Python that runs this: other versions may need other pins."""
-    lines = (RECIPES / "requirements-assets.txt").read_text().splitlines()
+    files = [RECIPES / "requirements-assets.txt", RECIPES / "requirements-assets-more.txt"]
+    lines = [line for file in files for line in file.read_text().splitlines()]
     listed = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
     wanted = {f"{item.name}{item.specifier}" for item in listed if item.marker is None or item.marker.evaluate()}
     assert set(assets.PACKAGES.values()) <= wanted
