@@ -17,7 +17,7 @@ from typing import Any
 
 PREFIX = "lopt/"
 MAPS = {"lr_mult": "learned step size of each tensor", "update_ratio": "size of the step over size of the tensor"}
-_MOST_LABELS = 48
+_MOST_LABELS = 30
 
 History = list[dict[str, Any]]
 
@@ -88,7 +88,7 @@ def draw(histories: dict[str, History], path: Path) -> None:
     tables = {label: {kind: layer_table(rows, kind) for kind in MAPS} for label, rows in histories.items()}
     kinds = [kind for kind in MAPS if any(tables[label][kind][1] for label in histories)]
     most = max((len(t[kind][1]) for t in tables.values() for kind in kinds), default=0)
-    heights = [2.2, 2.2, *([min(max(2.5, 0.16 * most), 9.0)] * len(kinds))]
+    heights = [2.2, 2.2, *([min(max(2.5, 0.16 * most), 5.0)] * len(kinds))]
     figure, grid = pyplot.subplots(
         len(heights),
         len(histories),
