@@ -12,6 +12,7 @@ import hf_cases as cases
 from hf_lopt import plot
 from hf_lopt.hf import loss_feed
 from hf_lopt.hf.layers import LayerLog
+from ranks import torchrun
 
 
 LAYERS = "weights=bundled,log_layers=true"
@@ -112,6 +113,11 @@ def test_a_tensor_without_gradient_is_left_out(tmp_path):
     found = log.read()
     assert set(found) == {"update_ratio/moving", "lr_mult/moving"} and log.read() == {}
     assert found["update_ratio/moving"] == pytest.approx((p - 1).square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_sharded_tensors_give_the_numbers_of_whole_ones():
+    """Two ranks, uneven and empty shards; the script compares."""
+    torchrun(2, "sharded_layers.py")
 
 
 def test_tensorboard_gets_the_layers(tmp_path, monkeypatch):
