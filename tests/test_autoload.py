@@ -3,6 +3,7 @@
 The entry point is given to them as an installed distribution would give it, so that the tests need no installation.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import hf_lopt_autoload
+from hf_lopt.hf import import_hook
 
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +79,29 @@ def test_a_broken_package_never_breaks_torch(distribution, tmp_path, options):
     result = run([sys.executable, *options, "-c", code], environment(distribution, "1", tmp_path), cwd=tmp_path)
     assert result.stdout.split() == ["2.0"]
     assert "HF_LOPT_AUTOLOAD is set, but hf_lopt could not be loaded: ValueError: of another age" in result.stderr
+
+
+def test_hook_waits_for_a_module_that_is_being_executed(tmp_path, monkeypatch):
+    """Asked for by something that the module itself imports, first of all for one that ends well, then for one that
+    fails."""
+    seen = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "hf_lopt_asks", type(sys)("hf_lopt_asks"))
+    sys.modules["hf_lopt_asks"].ask = lambda name: import_hook.when_imported(
+        name, lambda module: seen.append((name, module.END))
+    )
+    for name, last in (("hf_lopt_good", "END = 1"), ("hf_lopt_bad", "raise KeyError(1)")):
+        (tmp_path / f"{name}.py").write_text(f"import hf_lopt_asks\nhf_lopt_asks.ask('{name}')\n{last}\n")
+    try:
+        good = importlib.import_module("hf_lopt_good")
+        assert seen == [("hf_lopt_good", 1)] and type(good.__spec__).__name__ == "ModuleSpec"
+        with pytest.raises(KeyError):
+            importlib.import_module("hf_lopt_bad")
+        assert len(seen) == 1
+    finally:
+        for name in ("hf_lopt_good", "hf_lopt_bad"):
+            sys.modules.pop(name, None)
+            import_hook._FINDER.actions.pop(name, None)
 
 
 @pytest.mark.slow

@@ -216,29 +216,6 @@ def test_hook_acts_at_once_on_what_is_imported():
     assert seen == [json]
 
 
-def test_hook_waits_for_a_module_that_is_being_executed(tmp_path, monkeypatch):
-    """Asked for by something that the module itself imports, first of all for one that ends well, then for one that
-    fails."""
-    seen = []
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "hf_lopt_asks", type(sys)("hf_lopt_asks"))
-    sys.modules["hf_lopt_asks"].ask = lambda name: import_hook.when_imported(
-        name, lambda module: seen.append((name, module.END))
-    )
-    for name, last in (("hf_lopt_good", "END = 1"), ("hf_lopt_bad", "raise KeyError(1)")):
-        (tmp_path / f"{name}.py").write_text(f"import hf_lopt_asks\nhf_lopt_asks.ask('{name}')\n{last}\n")
-    try:
-        good = importlib.import_module("hf_lopt_good")
-        assert seen == [("hf_lopt_good", 1)] and type(good.__spec__).__name__ == "ModuleSpec"
-        with pytest.raises(KeyError):
-            importlib.import_module("hf_lopt_bad")
-        assert len(seen) == 1
-    finally:
-        for name in ("hf_lopt_good", "hf_lopt_bad"):
-            sys.modules.pop(name, None)
-            import_hook._FINDER.actions.pop(name, None)
-
-
 def test_hook_lets_errors_of_the_module_through(hooked):
     seen = []
     hooked("hook_target_b", "raise OSError('broken installation')\n", seen.append)
