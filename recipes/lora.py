@@ -78,7 +78,10 @@ class Arguments(RecipeArguments):
 
     def own_optim_args(self, optim: str) -> str | None:
         """min_param_scale, for optimizers that take it."""
-        takes = optim in hf_lopt.available() and "min_param_scale" in learned_optimizer(optim).rule.defaults
+        takes = (
+            optim in hf_lopt.available()
+            and "min_param_scale" in learned_optimizer(optim, weights="bundled").rule.defaults
+        )
         given = optim == self.optim and "min_param_scale" in (self.optim_args or "")
         return f"min_param_scale={self.min_param_scale:g}" if takes and not given else None
 
