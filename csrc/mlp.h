@@ -5,6 +5,8 @@
 // cpu/apply_network.cpp).
 #pragma once
 
+#include <stdint.h>
+
 #include "feature_math.h"
 
 namespace hf_lopt {
@@ -24,6 +26,16 @@ enum Input {
     kD = kFacM + kMomenta,  // diagonal accumulators and their inverse roots: tensors of rank < 2 only
     kRsqrtD = kD + kFactored,
     kInputs = kRsqrtD + kFactored
+};
+
+// Features that are constant along a row or a column of a matrix.
+enum VectorFeature { kRow, kCol, kRsqrtRow, kRsqrtCol, kVectorFeatures };
+
+// The column of every feature in the rule's order, -1 for a feature that it does not have.
+struct Columns {
+    int32_t element[kInputs];
+    int32_t vector[kVectorFeatures][kFactored];
+    int32_t count;
 };
 
 // Weights with the feature scales, the size of the step and the multiplier of the exponent folded in.

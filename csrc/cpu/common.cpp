@@ -6,28 +6,6 @@ namespace hf_lopt {
 
 namespace {
 
-struct Group {
-    const char* name;
-    int input, vector, width;  // the first element column or the vector feature; -1 where it is not one
-};
-
-constexpr Group kGroups[] = {
-    {"g", kG, -1, 1},
-    {"clip_g", kClipG, -1, 1},
-    {"p", kP, -1, 1},
-    {"m", kM, -1, kMomenta},
-    {"v", kV, -1, 1},
-    {"m_rsqrt_v", kMRsqrtV, -1, kMomenta},
-    {"rsqrt_v", kRsqrtV, -1, 1},
-    {"fac_g", kFacG, -1, kFactored},
-    {"g_rsqrt_v", kGRsqrtV, -1, 1},
-    {"fac_m", kFacM, -1, kMomenta},
-    {"row", -1, kRow, kFactored},
-    {"col", -1, kCol, kFactored},
-    {"rsqrt_row", -1, kRsqrtRow, kFactored},
-    {"rsqrt_col", -1, kRsqrtCol, kFactored},
-};
-
 void set_decays(const std::vector<double>& decays, int count, float* keep, float* add) {
     STD_TORCH_CHECK((int)decays.size() == count,
                     "the fused kernels are for 3 momenta, 1 second moment and 3 factored ", "accumulators");
@@ -48,18 +26,6 @@ int64_t slices(const Common& x, size_t t) {
 
 }  // namespace
 
-Columns::Columns(const Names& names) {
-    std::fill(std::begin(element), std::end(element), -1);
-    for (auto& columns : vector) std::fill(std::begin(columns), std::end(columns), -1);
-    for (const std::string& name : names) {
-        const Group* group = std::find_if(std::begin(kGroups), std::end(kGroups),
-                                          [&](const Group& candidate) { return name == candidate.name; });
-        STD_TORCH_CHECK(group != std::end(kGroups), "no fused kernel for the feature ", name);
-        int* columns = group->input >= 0 ? element + group->input : vector[group->vector];
-        for (int i = 0; i < group->width; i++) columns[i] = count++;
-    }
-}
-
 const float* Copies::readable(const Tensor& x) {
     if (x.is_contiguous()) return float_data(x, "accumulators");
     kept_.push_back(torch::stable::contiguous(x));
@@ -76,7 +42,7 @@ void Copies::store() {
     for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
 }
 
-Problem::Problem(const Common& x) : columns(x.features) {
+Problem::Problem(const Common& x) : columns(columns_of(x.features)) {
     const size_t count = x.params.size();
     STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
     for (const Tensors* list :

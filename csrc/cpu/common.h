@@ -5,18 +5,6 @@
 
 namespace hf_lopt {
 
-// Features that are constant along a row or a column of a matrix.
-enum VectorFeature { kRow, kCol, kRsqrtRow, kRsqrtCol, kVectorFeatures };
-
-// The column of every feature in the rule's order, -1 for a feature that it does not have.
-struct Columns {
-    int element[kInputs];
-    int vector[kVectorFeatures][kFactored];
-    int count = 0;
-
-    explicit Columns(const Names& names);
-};
-
 struct Operands {
     Shape shape;
     Array p, g;

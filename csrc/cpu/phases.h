@@ -1,17 +1,13 @@
 // The three passes over lists of tensors; see hf_lopt/_ops.py for what they compute.
 #pragma once
 
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "../names.h"
 #include "tensors.h"
 
 namespace hf_lopt {
-
-// The names of a rule's features. A type of its own, because it is read from the caller's list without a copy per
-// string.
-struct Names : std::vector<std::string> {};
 
 // The arguments that both later passes share, in the order of the schema.
 struct Common {

@@ -1,0 +1,314 @@
+// Pass 2: the network on the scaled features, new accumulators and the update of the parameter, all in place.
+//
+// For networks of U hidden units, in float32: tensor_core.cuh has the other way to evaluate many units.
+#pragma once
+
+#include "updated.cuh"
+
+namespace hf_lopt {
+
+// What the vector features of a tensor contribute to the first layer.
+template <int U>
+struct VectorWeights {
+    float line[kFactored][U], rsqrt_line[kFactored][U], vector[kFactored][U], rsqrt_vector[kFactored][U];
+};
+
+template <int U>
+struct Shared {
+    Network<U> net;
+    VectorWeights<U> vectors;
+    // What the vector features add to the first layer in each column, (kStrip, kColumnStride): an even stride that
+    // spreads the columns which a warp reads together over all banks.
+    static constexpr int kColumnStride = U + 2;
+    float column_bias[kStrip * kColumnStride];
+};
+
+// Copies the network of the tensor, with the scale of its step folded in.
+template <int U>
+HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>& s) {
+    const int t = at.tensor;
+    const auto first = [&](int column, int j) { return column < 0 ? 0.0f : a.weights[0](t, column, j); };
+    const float scale = a.scale(t);
+    for (int i = thread(); i < kInputs * U; i += kThreads) {
+        const int f = i / U, j = i % U;
+        float w = first(a.columns.element[f], j);
+        // For rank < 2 the row and the column accumulator are the same one.
+        if (f >= kRsqrtD) {
+            w = first(a.columns.vector[kRsqrtRow][f - kRsqrtD], j) + first(a.columns.vector[kRsqrtCol][f - kRsqrtD], j);
+        } else if (f >= kD) {
+            w = first(a.columns.vector[kRow][f - kD], j) + first(a.columns.vector[kCol][f - kD], j);
+        }
+        s.net.first[f][j] = w;
+    }
+    for (int i = thread(); i < U * U; i += kThreads) s.net.second[i / U][i % U] = a.weights[1](t, i / U, i % U);
+    const bool row = at.entry->row_is_line;
+    for (int i = thread(); i < kFactored * U; i += kThreads) {
+        const int k = i / U, j = i % U;
+        s.vectors.line[k][j] = first(a.columns.vector[row ? kRow : kCol][k], j);
+        s.vectors.rsqrt_line[k][j] = first(a.columns.vector[row ? kRsqrtRow : kRsqrtCol][k], j);
+        s.vectors.vector[k][j] = first(a.columns.vector[row ? kCol : kRow][k], j);
+        s.vectors.rsqrt_vector[k][j] = first(a.columns.vector[row ? kRsqrtCol : kRsqrtRow][k], j);
+    }
+    for (int j = thread(); j < U; j += kThreads) {
+        s.net.bias[j] = a.biases[0](t, j);
+        s.net.second_bias[j] = a.biases[1](t, j);
+        s.net.last[j][0] = a.weights[2](t, j, 0) * scale;
+        s.net.last[j][1] = a.weights[2](t, j, 1) * a.exp_mult;
+    }
+    if (thread() < 2) s.net.last_bias[thread()] = a.biases[2](t, thread()) * (thread() ? a.exp_mult : scale);
+    if (thread() == 0) s.net.decay = a.decay(t);
+    barrier();
+}
+
+template <int U>
+HF_LOPT_DEVICE void set_column_bias(const ApplyArgs& a, const Place& at, Shared<U>& s) {
+    const Entry& t = *at.entry;
+    const float* x = pointer<float>(a.table, t, sVector) + at.vector();
+    for (int c = thread(); c < kStrip; c += kThreads) {
+        float y[kFactored], root[kFactored];
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) {
+            y[k] = c < at.width ? x[k * t.vector_length() + c] : 0.0f;
+            root[k] = inverse_root(y[k] + kVectorEps);
+        }
+        for (int j = 0; j < U; j++) {
+            float z = 0.0f;
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) {
+                z += y[k] * s.vectors.vector[k][j] + root[k] * s.vectors.rsqrt_vector[k][j];
+            }
+            s.column_bias[c * Shared<U>::kColumnStride + j] = z;
+        }
+    }
+    barrier();
+}
+
+// Running statistics of the update in a thread's part of a tile.
+template <class T>
+struct UpdateSums {
+    T step2 = 0;
+    MomentSums<T> p, v, m[kMomenta];
+
+    HF_LOPT_MEMBER void flush(double* out) const {
+        const double sums[kUpdateStats] = {step2,     p.squares,    v.sum,    v.squares,   m[0].sum,
+                                           m[0].squares, m[1].sum, m[1].squares, m[2].sum, m[2].squares};
+        block_sums(sums, kUpdateStats, out);
+    }
+};
+
+// Stores what the outputs decide, and adds to the statistics.
+template <class T>
+HF_LOPT_DEVICE void finish(const ApplyArgs& a, const Place& at, const Row& row, const Updated& u, float decay,
+                           const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
+    const Entry& t = *at.entry;
+    bool live[kLane];
+    Lane step, p;
+    HF_LOPT_EACH(e) {
+        live[e] = at.live(row, e);
+        step.x[e] = direction.x[e] * exponential(magnitude.x[e]);
+        p.x[e] = u.p.x[e] - decay * u.p.x[e] - step.x[e];
+        if (live[e]) sums.step2 += (T)step.x[e] * (T)step.x[e];
+    }
+    float *m = pointer<float>(a.table, t, sM), *v = pointer<float>(a.table, t, sV);
+    Lane y;
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) {
+        y = u.m[k];
+        store(m + k * t.numel, kFloat32, at, row, y);
+        sums.m[k].add(y, live);
+    }
+    y = u.v;
+    store(v, kFloat32, at, row, y);
+    sums.v.add(y, live);
+    if (a.into_out) {
+        store(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
+        sums.p.add(u.p, live);
+    } else {
+        store(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
+        sums.p.add(p, live);
+    }
+}
+
+// The first layer of few units; the features that are products with a row's or a column's factor are never formed.
+// With f the product of both factors, unit j is
+//   z = bias + g (a + Σ_k w_k f_k) + Σ_k m_k (a_k + u_k f_k) + q (h + b g + Σ_k b_k m_k) + ...
+template <int U>
+HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, const Lane& q, const Lane (&factor)[kFactored],
+                                Lane (&z)[U]) {
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+        Lane on_g = splat(w.first[kG][j]), on_q = u.g * w.first[kGRsqrtV][j] + splat(w.first[kRsqrtV][j]);
+        if (!u.large) on_g = splat(w.first[kG][j] + w.first[kClipG][j]);
+        z[j] = u.p * w.first[kP][j] + z[j];
+        z[j] = u.v * w.first[kV][j] + z[j];
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) {
+            on_g = factor[k] * w.first[kFacG + k][j] + on_g;
+            on_q = u.m[k] * w.first[kMRsqrtV + k][j] + on_q;
+            z[j] = u.m[k] * (factor[k] * w.first[kFacM + k][j] + splat(w.first[kM + k][j])) + z[j];
+        }
+        z[j] = u.g * on_g + z[j];
+        z[j] = q * on_q + z[j];
+    }
+    if (u.large) {
+        const Lane clipped = map(u.g, [](float x) { return clamp(x, kSmallClip); });
+#pragma unroll
+        for (int j = 0; j < U; j++) z[j] = clipped * w.first[kClipG][j] + z[j];
+    }
+}
+
+// The biases of the first layer in a row: its own, that of the line's accumulator and that of the columns.
+template <int U, Kind kind>
+HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const Row& row, const Shared<U>& s, Lane (&z)[U]) {
+    const Entry& t = *at.entry;
+    const float* x = pointer<float>(a.table, t, sLine);
+    Lane y[kFactored], root[kFactored];
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) {
+        y[k] = load_line<kind>(x + k * t.line_length(), at, row);
+        root[k] = map(y[k], [](float r) { return inverse_root(r + kVectorEps); });
+    }
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+        if (kind == kMatrix) {
+            float of_line = s.net.bias[j];
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) {
+                of_line += s.vectors.line[k][j] * y[k].x[0] + s.vectors.rsqrt_line[k][j] * root[k].x[0];
+            }
+            z[j] = splat(of_line);
+        } else {
+            z[j] = splat(s.net.bias[j]);
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) {
+                z[j] = y[k] * s.vectors.line[k][j] + z[j];
+                z[j] = root[k] * s.vectors.rsqrt_line[k][j] + z[j];
+            }
+        }
+        HF_LOPT_EACH(e) z[j].x[e] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
+    }
+}
+
+template <int U, Kind kind>
+HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+    Lane along[kFactored];
+    load_vector_factors(a.table, at, along);
+    UpdateSums<float> sums;
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        const Updated u = update(a.table, a.constants, at, row);
+        Lane factor[kFactored], z[U], direction, magnitude;
+        load_factors<kind>(a.table, at, row, along, factor);
+        const Lane q = map(u.v, [&](float v) { return inverse_root(v + a.constants.second_eps); });
+        set_bias<U, kind>(a, at, row, s, z);
+        first_layer<U>(s.net, u, q, factor, z);
+        finish_network<U>(s.net, z, [](const Lane& x) { return map(x, relu); }, &direction, &magnitude);
+        finish(a, at, row, u, s.net.decay, direction, magnitude, sums);
+    }
+    sums.flush(out);
+}
+
+// The layers after the first one, an element at a time: for many units, of which a thread holds one layer only.
+template <int U>
+HF_LOPT_DEVICE void finish_element(const Network<U>& w, float (&z)[U], float* direction, float* magnitude) {
+    finish_network<U>(w, z, [](float x) { return relu(x); }, direction, magnitude);
+}
+
+// Tensors of rank < 2, and of any kind where there are many units: element by element.
+template <int U, Kind kind>
+HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+    using T = std::conditional_t<kind == kFlat, double, float>;
+    const Entry& t = *at.entry;
+    Lane along[kFactored];
+    if (kind != kFlat) load_vector_factors(a.table, at, along);
+    UpdateSums<T> sums;
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        const Updated u = update(a.table, a.constants, at, row);
+        Lane direction = splat(0.0f), magnitude = splat(0.0f), d[kFactored], factor[kFactored];
+        if (kind == kFlat) {
+            load_diagonals(a.table, at, row, d);
+        } else {
+            load_factors<kind>(a.table, at, row, along, factor);
+        }
+#pragma unroll 1
+        for (int e = 0; e < kLane; e++) {
+            if (!at.live(row, e)) continue;
+            float x[kInputs] = {}, z[U];
+            if (kind == kFlat) {
+                flat_features(u, a.constants, d, e, x, d);
+            } else {
+                const float g = u.g.x[e], q = inverse_root(u.v.x[e] + a.constants.second_eps);
+                x[kG] = g;
+                x[kClipG] = clamp(g, kSmallClip);
+                x[kP] = u.p.x[e];
+                x[kV] = u.v.x[e];
+                x[kRsqrtV] = q;
+                x[kGRsqrtV] = g * q;
+#pragma unroll
+                for (int k = 0; k < kMomenta; k++) {
+                    const float m = u.m[k].x[e], f = factor[k].x[e];
+                    x[kM + k] = m;
+                    x[kMRsqrtV + k] = m * q;
+                    x[kFacG + k] = g * f;
+                    x[kFacM + k] = m * f;
+                }
+                // Not features of the element, but added like them: the line's accumulator and its inverse root.
+                const float* line = pointer<float>(a.table, t, sLine) + row.line * t.inner;
+                const int64_t place = kind == kMatrix ? 0 : (at.start + at.column[e]) % t.inner;
+#pragma unroll
+                for (int k = 0; k < kFactored; k++) {
+                    x[kD + k] = line[k * t.line_length() + place];
+                    x[kRsqrtD + k] = inverse_root(x[kD + k] + kVectorEps);
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < U; j++) {
+                z[j] = s.net.bias[j];
+                if (kind != kFlat) z[j] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
+            }
+#pragma unroll
+            for (int f = 0; f < kInputs; f++) {
+                const float* w = s.net.first[f];
+                if (kind != kFlat && f >= kD) {
+                    w = f < kRsqrtD ? s.vectors.line[f - kD] : s.vectors.rsqrt_line[f - kRsqrtD];
+                }
+#pragma unroll
+                for (int j = 0; j < U; j++) z[j] = x[f] * w[j] + z[j];
+            }
+            finish_element<U>(s.net, z, &direction.x[e], &magnitude.x[e]);
+        }
+        finish(a, at, row, u, s.net.decay, direction, magnitude, sums);
+        if (kind == kFlat) {
+            float* x = pointer<float>(a.table, t, sD);
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) store(x + k * t.numel, kFloat32, at, row, d[k]);
+        }
+    }
+    sums.flush(out);
+}
+
+HF_LOPT_DEVICE void finish_tile(const ApplyArgs& a, const Place& at) {
+    const Entry& t = *at.entry;
+    if (!last_to_arrive(a.table.tickets + t.first_ticket, t.tiles())) return;
+    const double* first = a.partial + (int64_t)a.table.first_tile[at.tensor] * kUpdateStats;
+    double* stats = a.stats + (int64_t)at.tensor * (kUpdateStats + 1);
+    total_of_tiles(first, t.tiles(), kUpdateStats, kUpdateStats, [&](int j, double total) {
+        if (j == 0) {
+            a.sums[at.tensor] = total;
+            // The two statistics of the gradient come first and are not known here.
+            stats[0] = stats[1] = 0.0;
+        } else {
+            stats[j + 1] = total;
+        }
+    });
+}
+
+// Results of a step that is skipped.
+HF_LOPT_DEVICE void clear_results(const ApplyArgs& a, const Place& at) {
+    if (at.tile != 0) return;
+    if (thread() == 0) a.sums[at.tensor] = 0.0;
+    if (thread() < kUpdateStats + 1) a.stats[(int64_t)at.tensor * (kUpdateStats + 1) + thread()] = 0.0;
+}
+
+}  // namespace hf_lopt

@@ -1,0 +1,35 @@
+// Pass 2 for networks of 4 hidden units.
+#include "apply.cuh"
+
+namespace hf_lopt {
+namespace {
+
+HF_LOPT_KERNEL(kThreads, 2) apply_4_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
+    HF_LOPT_SHARED Shared<4> shared;
+    const Place at = place(a.table);
+    if (*a.skip) {
+        clear_results(a, at);
+        return;
+    }
+    load_network(a, at, shared);
+    double* partial = a.partial + (int64_t)block() * kUpdateStats;
+    if (!at.entry->factored) {
+        apply_elements<4, kFlat>(a, at, shared, partial);
+    } else {
+        set_column_bias(a, at, shared);
+        if (at.entry->inner > 1) {
+            apply_rows<4, kInner>(a, at, shared, partial);
+        } else {
+            apply_rows<4, kMatrix>(a, at, shared, partial);
+        }
+    }
+    finish_tile(a, at);
+}
+
+}  // namespace
+
+void launch_apply_4(const ApplyArgs& args, int tiles, void* stream) {
+    HF_LOPT_LAUNCH(apply_4_kernel, tiles, kThreads, stream, args);
+}
+
+}  // namespace hf_lopt

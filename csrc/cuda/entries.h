@@ -1,0 +1,161 @@
+// How the kernels see lists of tensors: a table on the device with an entry for each, and bases.
+//
+// An entry holds distances from a base rather than addresses. There is a base for each list, the first of its tensors:
+// what is allocated anew in one piece every step moves as a whole, and the table stays valid.
+//
+// A parameter of rank >= 2 is read as [pre, rows, mid, columns], where `rows` is the first of its two factored axes in
+// memory order and a row of `columns` numbers begins with the second one and has `inner` numbers for each place on it.
+// A line is one row of it. The factored accumulator without the second axis has `inner` numbers per line, the one
+// without the first axis is a vector along the line, one for each of the pre * mid groups of lines. Everything else is
+// flat: lines of kStrip numbers, the last of which may be shorter.
+#pragma once
+
+#include <stdint.h>
+
+#include "../feature_math.h"
+#include "../mlp.h"
+
+#ifdef __CUDACC__
+#define HF_LOPT_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define HF_LOPT_HOST_DEVICE inline
+#endif
+
+namespace hf_lopt {
+
+constexpr int kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
+constexpr int kLane = 4;                           // neighbouring columns of a thread
+constexpr int kStrip = kWarpSize * kLane;          // columns of a tile
+constexpr int kTurns = 32;                         // rows of a tile that a thread works on, one after the other
+constexpr int kTileElements = kThreads * kLane * kTurns;
+
+enum Slot { sP, sG, sM, sV, sD, sLine, sVector, sLineFactor, sVectorFactor, sOut, kSlots };
+enum Type : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct Entry {
+    int64_t at[kSlots];  // bytes from the base of the slot
+    int64_t numel, rows, mid, groups, columns, inner;
+    int64_t line_part, vector_part;  // where partial sums of the lines and of the vectors begin
+    int32_t strips, row_tiles, lanes;
+    int32_t first_ticket;  // of the tensor, of its (group, strip)s, of its (group, row tile)s
+    int32_t p_type, g_type;
+    bool factored, row_is_line;  // whether the row accumulator is the one with a number per line
+    bool wide;                   // rows begin at multiples of kLane numbers and everything is aligned for them
+
+    HF_LOPT_HOST_DEVICE int64_t line_length() const { return groups * rows * inner; }
+    HF_LOPT_HOST_DEVICE int64_t vector_length() const { return groups * columns; }
+    HF_LOPT_HOST_DEVICE int32_t tiles() const { return (int32_t)(groups * row_tiles * strips); }
+};
+
+struct Table {
+    const Entry* entries;
+    const int32_t* first_tile;  // (count + 1,)
+    int32_t count;
+    uint32_t* tickets;  // zero between launches
+    char* base[kSlots];
+};
+
+// Decays with their complements, and the constants of a rule's features.
+struct Constants {
+    float keep_m[kMomenta], add_m[kMomenta];
+    float keep_v, add_v;
+    float keep_d[kFactored], add_d[kFactored];
+    float clip, second_eps, diagonal_eps;
+};
+
+// Statistics of the gradient: non-finite entries, Σg². With moments also Σp², (Σv, Σv²), (Σm, Σm²) for each.
+constexpr int kGradientStats = 2, kMaxMoments = 1 + 2 * (1 + kMomenta);
+
+struct SumsArgs {
+    Table table;
+    float* parts;
+    double* partial;  // (tiles, width)
+    double* stats;    // (count, width)
+    float clip;
+    int32_t moments, second_moments, momenta;  // whether, and how many
+    int32_t width;
+};
+
+struct FeatureSumsArgs {
+    Table table;
+    Constants constants;
+    Columns columns;
+    double* partial;  // (tiles, kSums)
+    double* sums;     // (count, columns.count)
+};
+constexpr int kVectorSums = kVectorFeatures * kFactored, kSums = kInputs + kVectorSums;
+
+// A float32 tensor of up to three axes; stride 0 where the first has size 1 for all tensors.
+struct Strided {
+    const float* data;
+    int64_t stride[3];
+    HF_LOPT_HOST_DEVICE float operator()(int64_t t, int64_t i = 0, int64_t j = 0) const {
+        return data[t * stride[0] + i * stride[1] + j * stride[2]];
+    }
+};
+
+constexpr int kUpdateStats = 4 + 2 * kMomenta;  // Σ step², Σp², (Σv, Σv²), (Σm, Σm²) for each momentum
+
+struct ApplyArgs {
+    Table table;
+    Constants constants;
+    Columns columns;
+    Strided weights[3], biases[3], scale, decay;
+    const bool* skip;
+    float exp_mult;
+    int32_t into_out;
+    double* partial;  // (tiles, kUpdateStats)
+    double* sums;     // (count,): Σ step²
+    double* stats;    // (count, kUpdateStats + 1): those that pass 0 would find
+};
+
+// p <- p - decay p - step,  step = scale m / (sqrt(second_correction v + inner_eps) + outer_eps).
+struct AdamArgs {
+    Table table;
+    float keep_m, add_m, keep_v, add_v, clip, inner_eps, outer_eps;
+    Strided scale, decay;
+    const float *momentum_correction, *second_correction;
+    const bool* skip;
+    double* partial;  // (tiles,)
+    double* sums;     // (count,)
+};
+
+// p <- p - decay p - scale g
+struct DescendArgs {
+    Table table;
+    Strided scale, decay;
+    const bool* skip;
+};
+
+// p <- g
+struct AssignArgs {
+    Table table;
+    const bool* skip;
+};
+
+// The factored accumulators of a tensor: rows (kFactored, outer, b, inner) where b is axis B, cols (kFactored, size).
+enum FactoredSlot { fRows, fCols, fRowSums, fColSums, fMeans, fNewRows, fNewCols, fRowFactors, fColFactors, kFactoredSlots };
+struct FactoredEntry {
+    int64_t at[kFactoredSlots];
+    int64_t outer, b, inner, cols;
+    float row_size, col_size;  // how many numbers a row sum and a column sum have
+    bool means;                // given, (kFactored, outer, 1, inner)
+};
+struct FactoredArgs {
+    const FactoredEntry* entries;
+    char* base[kFactoredSlots];
+    float keep[kFactored], add[kFactored];
+};
+constexpr int kFactoredThreads = 1024;
+
+void launch_sums(const SumsArgs& args, int tiles, void* stream);
+void launch_feature_sums(const FeatureSumsArgs& args, int tiles, void* stream);
+void launch_apply_4(const ApplyArgs& args, int tiles, void* stream);
+void launch_apply_8(const ApplyArgs& args, int tiles, void* stream);
+void launch_apply_32(const ApplyArgs& args, int tiles, void* stream);
+void launch_adam(const AdamArgs& args, int tiles, void* stream);
+void launch_descend(const DescendArgs& args, int tiles, void* stream);
+void launch_assign(const AssignArgs& args, int tiles, void* stream);
+void launch_update_factored(const FactoredArgs& args, int tensors, void* stream);
+
+}  // namespace hf_lopt

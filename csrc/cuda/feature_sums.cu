@@ -1,0 +1,166 @@
+// Pass 1: the sum of squares of every feature column. Read-only.
+#include "updated.cuh"
+
+namespace hf_lopt {
+namespace {
+
+// The sums of a thread over its part of a matrix.
+template <Kind kind>
+HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
+    Lane along[kFactored];
+    load_vector_factors(a.table, at, along);
+    float g2 = 0, clip2 = 0, p2 = 0, v2 = 0, q2 = 0, gq2 = 0;
+    float m2[kMomenta] = {}, mq2[kMomenta] = {}, fac_g2[kFactored] = {}, fac_m2[kMomenta] = {};
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        const Updated u = update(a.table, a.constants, at, row);
+        Lane factor[kFactored];
+        load_factors<kind>(a.table, at, row, along, factor);
+        HF_LOPT_EACH(e) {
+            const float g = u.g.x[e], p = u.p.x[e], v = u.v.x[e], square = g * g;
+            // No root: only its square is needed. Nothing is there beyond the edge but this would not be zero.
+            const float q_squared = at.live(row, e) ? 1.0f / (v + a.constants.second_eps) : 0.0f;
+            const float clipped = clamp(g, kSmallClip);
+            g2 += square;
+            clip2 = fmaf(clipped, clipped, clip2);
+            p2 = fmaf(p, p, p2);
+            v2 = fmaf(v, v, v2);
+            q2 += q_squared;
+            gq2 = fmaf(square, q_squared, gq2);
+#pragma unroll
+            for (int k = 0; k < kMomenta; k++) {
+                const float m = u.m[k].x[e], y = m * m, f = factor[k].x[e] * factor[k].x[e];
+                m2[k] += y;
+                mq2[k] = fmaf(y, q_squared, mq2[k]);
+                fac_g2[k] = fmaf(square, f, fac_g2[k]);
+                fac_m2[k] = fmaf(y, f, fac_m2[k]);
+            }
+        }
+    }
+    sums[kG] = g2;
+    sums[kClipG] = clip2;
+    sums[kP] = p2;
+    sums[kV] = v2;
+    sums[kRsqrtV] = q2;
+    sums[kGRsqrtV] = gq2;
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) {
+        sums[kM + k] = m2[k];
+        sums[kMRsqrtV + k] = mq2[k];
+        sums[kFacG + k] = fac_g2[k];
+        sums[kFacM + k] = fac_m2[k];
+    }
+}
+
+HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        const Updated u = update(a.table, a.constants, at, row);
+        Lane old[kFactored], d[kFactored];
+        load_diagonals(a.table, at, row, old);
+        HF_LOPT_EACH(e) {
+            if (!at.live(row, e)) continue;
+            float x[kInputs];
+            flat_features(u, a.constants, old, e, x, d);
+#pragma unroll
+            for (int f = 0; f < kInputs; f++) sums[f] += (double)x[f] * x[f];
+        }
+    }
+}
+
+// Adds Σ x² and Σ 1/(x + eps): the squares of a vector feature and of its inverse root.
+HF_LOPT_DEVICE void add_number(float x, double& square, double& inverse) {
+    square += (double)x * x;
+    inverse += 1.0f / (x + kVectorEps);
+}
+
+// The vector features: those of lines by the tiles of the first strip, the others by those of the first rows.
+HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, const Place& at, double* out) {
+    const Entry& t = *at.entry;
+    double sums[kVectorSums] = {};
+    const auto of = [&](int feature, int k) -> double& { return sums[feature * kFactored + k]; };
+    if (at.strip == 0) {
+        const float* x = pointer<float>(a.table, t, sLine);
+        for (int64_t i = thread(); i < at.row_count() * t.inner; i += kThreads) {
+            const int64_t number = at.line_of(i / t.inner) * t.inner + i % t.inner;
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) {
+                const float y = x[k * t.line_length() + number];
+                if (t.row_is_line) {
+                    add_number(y, of(kRow, k), of(kRsqrtRow, k));
+                } else {
+                    add_number(y, of(kCol, k), of(kRsqrtCol, k));
+                }
+            }
+        }
+    }
+    if (at.row_tile == 0) {
+        const float* x = pointer<float>(a.table, t, sVector);
+        for (int c = thread(); c < at.width; c += kThreads) {
+#pragma unroll
+            for (int k = 0; k < kFactored; k++) {
+                const float y = x[k * t.vector_length() + at.vector() + c];
+                if (t.row_is_line) {
+                    add_number(y, of(kCol, k), of(kRsqrtCol, k));
+                } else {
+                    add_number(y, of(kRow, k), of(kRsqrtRow, k));
+                }
+            }
+        }
+    }
+    block_sums(sums, kVectorSums, out);
+}
+
+// Stores the sum of one column of features.
+HF_LOPT_DEVICE void store_total(const FeatureSumsArgs& a, const Place& at, int j, double total) {
+    const Entry& t = *at.entry;
+    double* out = a.sums + (int64_t)at.tensor * a.columns.count;
+    if (j >= kInputs) {
+        const int vector = (j - kInputs) / kFactored, column = a.columns.vector[vector][(j - kInputs) % kFactored];
+        if (column < 0 || !t.factored) return;
+        const bool of_line = t.row_is_line == (vector == kRow || vector == kRsqrtRow);
+        // A vector feature is constant along the axis that its accumulator averages over.
+        out[column] = total * ((double)t.numel / (double)(of_line ? t.line_length() : t.vector_length()));
+        return;
+    }
+    if (a.columns.element[j] >= 0) out[a.columns.element[j]] = total;
+    if (t.factored || j < kD) return;
+    // For rank < 2 the row and the column accumulator are the same one.
+    const int k = (j - kD) % kFactored;
+    const bool root = j >= kRsqrtD;
+    const int row = a.columns.vector[root ? kRsqrtRow : kRow][k], col = a.columns.vector[root ? kRsqrtCol : kCol][k];
+    if (row >= 0) out[row] = total;
+    if (col >= 0) out[col] = total;
+}
+
+HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs a) {
+    const Place at = place(a.table);
+    const Entry& t = *at.entry;
+    double sums[kInputs] = {};
+    if (!t.factored) {
+        add_flat(a, at, sums);
+    } else if (t.inner > 1) {
+        add_rows<kInner>(a, at, sums);
+    } else {
+        add_rows<kMatrix>(a, at, sums);
+    }
+    double* partial = a.partial + (int64_t)block() * kSums;
+    block_sums(sums, kInputs, partial);
+    if (t.factored && (at.strip == 0 || at.row_tile == 0)) {
+        vector_sums(a, at, partial + kInputs);
+    } else {
+        for (int j = thread(); j < kVectorSums; j += kThreads) partial[kInputs + j] = 0.0;
+    }
+    if (last_to_arrive(a.table.tickets + t.first_ticket, t.tiles())) {
+        const double* first = a.partial + (int64_t)a.table.first_tile[at.tensor] * kSums;
+        total_of_tiles(first, t.tiles(), kSums, kSums, [&](int j, double total) { store_total(a, at, j, total); });
+    }
+}
+
+}  // namespace
+
+void launch_feature_sums(const FeatureSumsArgs& args, int tiles, void* stream) {
+    HF_LOPT_LAUNCH(feature_sums_kernel, tiles, kThreads, stream, args);
+}
+
+}  // namespace hf_lopt

@@ -1,0 +1,73 @@
+// The device, for CUDA.
+#include "runtime.h"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/library.h>
+
+namespace hf_lopt {
+
+namespace {
+
+void check(cudaError_t status, const char* what) {
+    STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
+}
+
+using CurrentStream = int32_t (*)(int32_t, void**);
+
+// Looked up in the library that torch has loaded rather than linked: the extension is also built, and its symbols
+// checked, where torch has no CUDA.
+CurrentStream find_current_stream() {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    void* found = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    STD_TORCH_CHECK(found, "this torch has no CUDA: libtorch_cuda.so is not loaded");
+    return reinterpret_cast<CurrentStream>(found);
+}
+
+}  // namespace
+
+void* current_stream(int device) {
+    static const CurrentStream find = find_current_stream();
+    void* stream = nullptr;
+    STD_TORCH_CHECK(find(device, &stream) == 0, "torch did not give the current stream of device ", device);
+    return stream;
+}
+
+uint64_t capture_id(void* stream) {
+    cudaStreamCaptureStatus status;
+    unsigned long long id = 0;
+    check(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+char* new_staging(size_t bytes) {
+    // Allocation is not part of the graph that may be captured.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    void* memory = nullptr;
+    const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    check(status, "cudaHostAlloc");
+    return static_cast<char*>(memory);
+}
+
+void copy_to_device(void* to, const char* staging, size_t bytes, void* stream) {
+    check(cudaMemcpyAsync(to, staging, bytes, cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)),
+          "cudaMemcpyAsync");
+}
+
+void* mark(void* event, void* stream) {
+    cudaEvent_t e = static_cast<cudaEvent_t>(event);
+    if (!e) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "cudaEventCreate");
+    check(cudaEventRecord(e, static_cast<cudaStream_t>(stream)), "cudaEventRecord");
+    return e;
+}
+
+bool passed(void* event) {
+    const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event));
+    if (status == cudaErrorNotReady) return false;
+    check(status, "cudaEventQuery");
+    return true;
+}
+
+}  // namespace hf_lopt

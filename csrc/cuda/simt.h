@@ -1,0 +1,82 @@
+// What the kernels use of the device: thread numbers, barriers, shuffles, tickets, 16-bit numbers, matrix units.
+//
+// The same kernels are compiled for the host, where emulator.h runs a block of threads; so they use these names only.
+#pragma once
+
+#include <stdint.h>
+
+#include <type_traits>
+
+#ifdef __CUDACC__
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define HF_LOPT_DEVICE static __device__ __forceinline__
+#define HF_LOPT_MEMBER __device__ __forceinline__
+// A function whose registers shall not count where it is not called.
+#define HF_LOPT_OUT_OF_LINE static __device__ __noinline__
+#define HF_LOPT_SHARED __shared__
+// A kernel for blocks of `threads`, of which `blocks` fit on a multiprocessor at once.
+#define HF_LOPT_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+#define HF_LOPT_ARGUMENT const __grid_constant__
+#define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args) \
+    kernel<<<(unsigned)(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(args)
+
+namespace hf_lopt {
+
+HF_LOPT_DEVICE int thread() { return (int)threadIdx.x; }
+HF_LOPT_DEVICE int block() { return (int)blockIdx.x; }
+HF_LOPT_DEVICE void barrier() { __syncthreads(); }
+HF_LOPT_DEVICE void warp_barrier() { __syncwarp(); }
+template <class T>
+HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+}
+HF_LOPT_DEVICE void fence() { __threadfence(); }
+HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return atomicAdd(ticket, 1u); }
+// Reads what other blocks of the same launch have written: past the first-level cache.
+template <class T>
+HF_LOPT_DEVICE T load_shared_result(const T* x) {
+    return __ldcg(x);
+}
+HF_LOPT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+
+HF_LOPT_DEVICE float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+HF_LOPT_DEVICE uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+HF_LOPT_DEVICE float from_bfloat16(uint16_t x) { return __uint_as_float((unsigned)x << 16); }
+HF_LOPT_DEVICE uint16_t to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+// Two numbers as bfloat16 in one register, `low` in the lower half.
+HF_LOPT_DEVICE uint32_t pack_bfloat16(float low, float high) {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+}
+
+// d += a b for a (16, 16), b (16, 8) of bfloat16 and d (16, 8) of float32, spread over a warp as PTX defines for
+// mma.m16n8k16.
+HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace hf_lopt
+
+#else
+#include "host/emulator.h"
+#endif
+
+namespace hf_lopt {
+
+struct alignas(16) Float4 {
+    float x[4];
+};
+struct alignas(8) Short4 {
+    uint16_t x[4];
+};
+struct alignas(16) Word4 {
+    uint32_t x[4];
+};
+
+}  // namespace hf_lopt

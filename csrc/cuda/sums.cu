@@ -1,0 +1,190 @@
+// Pass 0: sums over the gradient. Reads the gradient only, unless the statistics of everything else are asked for too.
+#include "tiles.cuh"
+
+namespace hf_lopt {
+namespace {
+
+constexpr int kBatch = 4;  // rows that a thread loads before it works on them
+
+struct RowSums {
+    double nonfinite, squares;
+    float columns[kLane];
+};
+
+// Adds the thread's numbers of one row; returns their squares after the clip.
+HF_LOPT_DEVICE Lane add(const Lane& g, float clip, RowSums& sums) {
+    float squares = 0.0f;
+    Lane clipped;
+    HF_LOPT_EACH(e) {
+        squares = fmaf(g.x[e], g.x[e], squares);
+        const float y = clamp(g.x[e], clip);
+        clipped.x[e] = y * y;
+        sums.columns[e] += clipped.x[e];
+    }
+    if (squares > 1e-25f && squares < 1e30f) {
+        sums.squares += squares;
+    } else {  // a sum that float32 cannot hold, or that has lost its small terms
+        HF_LOPT_EACH(e) {
+            sums.squares += (double)g.x[e] * g.x[e];
+            sums.nonfinite += !(fabsf(g.x[e]) <= 3.402823466e38f);
+        }
+    }
+    return clipped;
+}
+
+// The sums over a row: one number per line, or one for each of its `inner` places.
+HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const Row& row, const Lane& squares,
+                               float (&buffer)[kWarps][kStrip]) {
+    const Entry& t = *at.entry;
+    float* out = a.parts + t.line_part + at.strip * t.line_length();
+    if (t.inner == 1) {
+        float sum = 0.0f;
+        HF_LOPT_EACH(e) sum += squares.x[e];
+        for (int mask = t.lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+        if (at.lane == 0 && row.limit > 0) out[row.line] = sum;
+        return;
+    }
+    float* mine = buffer[at.warp] + at.sub_row * t.lanes * kLane;
+    HF_LOPT_EACH(e) mine[at.column[e]] = squares.x[e];
+    warp_barrier();
+    const int places = t.inner < row.limit ? (int)t.inner : row.limit;
+    for (int i = at.lane; i < places; i += t.lanes) {
+        float sum = 0.0f;
+        for (int64_t c = i; c < row.limit; c += t.inner) sum += mine[c];
+        out[row.line * t.inner + (at.start + i) % t.inner] = sum;
+    }
+    warp_barrier();
+}
+
+template <class T>
+HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, const Place& at, double* stats) {
+    const Entry& t = *at.entry;
+    MomentSums<T> p, others[1 + kMomenta];
+    const float* v = pointer<float>(a.table, t, sV);
+    const float* m = pointer<float>(a.table, t, sM);
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        bool live[kLane];
+        HF_LOPT_EACH(e) live[e] = at.live(row, e);
+        p.add(load(pointer<void>(a.table, t, sP), t.p_type, at, row), live);
+#pragma unroll
+        for (int j = 0; j < 1 + kMomenta; j++) {
+            if (j >= a.second_moments + a.momenta) continue;
+            const float* x = j < a.second_moments ? v + j * t.numel : m + (j - a.second_moments) * t.numel;
+            others[j].add(load(x, kFloat32, at, row), live);
+        }
+    }
+    double sums[kMaxMoments] = {p.squares};
+#pragma unroll
+    for (int j = 0; j < 1 + kMomenta; j++) {
+        sums[1 + 2 * j] = others[j].sum;
+        sums[2 + 2 * j] = others[j].squares;
+    }
+    block_sums(sums, a.width - kGradientStats, stats + kGradientStats);
+}
+
+HF_LOPT_DEVICE void total_columns(const SumsArgs& a, const Place& at) {
+    const Entry& t = *at.entry;
+    const int64_t place = at.vector();
+    float* out = pointer<float>(a.table, t, sVector);
+    for (int c = thread(); c < at.width; c += kThreads) {
+        double total = 0.0;
+        for (int i = 0; i < t.row_tiles; i++) {
+            total += load_shared_result(a.parts + t.vector_part + i * t.vector_length() + place + c);
+        }
+        out[place + c] = (float)total;
+    }
+}
+
+HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
+    const Entry& t = *at.entry;
+    const int64_t length = t.line_length();
+    float* out = pointer<float>(a.table, t, sLine);
+    for (int64_t i = thread(); i < at.row_count() * t.inner; i += kThreads) {
+        const int64_t position = i % t.inner, number = at.line_of(i / t.inner) * t.inner + position;
+        double total = 0.0;
+        for (int64_t s = 0; s < t.strips; s++) {
+            // The strip's first column at this place along the inner axes, if it has one.
+            const int64_t distance = (position - s * kStrip % t.inner + t.inner) % t.inner;
+            const int64_t left = t.columns - s * kStrip;
+            if (distance < (left < kStrip ? left : kStrip)) {
+                total += load_shared_result(a.parts + t.line_part + s * length + number);
+            }
+        }
+        out[number] = (float)total;
+    }
+}
+
+HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
+    HF_LOPT_SHARED float buffer[kWarps][kStrip];
+    const Place at = place(a.table);
+    const Entry& t = *at.entry;
+    const void* g = pointer<void>(a.table, t, sG);
+    double* stats = a.partial + (int64_t)block() * a.width;
+    RowSums sums = {};
+    const int turns = at.turns();
+    for (int first = 0; first < turns; first += kBatch) {
+        Lane x[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) {
+            Row row = at.row(first + i);
+            if (first + i >= turns) row.limit = 0;
+            x[i] = load(g, t.g_type, at, row);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; i++) {
+            if (first + i >= turns) break;
+            const Row row = at.row(first + i);
+            const Lane squares = add(x[i], a.clip, sums);
+            if (t.factored) store_line(a, at, row, squares, buffer);
+        }
+    }
+    if (t.factored) {
+        // Over the rows that the warp works on together, then over the warps.
+        HF_LOPT_EACH(e) {
+            for (int mask = t.lanes; mask < kWarpSize; mask *= 2) sums.columns[e] += shuffle_xor(sums.columns[e], mask);
+        }
+        warp_barrier();
+        if (at.sub_row == 0) {
+            HF_LOPT_EACH(e) buffer[at.warp][at.column[e]] = sums.columns[e];
+        }
+        barrier();
+        float* out = a.parts + t.vector_part + at.row_tile * t.vector_length() + at.vector();
+        for (int c = thread(); c < at.width; c += kThreads) {
+            float total = 0.0f;
+            for (int w = 0; w < kWarps; w++) total += buffer[w][c];
+            out[c] = total;
+        }
+    }
+    const double both[kGradientStats] = {sums.nonfinite, sums.squares};
+    block_sums(both, kGradientStats, stats);
+    if (a.moments) {
+        if (t.factored) {
+            moments<float>(a, at, stats);
+        } else {
+            moments<double>(a, at, stats);
+        }
+    }
+
+    uint32_t* tickets = a.table.tickets + t.first_ticket;
+    if (t.factored) {
+        const int strips = (int)t.groups * t.strips;
+        if (last_to_arrive(tickets + 1 + at.group * t.strips + at.strip, t.row_tiles)) total_columns(a, at);
+        if (last_to_arrive(tickets + 1 + strips + at.group * t.row_tiles + at.row_tile, t.strips)) total_lines(a, at);
+    }
+    if (last_to_arrive(tickets, t.tiles())) {
+        const int width = a.moments ? a.width : kGradientStats;
+        double* out = a.stats + (int64_t)at.tensor * a.width;
+        const double* partial = a.partial + (int64_t)a.table.first_tile[at.tensor] * a.width;
+        total_of_tiles(partial, t.tiles(), width, a.width, [&](int j, double total) { out[j] = total; });
+        for (int j = width + thread(); j < a.width; j += kThreads) out[j] = 0.0;
+    }
+}
+
+}  // namespace
+
+void launch_sums(const SumsArgs& args, int tiles, void* stream) {
+    HF_LOPT_LAUNCH(sums_kernel, tiles, kThreads, stream, args);
+}
+
+}  // namespace hf_lopt

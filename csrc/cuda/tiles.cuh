@@ -1,0 +1,262 @@
+// Where a thread is in a tile, how it reads and writes its numbers there, and how a block sums up.
+//
+// A tile is a strip of kStrip columns by as many rows as give every thread kTurns turns. The threads of a warp share a
+// row (narrow tensors: several rows), the warps of a block take rows in turns. Sums over columns stay in registers
+// until the end of a tile. The partial sums of tiles are added up in their order by the last block to arrive, so that
+// results do not depend on the order in which blocks run.
+#pragma once
+
+#include "entries.h"
+#include "simt.h"
+
+namespace hf_lopt {
+
+// The numbers of a thread in one row, with the arithmetic that feature_math.h and mlp.h use.
+struct Lane {
+    float x[kLane];
+};
+#define HF_LOPT_EACH(e) _Pragma("unroll") for (int e = 0; e < kLane; e++)
+HF_LOPT_DEVICE Lane splat(float y) { return {{y, y, y, y}}; }
+#define HF_LOPT_LANE_OPERATOR(op)                          \
+    HF_LOPT_DEVICE Lane operator op(Lane a, const Lane& b) { \
+        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b.x[e];         \
+        return a;                                          \
+    }                                                      \
+    HF_LOPT_DEVICE Lane operator op(Lane a, float b) {      \
+        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b;              \
+        return a;                                          \
+    }
+HF_LOPT_LANE_OPERATOR(+)
+HF_LOPT_LANE_OPERATOR(-)
+HF_LOPT_LANE_OPERATOR(*)
+#undef HF_LOPT_LANE_OPERATOR
+HF_LOPT_DEVICE Lane& operator+=(Lane& a, const Lane& b) { return a = a + b; }
+template <class F>
+HF_LOPT_DEVICE Lane map(Lane a, F f) {
+    HF_LOPT_EACH(e) a.x[e] = f(a.x[e]);
+    return a;
+}
+// NaN passes through: what it entered is not stored.
+HF_LOPT_DEVICE float clamp(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
+HF_LOPT_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
+HF_LOPT_DEVICE float exponential(float x) {
+    return x < kExpSmall && x > -kExpSmall ? exp_small(x) : expf(x);
+}
+
+struct Row {
+    int64_t line, offset;  // number of the line; of the first element of the strip in the tensor
+    int limit;             // columns of the strip that are there; 0 where the tile has no such row
+};
+
+struct Place {
+    const Entry* entry;
+    int32_t tensor, tile, strip, row_tile;  // `tile`: of the tensor
+    int64_t group, start;                   // the strip's first column
+    int width, rows_at_once;                // columns of the strip; rows that a warp works on together
+    int lane, warp, sub_row;
+    int column[kLane];  // in the strip
+
+    // The warp's row in turn `turn`.
+    HF_LOPT_MEMBER Row row(int turn) const {
+        const Entry& t = *entry;
+        const int64_t r = first_row() + (int64_t)(turn * kWarps + warp) * rows_at_once + sub_row;
+        Row out;
+        out.line = t.mid == 1 ? group * t.rows + r : (group / t.mid * t.rows + r) * t.mid + group % t.mid;
+        out.offset = out.line * t.columns + start;
+        out.limit = r < t.rows ? width : 0;
+        if (!t.factored && out.limit > t.numel - out.offset) out.limit = (int)(t.numel - out.offset);
+        return out;
+    }
+    HF_LOPT_MEMBER int64_t first_row() const { return (int64_t)row_tile * tile_rows(); }
+    HF_LOPT_MEMBER int64_t tile_rows() const { return (int64_t)kTurns * kWarps * rows_at_once; }
+    // Rows of the tile that are there.
+    HF_LOPT_MEMBER int64_t row_count() const {
+        const int64_t left = entry->rows - first_row();
+        return left < tile_rows() ? left : tile_rows();
+    }
+    // Turns until this warp has no more rows; the same for all its threads.
+    HF_LOPT_MEMBER int turns() const {
+        const int64_t left = row_count() - (int64_t)warp * rows_at_once, step = (int64_t)kWarps * rows_at_once;
+        return left <= 0 ? 0 : (int)((left + step - 1) / step);
+    }
+    HF_LOPT_MEMBER int64_t line_of(int64_t row_in_tile) const {
+        const Entry& t = *entry;
+        const int64_t r = first_row() + row_in_tile;
+        return t.mid == 1 ? group * t.rows + r : (group / t.mid * t.rows + r) * t.mid + group % t.mid;
+    }
+    // Of the strip in the vector accumulator.
+    HF_LOPT_MEMBER int64_t vector() const { return group * entry->columns + start; }
+    HF_LOPT_MEMBER bool live(const Row& row, int e) const { return column[e] < row.limit; }
+};
+
+template <class T>
+HF_LOPT_DEVICE T* pointer(const Table& table, const Entry& t, Slot slot) {
+    return reinterpret_cast<T*>(table.base[slot] + t.at[slot]);
+}
+
+HF_LOPT_DEVICE int32_t find_tensor(const Table& table, int32_t tile) {
+    int32_t low = 0, high = table.count;
+    while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        if (table.first_tile[middle] <= tile) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+HF_LOPT_DEVICE Place place(const Table& table) {
+    Place at;
+    at.tensor = find_tensor(table, block());
+    const Entry& t = table.entries[at.tensor];
+    at.entry = &t;
+    at.tile = block() - table.first_tile[at.tensor];
+    at.strip = at.tile % t.strips;
+    const int32_t rest = at.tile / t.strips;
+    at.row_tile = rest % t.row_tiles;
+    at.group = rest / t.row_tiles;
+    at.start = (int64_t)at.strip * kStrip;
+    at.width = (int)(t.columns - at.start < kStrip ? t.columns - at.start : kStrip);
+    at.rows_at_once = kWarpSize / t.lanes;
+    at.warp = thread() / kWarpSize;
+    at.lane = thread() % kWarpSize % t.lanes;
+    at.sub_row = thread() % kWarpSize / t.lanes;
+    HF_LOPT_EACH(e) at.column[e] = t.wide ? at.lane * kLane + e : at.lane + e * t.lanes;
+    return at;
+}
+
+// ---- numbers ------------------------------------------------------------------------------------------------------
+
+HF_LOPT_DEVICE float decode(uint16_t x, int32_t type) {
+    return type == kBFloat16 ? from_bfloat16(x) : from_half(x);
+}
+HF_LOPT_DEVICE uint16_t encode(float x, int32_t type) { return type == kBFloat16 ? to_bfloat16(x) : to_half(x); }
+
+// The thread's numbers of a row, zero where there are none.
+HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const Row& row) {
+    Lane y = splat(0.0f);
+    if (type == kFloat32) {
+        const float* x = static_cast<const float*>(data) + row.offset;
+        if (at.entry->wide) {
+            if (at.live(row, 0)) {
+                const Float4 z = *reinterpret_cast<const Float4*>(x + at.column[0]);
+                HF_LOPT_EACH(e) y.x[e] = z.x[e];
+            }
+        } else {
+            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = x[at.column[e]];
+        }
+    } else {
+        const uint16_t* x = static_cast<const uint16_t*>(data) + row.offset;
+        if (at.entry->wide) {
+            if (at.live(row, 0)) {
+                const Short4 z = *reinterpret_cast<const Short4*>(x + at.column[0]);
+                HF_LOPT_EACH(e) y.x[e] = decode(z.x[e], type);
+            }
+        } else {
+            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = decode(x[at.column[e]], type);
+        }
+    }
+    return y;
+}
+
+// Writes them; `y` becomes what was stored, rounded.
+HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const Row& row, Lane& y) {
+    if (type == kFloat32) {
+        float* x = static_cast<float*>(data) + row.offset;
+        if (at.entry->wide) {
+            if (!at.live(row, 0)) return;
+            Float4 z;
+            HF_LOPT_EACH(e) z.x[e] = y.x[e];
+            *reinterpret_cast<Float4*>(x + at.column[0]) = z;
+        } else {
+            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column[e]] = y.x[e];
+        }
+    } else {
+        uint16_t* x = static_cast<uint16_t*>(data) + row.offset;
+        Short4 z;
+        HF_LOPT_EACH(e) z.x[e] = encode(y.x[e], type);
+        HF_LOPT_EACH(e) y.x[e] = decode(z.x[e], type);
+        if (at.entry->wide) {
+            if (at.live(row, 0)) *reinterpret_cast<Short4*>(x + at.column[0]) = z;
+        } else {
+            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column[e]] = z.x[e];
+        }
+    }
+}
+
+// ---- sums of a block ----------------------------------------------------------------------------------------------
+
+HF_LOPT_DEVICE double warp_sum(double x) {
+#pragma unroll
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
+    return x;
+}
+
+// out[j] = Σ x[j] over the threads of the block, for j < N; every call needs a barrier before the next one's writes.
+template <int N>
+HF_LOPT_DEVICE void block_sums(const double (&x)[N], int count, double* out) {
+    HF_LOPT_SHARED double sums[kWarps][N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        const double sum = warp_sum(x[j]);
+        if (thread() % kWarpSize == 0) sums[thread() / kWarpSize][j] = sum;
+    }
+    barrier();
+    if (thread() < count) {
+        double total = 0.0;
+        for (int w = 0; w < kWarps; w++) total += sums[w][thread()];
+        out[thread()] = total;
+    }
+    barrier();
+}
+
+// Whether this block is the last of `count` to take `ticket`, which is then new again; what the others wrote before is
+// visible to all threads of the last one.
+HF_LOPT_DEVICE bool last_to_arrive(uint32_t* ticket, int count) {
+    HF_LOPT_SHARED bool last;
+    barrier();
+    if (thread() == 0) {
+        fence();
+        last = take_ticket(ticket) == (uint32_t)count - 1;
+        if (last) *ticket = 0;
+        fence();
+    }
+    barrier();
+    const bool result = last;
+    barrier();  // before the flag is used again
+    return result;
+}
+
+// Calls f(j, Σ_i partial[i][j]) for j < width in one thread each, by all warps of the block; the sums of a tile are
+// `stride` apart.
+template <class F>
+HF_LOPT_DEVICE void total_of_tiles(const double* partial, int tiles, int width, int stride, F f) {
+    for (int j = thread() / kWarpSize; j < width; j += kWarps) {
+        double total = 0.0;
+        for (int i = thread() % kWarpSize; i < tiles; i += kWarpSize) {
+            total += load_shared_result(partial + (int64_t)i * stride + j);
+        }
+        total = warp_sum(total);
+        if (thread() % kWarpSize == 0) f(j, total);
+    }
+}
+
+// Running sums of what an update leaves, and of what pass 0 finds: the same additions in the same order, so that a run
+// that is resumed goes on bit by bit like one that was not. float32 for the rows of a matrix, float64 otherwise.
+template <class T>
+struct MomentSums {
+    T sum = 0, squares = 0;
+
+    HF_LOPT_MEMBER void add(const Lane& y, const bool (&live)[kLane]) {
+        HF_LOPT_EACH(e) {
+            if (!live[e]) continue;
+            const T x = y.x[e];
+            sum += x;
+            squares = sizeof(T) == 4 ? (T)fmaf((float)x, (float)x, (float)squares) : (T)fma((double)x, (double)x, (double)squares);
+        }
+    }
+};
+
+}  // namespace hf_lopt

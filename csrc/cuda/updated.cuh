@@ -1,0 +1,108 @@
+// What passes 1 and 2 share: the accumulators of a row after their update, and the features formed from them.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace hf_lopt {
+
+// The three kinds of tensors: matrices; tensors whose factored axes are not the last ones, so that the accumulator
+// with a number per line has `inner` of them; and tensors of rank < 2, whose accumulator is of their own shape.
+enum Kind { kMatrix, kInner, kFlat };
+
+struct Updated {
+    Lane g, p, m[kMomenta], v;
+    bool large;  // some gradient may be beyond kSmallClip
+};
+
+HF_LOPT_DEVICE Updated update(const Table& table, const Constants& c, const Place& at, const Row& row) {
+    const Entry& t = *at.entry;
+    Updated u;
+    u.g = load(pointer<void>(table, t, sG), t.g_type, at, row);
+    u.p = load(pointer<void>(table, t, sP), t.p_type, at, row);
+    const float *m = pointer<float>(table, t, sM), *v = pointer<float>(table, t, sV);
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) u.m[k] = load(m + k * t.numel, kFloat32, at, row);
+    u.v = load(v, kFloat32, at, row);
+    u.g = map(u.g, [&](float x) { return clamp(x, c.clip); });
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) u.m[k] = ema(u.m[k], u.g, c.keep_m[k], c.add_m[k]);
+    u.v = ema(u.v, u.g * u.g, c.keep_v, c.add_v);
+    u.large = false;
+    HF_LOPT_EACH(e) u.large |= !(fabsf(u.g.x[e]) <= kSmallClip);
+    return u;
+}
+
+// The numbers of a vector accumulator in the thread's columns.
+HF_LOPT_DEVICE Lane load_vector(const float* x, const Place& at) {
+    Lane y;
+    HF_LOPT_EACH(e) y.x[e] = at.column[e] < at.width ? x[at.vector() + at.column[e]] : 0.0f;
+    return y;
+}
+
+// The numbers of a line accumulator in the thread's columns of a row.
+template <Kind kind>
+HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const Row& row) {
+    [[maybe_unused]] const int64_t inner = at.entry->inner;
+    if constexpr (kind == kMatrix) {
+        return splat(row.limit > 0 ? x[row.line] : 0.0f);
+    } else {
+        Lane y;
+        HF_LOPT_EACH(e) y.x[e] = at.live(row, e) ? x[row.line * inner + (at.start + at.column[e]) % inner] : 0.0f;
+        return y;
+    }
+}
+
+// row factor x column factor, for each decay
+template <Kind kind>
+HF_LOPT_DEVICE void load_factors(const Table& table, const Place& at, const Row& row, const Lane (&along)[kFactored],
+                                 Lane (&factor)[kFactored]) {
+    const Entry& t = *at.entry;
+    const float* line = pointer<float>(table, t, sLineFactor);
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) {
+        factor[k] = load_line<kind>(line + k * t.line_length(), at, row) * along[k];
+    }
+}
+
+HF_LOPT_DEVICE void load_vector_factors(const Table& table, const Place& at, Lane (&along)[kFactored]) {
+    const Entry& t = *at.entry;
+    const float* x = pointer<float>(table, t, sVectorFactor);
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) along[k] = load_vector(x + k * t.vector_length(), at);
+}
+
+// All features of element e of a tensor of rank < 2, and its new accumulators. Without an epsilon in fac_m the
+// accumulator may be as small as 1e-33: roots and divisions, no estimates.
+HF_LOPT_DEVICE void flat_features(const Updated& u, const Constants& c, const Lane (&old)[kFactored], int e,
+                                  float (&x)[kInputs], Lane (&d)[kFactored]) {
+    const float g = u.g.x[e], q = inverse_root(u.v.x[e] + c.second_eps);
+    x[kG] = g;
+    x[kClipG] = clamp(g, kSmallClip);
+    x[kP] = u.p.x[e];
+    x[kV] = u.v.x[e];
+    x[kRsqrtV] = q;
+    x[kGRsqrtV] = g * q;
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) {
+        x[kM + k] = u.m[k].x[e];
+        x[kMRsqrtV + k] = u.m[k].x[e] * q;
+    }
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) {
+        const float y = ema(old[k].x[e], g * g + kFactoredEps, c.keep_d[k], c.add_d[k]);
+        d[k].x[e] = y;
+        x[kD + k] = y;
+        x[kRsqrtD + k] = 1.0f / sqrtf(y + kVectorEps);
+        const float under = y + kFactorEps;
+        x[kFacG + k] = g / sqrtf(under < kFactorEps ? kFactorEps : under);
+        x[kFacM + k] = u.m[k].x[e] / sqrtf(y + c.diagonal_eps);
+    }
+}
+
+HF_LOPT_DEVICE void load_diagonals(const Table& table, const Place& at, const Row& row, Lane (&d)[kFactored]) {
+    const float* x = pointer<float>(table, *at.entry, sD);
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) d[k] = load(x + k * at.entry->numel, kFloat32, at, row);
+}
+
+}  // namespace hf_lopt
