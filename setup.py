@@ -1,15 +1,20 @@
-"""Build script. The metadata is in pyproject.toml; the compiled extension is declared here.
+"""Build script. The metadata is in pyproject.toml; the compiled extensions are declared here.
 
 ``hf_lopt._C`` holds the fused CPU kernels. It needs a C++17 compiler and the headers of the installed torch; without
-one of them the package is installed as pure Python and says so when it is first imported. Environment:
+one of them the package is installed as pure Python and says so when it is first imported. ``hf_lopt._C_cuda`` holds
+the kernels for NVIDIA GPUs and is built where there is an nvcc, with any torch. Environment:
 
-* ``HF_LOPT_BUILD=0``  do not build the extension; ``1``: fail when it cannot be built.
-* ``CXX``              the compiler.
+* ``HF_LOPT_BUILD=0``  do not build the extensions; ``1``: fail when one cannot be built.
+* ``HF_LOPT_CUDA_ARCHS``  compute capabilities to compile for, such as ``90`` or ``80 90``; empty: no CUDA kernels.
+* ``CXX``, ``CUDA_HOME``  the compiler; the folder of the CUDA toolkit, otherwise the one of the nvcc on the path.
 """
 
 import importlib.util
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -43,6 +48,43 @@ FILE_FLAGS = {
     "kernels_avx2": [*ARITHMETIC, "-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512": [*ARITHMETIC, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mavx2", "-mfma", "-mf16c"],
 }
+# Ampere, Hopper, Blackwell; newer ones translate the PTX of the last.
+CUDA_ARCHS = os.environ.get("HF_LOPT_CUDA_ARCHS", "80 90 100").replace(",", " ").replace(";", " ").split()
+
+
+def find_nvcc() -> Path | None:
+    """The CUDA compiler, with the headers and libraries of its toolkit beside it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    found = [Path(home) / "bin" / "nvcc" for home in homes if home]
+    if on_path := shutil.which("nvcc"):
+        found.append(Path(on_path).resolve())
+    found.append(Path("/usr/local/cuda/bin/nvcc"))
+    headers = ((path, path.parent.parent / "include" / "cuda_runtime_api.h") for path in found)
+    return next((path for path, header in headers if path.is_file() and header.is_file()), None)
+
+
+def cuda_flags(nvcc: Path) -> list[str]:
+    """Flags of nvcc for the device code; architectures that it does not know are left out."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed.split()]
+    if not archs:
+        raise SystemExit(f"nvcc knows none of the architectures {' '.join(CUDA_ARCHS)} of HF_LOPT_CUDA_ARCHS")
+    flags = ["-std=c++17", "-O3", "--threads", str(min(4, len(archs) + 1)), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def warn_of_other_cuda(torch: Path, nvcc: Path) -> None:
+    """The toolkit should be of torch's own major version, which the driver is known to serve."""
+    found = re.search(r"^cuda.*=\s*['\"](\d+)", (torch / "version.py").read_text(), re.MULTILINE)
+    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if found and release and found[1] != release[1]:
+        print(
+            f"warning: {nvcc} is of CUDA {release[1]}, torch is for CUDA {found[1]}: the kernels need a driver for "
+            f"CUDA {release[1]}. Set CUDA_HOME to a toolkit of CUDA {found[1]} to build for that one.",
+            file=sys.stderr,
+        )
 
 
 def find_torch() -> Path | None:
@@ -66,12 +108,19 @@ def _below(path: str, parent: str) -> bool:
 
 
 class BuildExtension(build_ext):
-    """Compiles each file with its own flags, and goes on without the extension if it cannot be built."""
+    """Compiles each file with its own flags, and goes on without an extension that cannot be built."""
 
     def build_extension(self, ext: Extension) -> None:
         compile_one = self.compiler._compile
+        if ".cu" not in self.compiler.src_extensions:
+            self.compiler.src_extensions.append(".cu")
+        nvcc = find_nvcc()
+        device_flags = cuda_flags(nvcc) if any(s.endswith(".cu") for s in ext.sources) else []
 
         def compile_with_flags(obj, src, suffix, cc_args, extra_postargs, pp_opts):
+            if suffix == ".cu":
+                self.compiler.spawn([str(nvcc), *device_flags, "-c", src, "-o", obj])
+                return
             flags = [*extra_postargs, *FILE_FLAGS.get(Path(src).stem, ())]
             compile_one(obj, src, suffix, cc_args, flags, pp_opts)
 
@@ -91,41 +140,55 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
+def extension(name: str, torch: Path, sources: list[Path], **options: list[str]) -> Extension:
+    """An extension on torch's stable interface, for every Python and torch from the oldest ones on."""
+    options["include_dirs"] = [str(torch / "include"), *options.get("include_dirs", [])]
+    options["library_dirs"] = [str(torch / "lib"), *options.get("library_dirs", [])]
+    options["libraries"] = ["torch_cpu", "c10", *options.get("libraries", [])]
+    return Extension(
+        name,
+        sources=sorted(map(str, sources)),
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.*h")),
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", PYTHON_TARGET_VERSION)],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
+        language="c++",
+        py_limited_api=True,
+        # Without a working compiler the package is installed without the extension.
+        optional=REQUEST != "1",
+        **options,
+    )
+
+
 def extensions() -> list[Extension]:
-    torch = find_torch()
+    torch, nvcc = find_torch(), find_nvcc()
     if REQUEST == "0" or sys.platform == "win32":
         return []
     if torch is None:
         message = (
-            "torch was not found, so the fused CPU kernels are not built and the slower PyTorch path is used. "
+            "torch was not found, so the fused kernels are not built and the slower PyTorch path is used. "
             "Install torch first, then build with `pip install --no-build-isolation`."
         )
         if REQUEST == "1":
             raise SystemExit(message)
         print(f"warning: {message}", file=sys.stderr)
         return []
-    sources = sorted(str(p) for p in Path("csrc").rglob("*.cpp"))
-    if not X86:
-        sources = [s for s in sources if "avx" not in s]
-    return [
-        Extension(
-            "hf_lopt._C",
-            sources=sources,
-            depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
-            include_dirs=[str(torch / "include")],
-            library_dirs=[str(torch / "lib")],
-            libraries=["torch_cpu", "c10"],
-            define_macros=[
-                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-                ("Py_LIMITED_API", PYTHON_TARGET_VERSION),
-            ],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
-            language="c++",
-            py_limited_api=True,
-            # Without a working compiler the package is installed without the extension.
-            optional=REQUEST != "1",
+    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    found = [extension("hf_lopt._C", torch, [s for s in sources if X86 or "avx" not in s.name])]
+    if nvcc and CUDA_ARCHS and sys.platform == "linux":
+        warn_of_other_cuda(torch, nvcc)
+        home = nvcc.parent.parent
+        found.append(
+            extension(
+                "hf_lopt._C_cuda",
+                torch,
+                [p for p in Path("csrc/cuda").glob("*.c*") if p.suffix in (".cpp", ".cu")],
+                include_dirs=[str(home / "include")],
+                library_dirs=[str(home / "lib64"), str(home / "lib")],
+                libraries=["cudart_static", "dl", "rt", "pthread"],
+                extra_link_args=["-Wl,--exclude-libs,ALL"],  # keeps the symbols of the static library to itself
+            )
         )
-    ]
+    return found
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel})

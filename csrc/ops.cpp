@@ -1,7 +1,7 @@
 // The operators of the library: every schema, and the kernels that are registered for the CPU. No arithmetic.
 //
 // hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels;
-// hf_lopt/_plain.py specifies them.
+// hf_lopt/_plain.py and _plain_scheduler.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
@@ -33,6 +33,19 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
         "momentum_correction, "
         "Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) -> Tensor");
     m.def("descend(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()");
+    m.def(
+        "advance(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, "
+        "Tensor(b!)[] loss_buffer, float horizon, float[] corrected, Tensor[] own, int p_column, int rows) "
+        "-> (Tensor, Tensor, Tensor)");
+    m.def("pool(Tensor mixed, Tensor[] hidden) -> Tensor");
+    m.def(
+        "lstm_step(Tensor gates, Tensor(a!)[] hidden, Tensor(b!)[] cell, Tensor heads, Tensor heads_bias, "
+        "Tensor bank, bool celo, Tensor skip) -> (Tensor, Tensor, Tensor)");
+    m.def(
+        "fold_network(Tensor networks, int[] sizes, int outputs, Tensor? constants, Tensor sums, Tensor numel, "
+        "float norm_eps, Tensor lr, Tensor weight_decay, Tensor[] factors, Tensor? floor, float step_mult, "
+        "int p_column) -> (Tensor, Tensor, Tensor)");
+    m.def("assign(Tensor(a!)[] targets, Tensor[] values, Tensor skip) -> ()");
     // Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
     m.def("cpu_kernels(str name) -> str");
 }

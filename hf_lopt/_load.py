@@ -29,37 +29,61 @@ _REMEDY = (
     "hf_lopt again with `pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
     "HF_LOPT_KERNELS=torch in the environment silences this warning."
 )
-_loaded, _enabled = False, True
+_CUDA_REMEDY = (
+    "on a GPU learned optimizers will run in plain PyTorch, many times slower. Install the CUDA toolkit of torch's own "
+    "CUDA version (its nvcc is looked for on the path and under CUDA_HOME), then hf_lopt again with "
+    "`pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
+    "HF_LOPT_KERNELS=torch in the environment silences this warning."
+)
+# The devices that have compiled kernels.
+_loaded: set[str] = set()
+_enabled = True
 
 
 def load() -> bool:
     """Load ``hf_lopt._C``, which defines the operators and registers their CPU kernels; whether that was possible.
 
-    Warns once if it was not. Raises ValueError for a value of ``HF_LOPT_KERNELS`` that means nothing.
+    On a torch for CUDA also ``hf_lopt._C_cuda``, the kernels for CUDA. Warns once about one that is missing, of the
+    latter only where there is a GPU. Raises ValueError for a value of ``HF_LOPT_KERNELS`` that means nothing.
     """
-    global _loaded
     choice = os.environ.get("HF_LOPT_KERNELS", "")
     if choice not in ("", "torch"):
         raise ValueError(f"HF_LOPT_KERNELS must be unset or 'torch', got {choice!r}")
-    if choice != "torch":
-        try:
-            importlib.import_module("hf_lopt._C")
-            _loaded = True
-        except ModuleNotFoundError:
-            warnings.warn(f"hf_lopt was installed without its compiled kernels: {_REMEDY}", stacklevel=2)
-        except ImportError as error:  # for example built for a newer torch
-            warnings.warn(f"the compiled kernels of hf_lopt do not load ({error}): {_REMEDY}", stacklevel=2)
-    return _loaded
+    if choice == "torch" or not _import("hf_lopt._C", _REMEDY):
+        return False
+    _loaded.add("cpu")
+    if torch.version.cuda and _import("hf_lopt._C_cuda", _CUDA_REMEDY if torch.cuda.is_available() else ""):
+        _loaded.add("cuda")
+    return True
 
 
-def loaded() -> bool:
-    """Whether there are compiled kernels for the CPU."""
-    return _loaded
+def _import(name: str, remedy: str) -> bool:
+    """Import an extension; without it warn, unless there is no remedy to tell."""
+    try:
+        importlib.import_module(name)
+        return True
+    except ModuleNotFoundError:
+        message = f"hf_lopt was installed without its compiled kernels {name}"
+    except ImportError as error:  # for example built for a newer torch
+        message = f"the compiled kernels {name} do not load ({error})"
+    if remedy:
+        warnings.warn(f"{message}: {remedy}", stacklevel=3)
+    return False
+
+
+def loaded(device: str = "cpu") -> bool:
+    """Whether there are compiled kernels for a type of device."""
+    return device in _loaded
+
+
+def enabled() -> bool:
+    """Whether compiled kernels are used: not within :func:`plain`."""
+    return _enabled
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """A context within which the operators run in plain PyTorch on the CPU, for comparisons."""
+    """A context within which the operators run in plain PyTorch, for comparisons."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -71,21 +95,24 @@ def plain() -> Iterator[None]:
 def operator(name: str, kernel: Callable) -> Callable:
     """The function to call for the operator ``name``, whose plain kernel is ``kernel``.
 
-    It is the operator itself, except on the CPU when compiled kernels are loaded: then what they do not cover goes to
-    the plain kernel, and what they change is told to autograd, which does not see it.
+    It is the operator itself, except where compiled kernels are loaded: then what they do not cover goes to the plain
+    kernel, and what they change is told to autograd, which does not see it.
     """
     overload = getattr(torch.ops.hf_lopt, name).default
-    if not _loaded or name not in _CALLS:
+    if not _loaded:
         return overload
-    position, covers, mutated = _CALLS[name]
+    position, covers, mutated = CALLS[name]
 
     def call(*args: Any) -> Any:
-        if args[position][0].device.type == "cpu":
-            if not (_enabled and covers(*args)):
-                return kernel(*args)
-            if mutated:
-                changed = [x for i in mutated for x in args[i] if not x.is_inference()]
-                torch.autograd.graph.increment_version(changed)
+        first = args[position]
+        device = (first if isinstance(first, Tensor) else first[0]).device.type
+        if device != "cpu" and device not in _loaded:
+            return overload(*args)  # a device without kernels of its own, or a fake tensor
+        if not _enabled or (device == "cpu" and name in _ONLY_CUDA) or not covers(*args):
+            return kernel(*args)
+        if mutated:
+            lists = (args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in mutated)
+            torch.autograd.graph.increment_version([x for xs in lists for x in xs if not x.is_inference()])
         return overload(*args)
 
     call.__name__, call.__doc__ = name, kernel.__doc__
@@ -138,12 +165,37 @@ def _covers_network(features: Sequence[str], *args: Any) -> bool:
     )
 
 
-# Operator -> position of the parameters among its arguments, what its compiled kernel covers, which lists it changes.
-_CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
+def _covers_advance(*args: Any) -> bool:
+    stats, sums, corrected, own = args[0], args[1], args[7], args[8]
+    # The numbers of decays of VeLO's accumulators, and some room in the arguments of the kernel.
+    return len(stats) <= 8 and len(sums) <= 8 and len(corrected) <= 8 and (not own or own[0].shape[1] == 11)
+
+
+def _covers_pool(mixed: Tensor, hidden: Sequence[Tensor]) -> bool:
+    return mixed.dtype == torch.float32
+
+
+def _covers_lstm(gates: Tensor, hidden: Sequence[Tensor], cell: Sequence[Tensor], heads: Tensor, *_: Any) -> bool:
+    return gates.dtype == torch.float32 and heads.shape[0] <= 2048 and heads.shape[1] <= 1024
+
+
+def _covers_fold(networks: Tensor, sizes: Sequence[int], *args: Any) -> bool:
+    return len(sizes) in (0, 4) and len(args[7]) <= 4
+
+
+# Operator -> position of a tensor or list that tells the device, what its compiled kernels cover, what it changes.
+CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "sums": (0, _covers_sums, ()),
     "update_factored": (2, _covers_factored, ()),
     "feature_sums": (1, _covers_features, ()),
     "apply_network": (1, _covers_network, (1, 3, 4, 5, 25)),
     "adam_step": (0, _covers_sums, (0, 2, 3)),
     "descend": (0, _covers_sums, (0,)),
+    "advance": (4, _covers_advance, (4, 5)),
+    "pool": (0, _covers_pool, ()),
+    "lstm_step": (0, _covers_lstm, (1, 2)),
+    "fold_network": (7, _covers_fold, ()),
+    "assign": (2, lambda *_: True, (0,)),
 }
+# A few calls of PyTorch on the CPU, but launches on a GPU.
+_ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign"))

@@ -10,16 +10,22 @@ a sharded tensor are reduced:
 * :func:`apply_network`    evaluates the network on the scaled features, stores the accumulators and the parameter.
 
 Two more stand beside them: :func:`adam_step`, a whole step of Adam, and :func:`descend`, the end of a step whose
-network output is worked on before it is applied.
+network output is worked on before it is applied. What lies between the passes is small, but on an accelerator every
+call of PyTorch is a launch. So it has operators, too:
 
-:mod:`hf_lopt._plain` specifies them in plain PyTorch, and describes the tensors.
+* :func:`advance`       decides about the step, counts it, and forms the inputs of the scheduler;
+* :func:`pool`, :func:`lstm_step`  are the scheduler around its two matrix products;
+* :func:`fold_network`  brings the networks into the form that ``apply_network`` takes;
+* :func:`assign`        stores new state.
+
+:mod:`hf_lopt._plain` and :mod:`hf_lopt._plain_scheduler` specify them in plain PyTorch, and describe the tensors.
 """
 
 from __future__ import annotations
 
 import torch
 
-from hf_lopt import _load, _plain
+from hf_lopt import _load, _plain, _plain_scheduler
 from hf_lopt._plain import STAT_NONFINITE, STAT_P2, STAT_PAIRS, Tensors, feature_width, stat_width
 
 
@@ -57,6 +63,21 @@ SCHEMAS = {
         "-> Tensor"
     ),
     "descend": "(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()",
+    "advance": (
+        "(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, Tensor(b!)[] loss_buffer, "
+        "float horizon, float[] corrected, Tensor[] own, int p_column, int rows) -> (Tensor, Tensor, Tensor)"
+    ),
+    "pool": "(Tensor mixed, Tensor[] hidden) -> Tensor",
+    "lstm_step": (
+        "(Tensor gates, Tensor(a!)[] hidden, Tensor(b!)[] cell, Tensor heads, Tensor heads_bias, Tensor bank, "
+        "bool celo, Tensor skip) -> (Tensor, Tensor, Tensor)"
+    ),
+    "fold_network": (
+        "(Tensor networks, int[] sizes, int outputs, Tensor? constants, Tensor sums, Tensor numel, float norm_eps, "
+        "Tensor lr, Tensor weight_decay, Tensor[] factors, Tensor? floor, float step_mult, int p_column) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+    "assign": "(Tensor(a!)[] targets, Tensor[] values, Tensor skip) -> ()",
 }
 
 
@@ -109,6 +130,47 @@ def _fake_descend(params, steps, *args):
         )
 
 
+def _fake_advance(stats, sums, bad, loss, counters, loss_buffer, horizon, corrected, own, p_column, rows):
+    skip = counters.new_empty((), dtype=torch.bool)
+    features = counters.new_empty(_plain_scheduler.STEP.stop + len(corrected), dtype=torch.float32)
+    width = _plain_scheduler.SHARED_INPUTS
+    if own:
+        second_moments = (own[0].shape[1] - STAT_PAIRS) // 2 - 3
+        width += second_moments + own[3].shape[1] + 6
+    return skip, features, features.new_empty(rows, width)
+
+
+def _fake_pool(mixed, hidden):
+    torch._check(
+        mixed.shape == (len(hidden), 2 * hidden[0].shape[0]),
+        lambda: f"{len(hidden)} tensors of {hidden[0].shape[0]} hidden units have rows {tuple(mixed.shape)}",
+    )
+    return torch.empty_like(mixed)
+
+
+def _fake_lstm_step(gates, hidden, cell, heads, heads_bias, bank, celo, skip):
+    rows, controls = len(gates), heads.shape[1] - 1
+    return gates.new_empty(rows, controls), gates.new_empty(rows), gates.new_empty(rows, bank.shape[1])
+
+
+def _fake_fold_network(networks, sizes, outputs, constants, sums, numel, norm_eps, lr, *args):
+    size = 0
+    if sizes:
+        inputs = sizes[0] - (constants.shape[-1] if constants is not None else 0)
+        widths = [inputs, *sizes[1:-1], outputs]
+        size = sum((a + 1) * b for a, b in zip(widths, widths[1:], strict=False))
+    rows = len(numel)
+    return networks.new_empty(rows, size), lr.new_empty(rows), lr.new_empty(rows)
+
+
+def _fake_assign(targets, values, skip):
+    for target, value in zip(targets, values, strict=True):
+        torch._check(
+            target.shape == value.shape,
+            lambda t=target, v=value: f"state {tuple(t.shape)} has new value {tuple(v.shape)}",
+        )
+
+
 def _check(params, grads, momenta, second_moments) -> None:
     for p, g, m, v in zip(params, grads, momenta, second_moments, strict=True):
         torch._check(p.shape == g.shape, lambda p=p, g=g: f"parameter {tuple(p.shape)} has gradient {tuple(g.shape)}")
@@ -121,18 +183,24 @@ def _check(params, grads, momenta, second_moments) -> None:
             )
 
 
-_KERNELS = {
+# Operator -> its plain kernel and its fake one.
+KERNELS = {
     "sums": (_plain.sums, _fake_sums),
     "update_factored": (_plain.update_factored, _fake_update_factored),
     "feature_sums": (_plain.feature_sums, _fake_feature_sums),
     "apply_network": (_plain.apply_network, _fake_apply_network),
     "adam_step": (_plain.adam_step, _fake_adam_step),
     "descend": (_plain.descend, _fake_descend),
+    "advance": (_plain_scheduler.advance, _fake_advance),
+    "pool": (_plain_scheduler.pool, _fake_pool),
+    "lstm_step": (_plain_scheduler.lstm_step, _fake_lstm_step),
+    "fold_network": (_plain_scheduler.fold_network, _fake_fold_network),
+    "assign": (_plain_scheduler.assign, _fake_assign),
 }
-# Compiled kernels come with the same schemas, and are registered for the CPU.
+# Compiled kernels come with the same schemas, and are registered for their devices.
 _compiled = _load.load()
 _library = torch.library.Library("hf_lopt", "FRAGMENT" if _compiled else "DEF")
-for _name, (_kernel, _fake) in _KERNELS.items():
+for _name, (_kernel, _fake) in KERNELS.items():
     if not _compiled:
         _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     # Any device without a kernel of its own gets the plain one.
@@ -146,3 +214,8 @@ feature_sums = _load.operator("feature_sums", _plain.feature_sums)
 apply_network = _load.operator("apply_network", _plain.apply_network)
 adam_step = _load.operator("adam_step", _plain.adam_step)
 descend = _load.operator("descend", _plain.descend)
+advance = _load.operator("advance", _plain_scheduler.advance)
+pool = _load.operator("pool", _plain_scheduler.pool)
+lstm_step = _load.operator("lstm_step", _plain_scheduler.lstm_step)
+fold_network = _load.operator("fold_network", _plain_scheduler.fold_network)
+assign = _load.operator("assign", _plain_scheduler.assign)

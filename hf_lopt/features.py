@@ -1,7 +1,7 @@
 """Features of the learned optimizers, in the order in which their networks were trained.
 
 Per element: :class:`ElementFeatures`, formed in the passes of :mod:`hf_lopt._ops`. Per tensor and per run: the inputs
-of the scheduler, formed here. Axes: T tensors, D decays.
+of the scheduler, formed in :mod:`hf_lopt._plain_scheduler`. Axes: T tensors, D decays.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hf_lopt import _ops
+from hf_lopt import _ops, _plain_scheduler
+from hf_lopt._plain_scheduler import LOSS_DECAYS, STEP_SCALES, TIME_FRACTIONS
 from hf_lopt.accumulators import Decays
 
+
+__all__ = ["LOSS_DECAYS", "STEP_SCALES", "TIME_FRACTIONS"]
 
 CLIP_GRADIENT = 1000.0
 
@@ -107,24 +110,8 @@ RNN_MLP = ElementFeatures(
     clip=math.inf,
 )
 
-# Time scales of the features of the step count.
-STEP_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
-# Fractions of the run at which the time features switch.
-TIME_FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
-LOSS_DECAYS = 10
 # Starting value of the running minimum of the loss, as in the reference.
 LOSS_MIN_START = 999999999999.0
-
-
-def step_features(step: Tensor) -> Tensor:
-    """tanh(step / tau - 1), shape (11,), or (T, 11) for a step of each tensor; it counts those done, from 0."""
-    return torch.tanh(step.to(torch.float32).unsqueeze(-1) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
-
-
-def time_features(step: Tensor, num_training_steps: int) -> Tensor:
-    """tanh(10 (step / num_training_steps - tau)), shape (9,); ``step`` counts the steps done, 0 at the first."""
-    fractions = step.new_tensor(TIME_FRACTIONS, dtype=torch.float32)
-    return torch.tanh(10.0 * (step.to(torch.float32) / num_training_steps - fractions))
 
 
 def init_loss_buffer() -> dict[str, Tensor]:
@@ -135,60 +122,16 @@ def init_loss_buffer() -> dict[str, Tensor]:
     }
 
 
-def loss_decays(num_training_steps: int, like: Tensor) -> Tensor:
-    """exp(-1/h) for ten h, spaced evenly in log from 10 steps to ``num_training_steps``; (10,) float64."""
-    horizons = torch.logspace(
-        1.0, math.log10(num_training_steps), LOSS_DECAYS, dtype=torch.float64, device=like.device
-    )
-    return torch.exp(-1.0 / horizons)
-
-
 def update_loss_buffer(
     buffer: Mapping[str, Tensor], loss: Tensor, step: Tensor, num_training_steps: int
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """New buffer and the loss features (9,), each in [-1, 1].
-
-    The loss is clipped at twice the largest bias-corrected mean so far. A feature compares two
-    neighbouring means, both above the running minimum of the faster one; all are 0 in the first two steps. The
-    corrections 1 - d^n are small next to 1, so the arithmetic is in float64 and rounded once.
-    """
-    means, minimum, loss = buffer["loss_means"].double(), buffer["loss_min"].double(), loss.double()
-    decay = loss_decays(num_training_steps, means)
-    correction = 1.0 - decay ** (step + 1)
-    largest = torch.where(step > 0, (means / correction).max(), loss)
-    loss = torch.minimum(loss, 2.0 * largest.abs())
-    means = decay * means + (1.0 - decay) * loss
-    corrected = means / correction
-    minimum = torch.minimum(minimum, corrected)
-    slower = corrected[1:] - minimum[:-1]
-    slope = (corrected[:-1] - minimum[:-1]) / slower.clamp_min(1e-8) - 1.0
-    features = torch.where(step + 1 > 2, slope.clamp(-1.0, 1.0), 0.0)
-    return {"loss_means": means.float(), "loss_min": minimum.float()}, features.float()
-
-
-def _log_magnitude(x: Tensor) -> Tensor:
-    return 0.5 * torch.log(1e-8 + (10.0 * x).abs()).clamp(-5.0, 5.0)
+    """New loss buffer and the loss features (9,); see :func:`hf_lopt._plain_scheduler.update_loss_buffer`."""
+    means, minimum = buffer["loss_means"], buffer["loss_min"]
+    *new, features = _plain_scheduler.update_loss_buffer(means, minimum, loss, step, num_training_steps)
+    return dict(zip(("loss_means", "loss_min"), new, strict=True)), features
 
 
 def rank_one_hot(shapes: list[tuple[int, ...]], device: torch.device) -> Tensor:
     """One-hot (T, 5) of the number of axes longer than 1; a row of zeros for more than four, as in the reference."""
     ranks = torch.tensor([sum(n > 1 for n in shape) for shape in shapes], device=device)
     return (ranks.unsqueeze(1) == torch.arange(5, device=device)).to(torch.float32)
-
-
-def velo_tensor_features(stats: Tensor, mean_p2: Tensor, numel: Tensor, ranks: Tensor, decays: Decays) -> Tensor:
-    """Per-tensor inputs of VeLO's scheduler, (T, 12): L(mean v), rank one-hot (5), L(var m) (3), L(var v) (3).
-
-    ``stats`` are the sums (T, S) of pass 0, taken before the accumulators are updated, ``mean_p2`` and ``numel`` (T,),
-    all float64. The tensor is rescaled to unit mean square first, and "var v" uses the momentum means, as in the
-    reference. Sums are combined in float64, since a variance is their difference.
-    """
-    n_v, n_m = len(decays.second_moment), len(decays.momentum)
-    scale = mean_p2.clamp_min(1e-9).rsqrt().unsqueeze(1)
-    pairs = (stats[:, _ops.STAT_PAIRS :] / numel.unsqueeze(1)).unflatten(1, (n_v + n_m, 2))
-    v, v2 = pairs[:, :n_v, 0], pairs[:, :n_v, 1]
-    m, m2 = pairs[:, n_v:, 0], pairs[:, n_v:, 1]
-    var_m = scale.square() * (m2 - m.square())
-    var_v = scale.square() * (v2 - 2.0 * m * v + m.square())
-    parts = (_log_magnitude(scale * v), ranks, _log_magnitude(var_m), _log_magnitude(var_v))
-    return torch.cat([x.to(torch.float32) for x in parts], 1)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_lopt import _plain_scheduler
+
 
 Theta = Mapping[str, Tensor]
 
@@ -33,9 +35,7 @@ def mix(x: Tensor, theta: Theta) -> Tensor:
 def lstm(x: Tensor, hidden: Tensor, cell: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
     """One LSTM step for all rows: gates in the order input, candidate, forget (with 1 added), output."""
     gates = linear(torch.cat([x, hidden], 1), theta, "rnn_params/rnn/linear")
-    i, g, f, o = gates.chunk(4, 1)
-    cell = torch.sigmoid(f + 1.0) * cell + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(cell), cell
+    return _plain_scheduler.lstm_cell(gates, cell)
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,27 @@ class ElementNetwork:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor, ...]
 
-    def scaled(self, scale: Tensor) -> ElementNetwork:
-        """With the feature scales (T, F) folded into the first layer: normalised features need not be formed."""
-        return ElementNetwork((self.weights[0] * scale.unsqueeze(2), *self.weights[1:]), self.biases)
 
-    def first_outputs(self, count: int) -> ElementNetwork:
-        """Without the outputs after the first ``count``."""
-        weights = (*self.weights[:-1], self.weights[-1][:, :, :count])
-        return ElementNetwork(weights, (*self.biases[:-1], self.biases[-1][:, :count]))
+@dataclass(frozen=True)
+class Folded:
+    """The networks of a step, as the operator ``apply_network`` takes them.
 
-    def repeated(self, count: int) -> ElementNetwork:
-        """For ``count`` tensors in turn, each of which holds as many runs as there are networks."""
-        layers = [x.repeat(count, *[1] * (x.dim() - 1)) if len(x) > 1 else x for x in (*self.weights, *self.biases)]
-        return ElementNetwork(tuple(layers[: len(self.weights)]), tuple(layers[len(self.weights) :]))
+    Attributes:
+        flat: weights (T, P), layer by layer the matrix and then the bias.
+        sizes: widths of the layers; () for no network.
+        scale: what the first output is multiplied with, (T,).
+        decay: share of the parameter that is taken off, (T,).
+    """
+
+    flat: Tensor
+    sizes: tuple[int, ...]
+    scale: Tensor
+    decay: Tensor
+
+    def layers(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Weights and biases, as views."""
+        network = split_layers(self.flat, self.sizes)
+        return network.weights, network.biases
 
 
 def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
@@ -71,6 +79,11 @@ def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
     return ElementNetwork(tuple(weights), tuple(biases))
 
 
+def flatten_network(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The inverse of :func:`split_layers`."""
+    return torch.cat([x.flatten(1) for pair in zip(weights, biases, strict=True) for x in pair], 1)
+
+
 def flatten_bank(theta: Theta, prefix: str, groups: int, layers: int) -> Tensor:
     """Bank of networks as a matrix (K, P), layer after layer, whose first layer is stored in feature groups.
 
@@ -81,11 +94,3 @@ def flatten_bank(theta: Theta, prefix: str, groups: int, layers: int) -> Tensor:
     for layer in range(1, layers):
         leaves += [theta[f"{prefix}w{layer}"], theta[f"{prefix}b{layer}"]]
     return torch.cat([x.flatten(1) for x in leaves], 1)
-
-
-def fold_constants(network: ElementNetwork, constants: Tensor) -> ElementNetwork:
-    """The network without its last inputs, whose values ``constants`` (C,) or (T, C) are the same for all elements of
-    a tensor: they become part of the first bias."""
-    first, count = network.weights[0], constants.shape[-1]
-    bias = network.biases[0] + (torch.atleast_2d(constants).unsqueeze(1) @ first[:, -count:]).squeeze(1)
-    return ElementNetwork((first[:, :-count], *network.weights[1:]), (bias, *network.biases[1:]))

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from hf_lopt import distributed, rules
 from hf_lopt._checks import Watch, check_ranks, check_settings, positive_int
-from hf_lopt.rules.base import Outcome, Rule
-from hf_lopt.rules.passes import Batch, Plan
+from hf_lopt.rules.base import Rule
+from hf_lopt.rules.passes import Batch, Plan, to_device
 from hf_lopt.weights import Weights, push_to_hub
 
 
@@ -72,7 +72,8 @@ class LearnedOptimizer(Optimizer):
         # Everything below is derived or transient; what has to survive lives in state and param_groups.
         self._plan: Plan | None = None
         self._pending: Tensor | float | None = None
-        self._report: dict[str, Tensor] = {}
+        self._report: dict[str, Any] = {}
+        self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None  # in one tensor, and its elements
         self._agreed: set[int] = set()
         self._watch = Watch(rule.class_name)
 
@@ -340,7 +341,7 @@ class LearnedOptimizer(Optimizer):
         if self._plan is None or self._plan.key != key:
             self._plan = Plan(key, params, groups, self._rule, self._weights.theta)
         plan, device = self._plan, params[0].device
-        run = {name: first[name].to(device) for name in (*_COUNTERS, *self._run_start())}
+        run = self._run(device)
         self._watch.start(run["nonfinite_steps"])
         states = [{key: distributed.local(value) for key, value in self.state[p].items()} for p in params]
         names = dict.fromkeys(name for state in states for name in state)
@@ -352,12 +353,34 @@ class LearnedOptimizer(Optimizer):
             settings={name: plan.per_tensor(name, groups) for name in self._numbers()},
             labels={name: [group[name] for group in groups] for name in words},
         )
-        loss = None if loss is None else torch.as_tensor(loss, dtype=torch.float32, device=device)
+        loss = None if loss is None else to_device(loss, torch.float32, device)
         settings = dict(first)
         if "num_training_steps" in settings:
             settings["num_training_steps"] = self._horizon()
         outcome = self._rule.update(batch, run, plan.weights, settings, loss)
-        self._finish(run, outcome)
+        self._set_run(outcome.run)
+        self._report = outcome.report
+        self._watch.look(run["counters"], first["max_nonfinite_steps"], self._horizon())
+
+    def _run(self, device: torch.device) -> dict[str, Tensor]:
+        """The state of the run on the device, which the step changes in place; ``counters`` holds all of them.
+
+        On an accelerator it stays where it is, so that a graph that has been captured goes on with it. On the CPU each
+        step has new tensors, and what a caller holds keeps its values.
+        """
+        group = self.param_groups[0]
+        fresh = device.type == "cpu"
+        if (
+            fresh
+            or self._counters is None
+            or any(group[n] is not x for n, x in zip(_COUNTERS, self._counters[1], strict=True))
+        ):
+            counters = torch.stack([group[name].to(device, non_blocking=True) for name in _COUNTERS])
+            self._counters = counters, counters.unbind()
+            self._set_run(dict(zip(_COUNTERS, self._counters[1], strict=True)))
+        values = {name: group[name].to(device, non_blocking=True, copy=fresh) for name in self._run_start()}
+        self._set_run(values)
+        return values | {name: group[name] for name in _COUNTERS} | {"counters": self._counters[0]}
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
@@ -381,23 +404,10 @@ class LearnedOptimizer(Optimizer):
     def _words(self) -> list[str]:
         return [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], str)]
 
-    def _finish(self, run: Mapping[str, Tensor], outcome: Outcome) -> None:
-        skipped = outcome.skipped.to(torch.int64)
-        counters = {
-            "step": run["step"] + 1 - skipped,
-            "nonfinite_steps": run["nonfinite_steps"] + skipped,
-            "nonfinite_in_a_row": (run["nonfinite_in_a_row"] + 1) * skipped,
-        }
-        self._set_run(outcome.run | counters)
-        self._report = outcome.report
-        values = torch.stack([counters[name] for name in _COUNTERS])
-        group = self.param_groups[0]
-        self._watch.look(values, group["max_nonfinite_steps"], self._horizon())
-
     @property
     def report(self) -> dict[str, Tensor]:
         """Internals of the last step, device tensors by name (``lr_mult`` (T,), …); {} before the first. Not saved."""
-        return self._report
+        return {name: value() if callable(value) else value for name, value in self._report.items()}
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step for a logger; {} before the first. Waits for the device.
@@ -411,7 +421,7 @@ class LearnedOptimizer(Optimizer):
         if "lr_mult" in self._report:
             lr_mult = self._report["lr_mult"]
             out = {f"lr_mult_{name}": getattr(lr_mult, name)().item() for name in ("mean", "min", "max")}
-        out["update_rms"] = self._report["update_rms"].item()
+        out["update_rms"] = self._report["update_rms"]().item()
         out["nonfinite_steps"] = float(self.param_groups[0]["nonfinite_steps"])
         return out
 

@@ -1,4 +1,4 @@
-#include "passes.h"
+#include "operators.h"
 
 #include <cmath>
 

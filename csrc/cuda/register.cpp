@@ -3,7 +3,7 @@
 // Compiled for tests on the host, the same operators are registered for CPU tensors in a library of their own.
 #include <Python.h>
 
-#include "passes.h"
+#include "operators.h"
 
 namespace hf_lopt {
 namespace {
@@ -57,6 +57,10 @@ HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
     m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
     m.impl("descend", TORCH_BOX(&hf_lopt::descend));
+    m.impl("advance", TORCH_BOX(&hf_lopt::advance));
+    m.impl("pool", TORCH_BOX(&hf_lopt::pool));
+    m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));
+    m.impl("fold_network", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("assign", TORCH_BOX(&hf_lopt::assign));
 }
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed, rules
-from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.networks import Theta
 from hf_lopt.rules.base import Rule
 from hf_lopt.rules.passes import Batch, Layout
 
@@ -225,11 +225,8 @@ def _joined(prepared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What ``prepare`` made for each particle as one set, with a network for each of them."""
     out = {}
     for key, first in prepared[0].items():
-        if isinstance(first, ElementNetwork):
-            networks = [p[key] for p in prepared]
-            weights, biases = ([getattr(n, kind) for n in networks] for kind in ("weights", "biases"))
-            both = (tuple(torch.cat(xs) for xs in zip(*kind, strict=True)) for kind in (weights, biases))
-            out[key] = ElementNetwork(*both)
+        if isinstance(first, Tensor):  # flat networks, (1, weights)
+            out[key] = torch.cat([p[key] for p in prepared])
         elif all(p[key] == first for p in prepared):
             out[key] = first
         else:

@@ -18,11 +18,12 @@ from hf_lopt.networks import Theta
 
 @dataclass
 class Outcome:
-    """What a rule's ``update`` gives back: the new run state, and what is worth logging (device tensors)."""
+    """What a rule's ``update`` gives back: new run state, beside what it changed in place, and what is worth logging:
+    device tensors, or functions that compute them when they are asked for."""
 
     run: dict[str, Tensor]
     skipped: Tensor  # bool, 0-d
-    report: dict[str, Tensor] = field(default_factory=dict)
+    report: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

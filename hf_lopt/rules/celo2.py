@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import _ops, accumulators, distributed
+from hf_lopt import _ops, accumulators, distributed, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CELO2, CELO2_VECTOR, ElementFeatures
-from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.networks import Theta
 from hf_lopt.rules import base, passes
 from hf_lopt.rules.small_fc import SMALL_FC_RULE
 
@@ -51,13 +51,16 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The network with a leading axis of size 1; o1 is left out by an exponent of 0, o2 altogether."""
+    """Both networks, flat (1, P); o1 is left out by an exponent of 0, o2 altogether."""
     first = torch.cat([theta[f"{PREFIX}w0__{k}"] for k in range(len(CELO2.names))])
     weights = [first, theta[f"{PREFIX}w1"], theta[f"{PREFIX}w2"]]
     biases = [theta[f"{PREFIX}b{layer}"] for layer in range(3)]
-    network = ElementNetwork(*(tuple(x.unsqueeze(0) for x in xs) for xs in (weights, biases))).first_outputs(2)
-    vector = (network.weights[0][:, : sum(CELO2_VECTOR.widths())], *network.weights[1:])
-    return {"network": network, "vector_network": ElementNetwork(vector, network.biases)}
+    vector = [first[: sum(CELO2_VECTOR.widths())], *weights[1:]]
+
+    def flat(own: list[Tensor]) -> Tensor:
+        return networks.flatten_network(*([x.unsqueeze(0) for x in xs] for xs in (own, biases)))
+
+    return {"network": flat(weights), "vector_network": flat(vector), "hidden": tuple(len(x) for x in biases)}
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,9 +178,11 @@ def _unit_scales(w: _Work, squares: Tensor, steps: list[Tensor]) -> Tensor:
 
 def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str, Any], skip: Tensor) -> list[Tensor]:
     """Pass 2 and the step. Returns Σ (lr step)² of the local shards for each batch, (T,) float64."""
-    outputs = [
-        passes.network_outputs(w.batch, w.features, w.reading, weights[_network(w.features)], skip) for w in work
-    ]
+    outputs = []
+    for w in work:
+        sizes = (sum(w.features.widths()), *weights["hidden"])
+        network = weights[_network(w.features)]
+        outputs.append(passes.network_outputs(w.batch, w.features, w.reading, network, sizes, skip))
     steps, squares = [list(x) for x in zip(*outputs, strict=True)]
     ortho = [i for i, w in enumerate(work) if w.orthogonalize]
     unit = [i for i, w in enumerate(work) if not w.orthogonalize]
@@ -239,7 +244,9 @@ def update(
     parts = _parts(batch)
     adam = parts.pop("adam", None)
     pairs = [(part, CELO2_VECTOR if name == "vectors" else CELO2) for name, part in parts.items()]
-    readings, _, skip = passes.read(pairs, others=[] if adam is None else [adam])
+    decays = (*ADAM.momentum, *ADAM.second_moment)
+    readings, turn = passes.read(pairs, run, others=[] if adam is None else [adam], corrected=decays)
+    skip = turn.skip
     work = [
         _Work(part, features, reading, settings["orthogonalize"] and features is CELO2)
         for (part, features), reading in zip(pairs, readings, strict=True)
@@ -249,22 +256,21 @@ def update(
         for w, own in zip(together, _finish(together, weights, settings, skip), strict=True):
             sums[w.batch.index] = own
     if adam is not None:
-        sums[adam.index] = _adam(adam, run, settings, skip)
+        sums[adam.index] = _adam(adam, turn, settings)
     return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums)})
 
 
-def _adam(batch: passes.Batch, run: Mapping[str, Tensor], settings: Mapping[str, Any], skip: Tensor) -> Tensor:
+def _adam(batch: passes.Batch, turn: passes.Turn, settings: Mapping[str, Any]) -> Tensor:
     """The Adam branch. Celo2 has its epsilon inside the root and no bias correction, ELO-Celo2 the usual form."""
     corrected = settings["adam_bias_correction"]
-    t = (run["step"] + 1).double()
-    decays = (*ADAM.momentum, *ADAM.second_moment)
-    corrections = [(1.0 / (1.0 - decay**t) if corrected else t.new_ones(())).float() for decay in decays]
-    lr = batch["lr"] * settings["adam_lr_mult"]
+    corrections = turn.corrections if corrected else [batch.layout.one[0]] * 2
+    batch = replace(batch, settings=batch.settings | {"lr": batch["lr"] * settings["adam_lr_mult"]})
+    steps = passes.fold(batch, None, None, batch.layout.nothing, ())
     return _ops.adam_step(
-        *(batch.params, batch.grads, *batch.accumulators(), *decays, float("inf")),
-        *(lr, lr * batch["weight_decay"], *corrections),
+        *(batch.params, batch.grads, *batch.accumulators(), *ADAM.momentum, *ADAM.second_moment, float("inf")),
+        *(steps.scale, steps.decay, *corrections),
         *((0.0, ADAM_EPS) if corrected else (ADAM_EPS, 0.0)),
-        skip,
+        turn.skip,
     )
 
 

@@ -2,28 +2,31 @@
 
     pass 0   sums of g² over rows and columns   -> reduction 1 -> row and column factors
     pass 1   mean squares of all features       -> reduction 2, with the loss and what is not finite
+             the decision about the step, the features of the run
     pass 2   accumulators, network, parameters
 
 A rule calls :func:`read` for everything before pass 2, decides, and calls :func:`apply_network` or
 :func:`network_outputs`. Tensors are the local shards of sharded parameters; what :func:`read` returns is of the whole
 tensors, the same on all ranks.
+
+Every line here is a launch on an accelerator, or none: what can be an argument of an operator is not computed before.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lopt import _ops, accumulators, distributed
+from hf_lopt import _ops, _plain_scheduler, accumulators, distributed
 from hf_lopt.accumulators import Factors, factored_axes
-from hf_lopt.features import ElementFeatures
-from hf_lopt.networks import ElementNetwork
+from hf_lopt.features import ElementFeatures, rank_one_hot
+from hf_lopt.networks import Folded
 
 
 class Layout:
@@ -67,6 +70,7 @@ class Layout:
             sizes = [[s[a] * s[b]] * count for s, (a, b), count in zip(self.shapes, pairs, self.slices, strict=True)]
             self.slice_numel = torch.tensor([n for ns in sizes for n in ns], dtype=torch.float64, device=self.device)
         self.nothing = torch.empty(0, device=self.device)
+        self.one = torch.ones(1, device=self.device)
         self.root = self  # of a subset: the layout of the whole list
         self.replicas = torch.tensor([_replicas(cut) for cut in self.cuts], dtype=torch.float64, device=self.device)
         self.cache: dict[Any, Any] = {}  # what the next step of a rule can take from this one
@@ -93,16 +97,42 @@ class Plan:
         self.layout = Layout(params, [group["axis_order"] for group in groups])
         self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
         self._numbers: dict[str, tuple[list, Tensor]] = {}
+        self._groups: Tensor | None = None  # the place of each parameter's group among the groups
 
     def per_tensor(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
-        values = [group[name] for group in groups]
+        values, device = [group[name] for group in groups], self.layout.device
         if any(isinstance(value, Tensor) for value in values):
-            device = self.layout.device
-            return torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).reshape(()) for v in values])
-        if name not in self._numbers or self._numbers[name][0] != values:
-            self._numbers[name] = (values, torch.tensor(values, dtype=torch.float32, device=self.layout.device))
+            distinct = {id(group): group[name] for group in groups}
+            numbers = [torch.as_tensor(v).to(device, torch.float32).reshape(1) for v in distinct.values()]
+            if len(numbers) == 1:
+                return numbers[0].expand(len(values))
+            places = {key: i for i, key in enumerate(distinct)}
+            if self._groups is None:
+                self._groups = to_device([places[id(group)] for group in groups], torch.int64, device)
+            return torch.cat(numbers)[self._groups]
+        known = self._numbers.get(name)
+        if known is None:
+            known = self._numbers[name] = (values, to_device(values, torch.float32, device))
+        elif known[0] != values:
+            # In place, where a graph that has been captured reads it.
+            self._numbers[name] = (values, known[1].copy_(_pinned(values, torch.float32, device), non_blocking=True))
         return self._numbers[name][1]
+
+
+def _pinned(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor on the host that can be copied to the device without waiting."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number, a list or a tensor on the device, without waiting for it."""
+    if isinstance(values, Tensor):
+        return values.to(device, dtype, non_blocking=True)
+    if isinstance(values, (int, float)):
+        return torch.full((), values, dtype=dtype, device=device)
+    return _pinned(values, dtype, device).to(device, non_blocking=True)
 
 
 def _replicas(cut: distributed.Sharding | None) -> int:
@@ -169,57 +199,127 @@ class Reading:
 
     stats: Tensor  # (T, S) float64, see the operator ``sums``
     factors: Factors
-    mean_squares: Tensor  # (T, F) float64; a sliced batch has a row for each of its matrices
+    sums: Tensor  # sums of squares (T, F) float64; a sliced batch has a row for each of its matrices
+    numel: Tensor  # what they were taken over, (T,) float64
+
+    @property
+    def mean_squares(self) -> Tensor:
+        return self.sums / self.numel.unsqueeze(1)
 
     def of(self, batch: Batch, start: int, stop: int) -> Reading:
         """What was found in a range of the tensors of ``batch``."""
         first, last = (sum(batch.layout.slices[:t]) for t in (start, stop))
         f = self.factors
         factors = Factors(*(x[start:stop] for x in (f.rows, f.cols, f.row_factors, f.col_factors)))
-        return Reading(self.stats[start:stop], factors, self.mean_squares[first:last])
+        return Reading(self.stats[start:stop], factors, self.sums[first:last], self.numel[first:last])
+
+
+@dataclass
+class Turn:
+    """What is decided about a step, and the features of the run; see the operator ``advance``."""
+
+    skip: Tensor  # bool, 0-d: true on all ranks if anything that enters the step is not finite on any
+    loss: Tensor | None  # mean over ranks, 0-d
+    features: Tensor  # (29 + corrections,) float32
+    inputs: Tensor  # of the scheduler, (T, I)
+    steps: Tensor | None = None  # of many runs, (runs,)
+
+    @property
+    def loss_features(self) -> Tensor:
+        return self.features[_plain_scheduler.LOSS]
+
+    @property
+    def step_features(self) -> Tensor:
+        return self.features[_plain_scheduler.STEP]
+
+    @property
+    def corrections(self) -> tuple[Tensor, ...]:
+        """1 / (1 - decay^n) for the decays that :func:`read` was asked for, 0-d each."""
+        return self.features[_plain_scheduler.STEP.stop :].unbind()
 
 
 def read(
     parts: Sequence[tuple[Batch, ElementFeatures]],
+    run: Mapping[str, Any],
     loss: Tensor | None = None,
     *,
-    moments: bool = False,
+    horizon: int = 0,
+    tensor_inputs: bool = False,
     others: Sequence[Batch] = (),
-) -> tuple[list[Reading], Tensor | None, Tensor]:
-    """Passes 0 and 1 over batches whose features share their factored decays.
+    corrected: Sequence[float] = (),
+) -> tuple[list[Reading], Turn]:
+    """Passes 0 and 1 over batches whose features share their factored decays, and the decision about the step.
 
-    ``moments``: statistics of the accumulators, too. ``others``: batches that are only looked at for values that are
-    not finite. Returns the readings, the mean loss over ranks, and whether to skip the step (bool, 0-d): true on all
-    ranks if anything that enters it is not finite on any. Nothing has been changed yet.
+    Nothing but the run has been changed then: its counters and, where it has one, its loss buffer. ``horizon``: of the
+    run, for the scheduler. ``tensor_inputs``: VeLO's features of each tensor among the scheduler's inputs. ``others``:
+    batches that are only looked at for values that are not finite. ``corrected``: decays of bias corrections.
     """
-    first = [_sums(batch, features, moments) for batch, features in parts]
-    factors = _factors(parts, first)
-    second = [
+    first = [_sums(batch, features, tensor_inputs) for batch, features in parts]
+    factors = _factors(parts, [x[:2] for x in first])
+    sums = [
         _ops.feature_sums(*_common(batch, features, f)) for (batch, features), f in zip(parts, factors, strict=True)
     ]
-    bad = [_non_finite(stats, sums) for (_, _, stats), sums in zip(first, second, strict=True)]
-    bad += [_non_finite_tensors(batch) for batch in others]
-    stats, totals, loss, skip = _reduce(parts, [x[2] for x in first], second, loss, torch.stack(bad).any(), others)
+    stats = [x[2] for x in first]
+    checked, bad = [*stats, *map(_gradient_statistics, others)], None
+    if distributed.world_size() > 1:
+        stats, totals, loss, bad = _reduce(parts, checked, [_complete(*x[2:]) for x in first], sums, loss, others)
+        moments, checked = stats, []
+    else:
+        totals, moments = sums, [x[3] for x in first]
+    batches = [*(batch for batch, _ in parts), *others]
+    root = batches[0].layout.root
+    own: list[Tensor] = []
+    p_column = 0
+    if tensor_inputs:
+        ((batch, features),) = parts
+        if "ranks" not in root.cache:
+            root.cache["ranks"] = rank_one_hot(batch.layout.shapes, batch.layout.device)
+        own, p_column = [moments[0], totals[0], batch.layout.numel, root.cache["ranks"]], features.column("p")
+    buffer = [run[name] for name in ("loss_means", "loss_min") if name in run]
+    counters, steps = run.get("counters"), None
+    if counters is None:  # the caller counts its steps, of which there may be one for each of many runs
+        steps = run["step"] if run["step"].dim() else None
+        counters = run["step"].new_zeros(3)
+        if steps is None:
+            counters[0] = run["step"]
+    skip, values, inputs = _ops.advance(
+        *(checked, sums if bad is None else [], bad, loss, counters, buffer, float(horizon), corrected),
+        *(own, p_column, sum(len(batch.params) for batch in batches)),
+    )
     readings = [
-        Reading(s, f, total / batch.layout.slice_numel.unsqueeze(1))
+        Reading(s, f, total, batch.layout.slice_numel)
         for (batch, _), s, f, total in zip(parts, stats, factors, totals, strict=True)
     ]
-    return readings, loss, skip
+    return readings, Turn(skip, loss, values, inputs, steps)
 
 
-def _sums(batch: Batch, features: ElementFeatures, moments: bool) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Pass 0. Statistics of the accumulators come from the pass that last wrote them, unless they have been changed
-    since. Those of the parameter do not: a user may edit it through ``.data``, which leaves no trace."""
+def _sums(batch: Batch, features: ElementFeatures, moments: bool) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Pass 0; its statistics twice, the second time those of parameters and accumulators. They come from the pass that
+    last wrote them, unless accumulators have been changed since. Those of the parameter do not: a user may edit it
+    through ``.data``, which leaves no trace."""
     layout = batch.layout
-    known = layout.cache.get("stats") if layout.versions == _versions(batch) else None
+    known = layout.cache.get("stats") if moments and layout.versions == _versions(batch) else None
     row_sums, col_sums, stats = _ops.sums(
         *(batch.params, batch.grads, *batch.accumulators(), *_axes(batch, features)),
         *(features.clip, moments and known is None),
     )
-    if known is not None:
-        stats = torch.cat([stats[:, : _ops.STAT_P2], known[:, _ops.STAT_P2 :]], 1)
-    layout.cache["stats"] = stats
-    return row_sums, col_sums, stats
+    if known is None and moments:
+        known = layout.cache["stats"] = stats
+    return row_sums, col_sums, stats, stats if known is None else known
+
+
+def _complete(stats: Tensor, moments: Tensor) -> Tensor:
+    """One statistic of both."""
+    if stats is moments:
+        return stats
+    return torch.cat([stats[:, : _ops.STAT_P2], moments[:, _ops.STAT_P2 :]], 1)
+
+
+def _gradient_statistics(batch: Batch) -> Tensor:
+    """Statistics (2T, S) that count what is not finite in gradients and parameters."""
+    none, twice = [-1] * (2 * len(batch.params)), [2 * x for x in batch.accumulators()]
+    values = [*batch.grads, *batch.params]
+    return _ops.sums(values, values, *twice, none, none, math.inf, False)[2]
 
 
 def _versions(batch: Batch) -> list[int]:
@@ -231,18 +331,6 @@ def _axes(batch: Batch, features: ElementFeatures) -> tuple[list[int], list[int]
     return (batch.layout.row_axes, batch.layout.col_axes) if features.decays.factored else (none, none)
 
 
-def _non_finite(stats: Tensor, sums: Tensor) -> Tensor:
-    """Bool, 0-d. Non-finite gradients are counted before they are clipped."""
-    return (stats[:, _ops.STAT_NONFINITE] > 0).any() | ~torch.isfinite(sums).all()
-
-
-def _non_finite_tensors(batch: Batch) -> Tensor:
-    tensors = [x for x in (*batch.grads, *batch.params) if x.numel()]
-    if not tensors:
-        return torch.zeros((), dtype=torch.bool, device=batch.layout.device)
-    return ~torch.isfinite(torch.stack([x.float() for x in torch._foreach_norm(tensors, math.inf)])).all()
-
-
 def _factors(parts: Sequence[tuple[Batch, ElementFeatures]], sums: Sequence[tuple]) -> list[Factors]:
     """Row and column accumulators of all parts and their factors, in one reduction."""
     decays = {features.decays.factored for _, features in parts}
@@ -252,8 +340,8 @@ def _factors(parts: Sequence[tuple[Batch, ElementFeatures]], sums: Sequence[tupl
     joined = accumulators.update_factored(
         [x for batch, _ in parts for x in batch.tensors("factored_row")],
         [x for batch, _ in parts for x in batch.tensors("factored_col")],
-        [x for rows, _, _ in sums for x in rows],
-        [x for _, cols, _ in sums for x in cols],
+        [x for rows, _ in sums for x in rows],
+        [x for _, cols in sums for x in cols],
         [shape for batch, _ in parts for shape in batch.layout.shapes],
         [axis for batch, _ in parts for axis in batch.layout.row_axes],
         [axis for batch, _ in parts for axis in batch.layout.col_axes],
@@ -270,17 +358,15 @@ def _factors(parts: Sequence[tuple[Batch, ElementFeatures]], sums: Sequence[tupl
 
 def _reduce(
     parts: Sequence[tuple[Batch, ElementFeatures]],
+    checked: list[Tensor],
     stats: list[Tensor],
     sums: list[Tensor],
     loss: Tensor | None,
-    bad: Tensor,
     others: Sequence[Batch],
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
-    """Reduction 2: statistics, feature sums, loss and flag over all shards and ranks."""
-    if loss is not None:
-        bad = bad | ~torch.isfinite(loss)
-    if distributed.world_size() == 1:
-        return stats, sums, loss, bad
+    """Reduction 2: statistics, feature sums, loss, and whether anything is not finite, over all shards and ranks."""
+    flags = [(x[:, _ops.STAT_NONFINITE] > 0).any() for x in checked] + [~torch.isfinite(x).all() for x in sums]
+    bad = torch.stack(flags + ([] if loss is None else [~torch.isfinite(loss)])).any()
     batches = [*(batch for batch, _ in parts), *others]
     root, zero = batches[0].layout.root, torch.zeros_like(bad, dtype=torch.float64)
     shared = [zero if loss is None else loss.double(), bad.double(), root.cache.get("local_update", zero)]
@@ -319,53 +405,87 @@ def _common(batch: Batch, features: ElementFeatures, f: Factors) -> tuple:
     )
 
 
+def fold(
+    batch: Batch,
+    features: ElementFeatures | None,
+    reading: Reading | None,
+    networks: Tensor,
+    sizes: Sequence[int],
+    *,
+    constants: Tensor | None = None,
+    outputs: int = 2,
+    factors: Sequence[Tensor] = (),
+    step_mult: float = 1.0,
+    p_scale: bool = False,
+) -> Folded:
+    """Networks for features that are not normalised, their step sizes and decays; see the operator ``fold_network``.
+
+    ``networks`` (T or 1, P) are flat, of widths ``sizes``; a step is lr * factors * step_mult times the output, with
+    ``p_scale`` also times the root mean square of the parameter. Weight decay is decoupled and scaled by lr.
+    """
+    layout = batch.layout
+    lr, weight_decay = batch["lr"], batch["weight_decay"]
+    if layout.slice_axes and not layout.runs:
+        lr, weight_decay = (torch.ones_like(layout.slice_numel, dtype=torch.float32) for _ in range(2))
+    if layout.runs:
+        # Those of the runs, for each tensor in turn.
+        networks, constants = (
+            x if x is None or x.dim() < 2 or len(x) == 1 else x.repeat(len(batch.params), 1)
+            for x in (networks, constants)
+        )
+    flat, scale, decay = _ops.fold_network(
+        *(networks, sizes, outputs, constants),
+        *(
+            (layout.nothing, layout.numel, 0.0)
+            if reading is None
+            else (reading.sums, reading.numel, features.norm_eps)
+        ),
+        *(lr, weight_decay, factors, batch["min_param_scale"] if p_scale else None, step_mult),
+        features.column("p") if p_scale else -1,
+    )
+    inputs = sizes[0] - (0 if constants is None else constants.shape[-1]) if sizes else 0
+    return Folded(flat, (inputs, *sizes[1:-1], outputs) if sizes else (), scale, decay)
+
+
 def apply_network(
     batch: Batch,
     features: ElementFeatures,
     reading: Reading,
-    network: ElementNetwork,
-    scale: Tensor,
+    network: Folded,
     exp_mult: float,
     skip: Tensor,
 ) -> Tensor:
     """Pass 2: parameters and accumulators in place. Returns sums over local shards, (T, O - 1): Σ step², Σ o2 and on.
 
-    ``network`` takes normalised features; the normaliser is folded into it here. Weight decay is decoupled and scaled
-    by lr; both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
+    Both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
     """
     layout = batch.layout
-    network = _scaled(batch, features, reading, network)
-    arguments = (network.weights, network.biases, scale, batch["lr"] * batch["weight_decay"], exp_mult, skip, ())
+    arguments = (*network.layers(), network.scale, network.decay, exp_mult, skip, ())
     sums, stats = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
-    _store_factors(batch, reading, skip)
+    known = layout.cache.get("stats")
+    # As float32 numbers of twice the length, which are what ``assign`` takes.
+    known = [] if known is None else [(known.view(torch.float32), stats.view(torch.float32))]
+    store(batch, skip, known, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
     if layout.runs:
         return sums.unflatten(0, (len(batch.params), -1)).sum(1)
-    layout.cache["stats"] = torch.where(skip, layout.cache["stats"], stats)
     layout.versions = _versions(batch)
     return sums
 
 
-def _scaled(batch: Batch, features: ElementFeatures, reading: Reading, network: ElementNetwork) -> ElementNetwork:
-    """The network with the normaliser of each tensor folded in."""
-    if batch.layout.runs:
-        network = network.repeated(len(batch.params))
-    return network.scaled(features.scales(reading.mean_squares))
-
-
 def network_outputs(
-    batch: Batch, features: ElementFeatures, reading: Reading, network: ElementNetwork, skip: Tensor
+    batch: Batch, features: ElementFeatures, reading: Reading, networks: Tensor, sizes: Sequence[int], skip: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """Pass 2 for a rule that makes more of the output o0 than a step: accumulators in place, parameters left alone.
 
     Returns o0, float32, shaped like the local parameters, and its sums of squares, float64: one for each tensor, or
     for each matrix of a sliced batch.
     """
-    network = _scaled(batch, features, reading, network)
+    network = fold(batch, features, reading, networks, sizes)
     out = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in batch.params]
-    ones = torch.ones_like(batch.layout.slice_numel, dtype=torch.float32)
-    arguments = (network.weights, network.biases, ones, torch.zeros_like(ones), 0.0, skip, out)
+    one = batch.layout.one.expand(len(network.scale))
+    arguments = (*network.layers(), one, one, 0.0, skip, out)
     sums, _ = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
-    _store_factors(batch, reading, skip)
+    store(batch, skip, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
     return out, sums[:, 0]
 
 
@@ -387,42 +507,40 @@ def chunks(batch: Batch, reading: Reading, elements: int) -> Iterator[tuple[Batc
         yield part, reading.of(batch, start, stop)
 
 
-def _store_factors(batch: Batch, reading: Reading, skip: Tensor) -> None:
-    store(batch, skip, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
-
-
 def descend(batch: Batch, steps: Sequence[Tensor], scale: Tensor, skip: Tensor) -> None:
     """p <- p - lr (scale[t] step + weight_decay p), rounded once; ``steps`` and ``scale`` (T,) float32."""
     _ops.descend(batch.params, steps, batch["lr"] * scale, batch["lr"] * batch["weight_decay"], skip)
 
 
-def update_rms(batch: Batch, sums_of_squares: Tensor) -> Tensor:
+def update_rms(batch: Batch, sums_of_squares: Tensor) -> Callable[[], Tensor]:
     """Root mean square of the step over all elements of all tensors, 0-d, from the sums of squares of shards (T,).
 
-    With several ranks it is that of the step before.
+    Computed when it is asked for. With several ranks it is that of the step before.
     """
-    cache, numel = batch.layout.cache, batch.layout.numel.sum()
-    total = (sums_of_squares / batch.layout.replicas).sum()
-    if distributed.world_size() > 1:
-        # Summed over ranks in the next step's reduction rather than in one of its own: the value is one step late.
-        cache["local_update"], total = total, cache.get("whole_update", total * distributed.world_size())
-    return (total / numel).sqrt()
+    cache, layout = batch.layout.cache, batch.layout
+
+    def root(total: Tensor) -> Tensor:
+        return (total / layout.numel.sum()).sqrt()
+
+    if distributed.world_size() == 1:
+        return lambda: root(sums_of_squares.sum())
+    total = (sums_of_squares / layout.replicas).sum()
+    # Summed over ranks in the next step's reduction rather than in one of its own: the value is one step late.
+    cache["local_update"], total = total, cache.get("whole_update", total * distributed.world_size())
+    return lambda: root(total)
 
 
-def store(batch: Batch, skip: Tensor, **new: Sequence[Tensor]) -> None:
-    """Write new per-tensor state unless the step is skipped."""
+def store(batch: Batch, skip: Tensor, more: Sequence[tuple[Tensor, Tensor]] = (), **new: Sequence[Tensor]) -> None:
+    """Write new per-tensor state, and what else there is, unless the step is skipped."""
     pairs = [
         (target, value)
         for key, tensors in new.items()
         for target, value in zip(batch.state.get(key, []), tensors, strict=False)
         if target is not None
     ]
-    if skip.device.type != "cpu":  # on an accelerator asking for the decision would wait for it
-        pairs = [(target, torch.where(skip, target, value)) for target, value in pairs]
-    elif skip:
-        return
+    pairs += more
     if pairs:
-        torch._foreach_copy_([target for target, _ in pairs], [value for _, value in pairs])
+        _ops.assign([target for target, _ in pairs], [value for _, value in pairs], skip)
 
 
 def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_lopt import accumulators, distributed, networks
 from hf_lopt.features import RNN_MLP, STEP_SCALES
-from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.networks import Theta
 from hf_lopt.rules import base, passes
 from hf_lopt.rules.velo import VELO_RULE, init_scheduler
 
@@ -73,8 +73,9 @@ def init_run(theta: Theta) -> dict[str, Tensor]:
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    layers = [tuple(theta[f"ffmod_params/mlp/~/linear_{i}/{kind}"].unsqueeze(0) for i in range(3)) for kind in "wb"]
-    return {"network": ElementNetwork(*layers), "theta": theta}
+    layers = [[theta[f"ffmod_params/mlp/~/linear_{i}/{kind}"].unsqueeze(0) for i in range(3)] for kind in "wb"]
+    sizes = (layers[0][0].shape[1], *(b.shape[1] for b in layers[1]))
+    return {"network": networks.flatten_network(*layers), "sizes": sizes, "theta": theta}
 
 
 def _log_magnitude(x: Tensor) -> Tensor:
@@ -136,13 +137,15 @@ def update(
 ) -> base.Outcome:
     """One step. The LSTM sees accumulators that are already updated, the network what the LSTM says in this step."""
     theta, layout, size = weights["theta"], batch.layout, batch.layout.numel
+    run = run | {"step": run["step"].clone()}  # reading counts the step
     k = (run["step"] + 1).double()
     bound = (CLIP_FACTOR * run["clip_value"] / (1.0 - CLIP_DECAY**k)).float()
     # NaN stays NaN, infinity would not.
     clipped = [torch.where(g.isfinite(), g, math.nan).float().clamp(-bound, bound) for g in batch.grads]
     batch = replace(batch, grads=clipped)
     sums = tensor_sums(batch)
-    (reading,), loss, skip = passes.read([(batch, RNN_MLP)], loss)
+    (reading,), turn = passes.read([(batch, RNN_MLP)], run, loss)
+    loss, skip = turn.loss, turn.skip
     mean_square = (sums[:, 1] / size).mean().float()
     clip_value = CLIP_DECAY * run["clip_value"] + (1.0 - CLIP_DECAY) * (1e-8 + mean_square).sqrt()
     loss_state, losses = loss_features(run, loss)
@@ -162,8 +165,13 @@ def update(
     count = torch.full_like(norm, math.log(rows) - 1.0)
     per_tensor = torch.stack([count, norm, torch.log(size)], 1).float()
     constants = torch.cat([times.expand(rows, -1), per_tensor, to_mlp], 1)
-    network = networks.fold_constants(weights["network"], constants)
-    sums = passes.apply_network(batch, RNN_MLP, reading, network, batch["lr"] * STEP_MULT, EXP_MULT, skip)
+    network = passes.fold(
+        *(batch, RNN_MLP, reading, weights["network"], weights["sizes"]),
+        constants=constants,
+        outputs=weights["sizes"][-1],
+        step_mult=STEP_MULT,
+    )
+    sums = passes.apply_network(batch, RNN_MLP, reading, network, EXP_MULT, skip)
 
     groups = [cut.groups() if cut else () for cut in layout.cuts]
     messages = torch.stack(distributed.sum_over(list(zip(sums[:, 1:], groups, strict=True))))

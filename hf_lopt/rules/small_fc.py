@@ -16,8 +16,8 @@ from torch import Tensor
 
 from hf_lopt import accumulators, networks
 from hf_lopt.accumulators import Decays
-from hf_lopt.features import SMALL_FC, step_features
-from hf_lopt.networks import ElementNetwork, Theta
+from hf_lopt.features import SMALL_FC
+from hf_lopt.networks import Theta
 from hf_lopt.rules import base, passes
 
 
@@ -40,14 +40,18 @@ def learned_decays(decays: tuple[float, ...], offsets: Tensor, clip: bool) -> tu
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Features with the learned decays, and the network with a leading axis of size 1: all tensors share it."""
+    """Features with the learned decays, and the network, flat (1, P): all tensors share it."""
     initial = SMALL_FC.decays
     decays = {
         kind: learned_decays(getattr(initial, kind), theta[leaf], clip=kind != "momentum")
         for kind, leaf in OFFSETS.items()
     }
-    layers = [tuple(theta[f"{PREFIX}{kind}{layer}"].unsqueeze(0) for layer in range(3)) for kind in "wb"]
-    return {"features": replace(SMALL_FC, decays=Decays(**decays)), "network": ElementNetwork(*layers)}
+    weights, biases = ([theta[f"{PREFIX}{kind}{layer}"].unsqueeze(0) for layer in range(3)] for kind in "wb")
+    return {
+        "features": replace(SMALL_FC, decays=Decays(**decays)),
+        "network": networks.flatten_network(weights, biases),
+        "sizes": (weights[0].shape[1], *(b.shape[1] for b in biases)),
+    }
 
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
@@ -62,12 +66,16 @@ def update(
     loss: Tensor | None,
 ) -> base.Outcome:
     """One step: o0 exp(exp_mult o1) step_mult, times lr and the step_scale of the group."""
-    features, network = weights["features"], weights["network"]
-    (reading,), _, skip = passes.read([(batch, features)])
-    network = networks.fold_constants(network, step_features(run["step"]))
-    scale = batch["lr"] * batch["step_scale"] * settings["step_mult"]
-    sums = passes.apply_network(batch, features, reading, network, scale, settings["exp_mult"], skip)
-    return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums[:, 0])})
+    features = weights["features"]
+    (reading,), turn = passes.read([(batch, features)], run)
+    network = passes.fold(
+        *(batch, features, reading, weights["network"], weights["sizes"]),
+        constants=turn.step_features,
+        factors=[batch["step_scale"]],
+        step_mult=settings["step_mult"],
+    )
+    sums = passes.apply_network(batch, features, reading, network, settings["exp_mult"], turn.skip)
+    return base.Outcome({}, turn.skip, {"update_rms": passes.update_rms(batch, sums[:, 0])})
 
 
 SMALL_FC_RULE = base.Rule(

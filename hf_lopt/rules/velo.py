@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import accumulators, networks
-from hf_lopt.features import (
-    VELO,
-    init_loss_buffer,
-    rank_one_hot,
-    time_features,
-    update_loss_buffer,
-    velo_tensor_features,
-)
+from hf_lopt import _ops, accumulators, networks
+from hf_lopt.features import VELO, init_loss_buffer
 from hf_lopt.networks import Theta
 from hf_lopt.rules import base, passes
 
@@ -55,25 +48,35 @@ def bank_shapes() -> dict[str, tuple[int | str, ...]]:
 
 @dataclass
 class Schedule:
-    """What the scheduler gives for one step, beside the internals worth a look."""
+    """What the scheduler gives for one step."""
 
-    hidden: Tensor  # (T, H)
-    cell: Tensor  # (T, H)
-    loss_buffer: dict[str, Tensor]
-    inputs: Tensor  # (T, I)
-    loss_features: Tensor  # (9,)
+    controls: Tensor  # (T, K)
+    lr_mult: Tensor  # (T,)
+    networks: Tensor  # (T, P), flat
 
 
-def schedule(
-    batch: passes.Batch, run: Mapping[str, Tensor], theta: Theta, horizon: int, loss: Tensor, own: Tensor | None
-) -> Schedule:
-    """One step of the LSTM of each tensor, from features of the run and ``own`` features of each tensor (T, ...)."""
-    loss_buffer, loss_features = update_loss_buffer(run, loss, run["step"], horizon)
-    shared = torch.cat([time_features(run["step"], horizon), loss_features]).expand(len(batch.params), -1)
-    inputs = shared if own is None else torch.cat([shared, own], 1)
-    hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
-    hidden, cell = networks.lstm(networks.mix(inputs, theta), hidden, cell, theta)
-    return Schedule(hidden, cell, loss_buffer, inputs, loss_features)
+def pack_scheduler(theta: Theta, bank: Tensor | None = None) -> dict[str, Tensor]:
+    """The scheduler's matrices, those side by side that take the same input, and the bank (K, P) if there is one."""
+    pairs = {
+        "mix": ("linear_1", "linear_2"),
+        "gates": ("rnn/linear",),
+        "heads": (("rnn_to_controls",) if bank is not None else ()) + ("step_size",),
+    }
+    packed = {
+        f"{name}_{kind}": torch.cat([theta[f"rnn_params/{leaf}/{kind}"] for leaf in leaves], -1)
+        for name, leaves in pairs.items()
+        for kind in "wb"
+    }
+    return packed | {"bank": packed["heads_w"].new_empty(0, 0) if bank is None else bank}
+
+
+def schedule(batch: passes.Batch, turn: passes.Turn, weights: Mapping[str, Tensor], celo: bool) -> Schedule:
+    """One step of the LSTM of each tensor, whose state is stored unless the step is skipped."""
+    hidden, cell = batch.tensors("lstm_hidden"), batch.tensors("lstm_cell")
+    mixed = torch.addmm(weights["mix_b"], turn.inputs, weights["mix_w"])
+    gates = torch.addmm(weights["gates_b"], _ops.pool(mixed, hidden), weights["gates_w"])
+    heads = (weights["heads_w"], weights["heads_b"], weights["bank"])
+    return Schedule(*_ops.lstm_step(gates, hidden, cell, *heads, celo, turn.skip))
 
 
 def init_scheduler(p: Tensor, theta: Theta) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The bank as one matrix (K, P), times bank_scale / K: the reference takes the mean over the bank, not the sum."""
     bank = networks.flatten_bank(theta, PREFIX, len(VELO.names), len(UNITS) - 1)
-    return {"bank": bank * (settings["bank_scale"] / bank.shape[0]), "theta": theta}
+    return pack_scheduler(theta, bank * (settings["bank_scale"] / bank.shape[0]))
 
 
 def update(
@@ -101,42 +104,29 @@ def update(
     loss: Tensor,
 ) -> base.Outcome:
     """One step. Inputs of the scheduler come from the state before this step, its loss features from after."""
-    layout, theta = batch.layout, weights["theta"]
-    (reading,), loss, skip = passes.read([(batch, VELO)], loss, moments=True)
-    if "ranks" not in layout.cache:
-        layout.cache["ranks"] = rank_one_hot(layout.shapes, layout.device)
-    mean_p2 = reading.mean_squares[:, VELO.column("p")]
-    own = velo_tensor_features(reading.stats, mean_p2, layout.numel, layout.cache["ranks"], VELO.decays)
-    plan = schedule(batch, run, theta, settings["num_training_steps"], loss, own)
-    controls = networks.linear(plan.hidden, theta, "rnn_params/rnn_to_controls")
-    lr_mult = networks.linear(plan.hidden, theta, "rnn_params/step_size").squeeze(1)
-    outcome = finish(batch, run, plan, controls @ weights["bank"], lr_mult, reading, skip)
-    outcome.report["controls"] = controls
-    return outcome
+    (reading,), turn = passes.read(
+        [(batch, VELO)], run, loss, horizon=settings["num_training_steps"], tensor_inputs=True
+    )
+    return finish(batch, reading, turn, schedule(batch, turn, weights, celo=False))
 
 
-def finish(
-    batch: passes.Batch,
-    run: Mapping[str, Tensor],
-    plan: Schedule,
-    networks_: Tensor,
-    lr_mult: Tensor,
-    reading: passes.Reading,
-    skip: Tensor,
-) -> base.Outcome:
-    """Pass 2 of VeLO and Celo: evaluate the networks (T or 1, P) and store everything. The third output is unused."""
-    network = networks.split_layers(networks_, UNITS).first_outputs(2)
-    rms = (reading.mean_squares[:, VELO.column("p")] + 1e-9).sqrt().to(torch.float32)
-    scale = batch["lr"] * lr_mult * torch.maximum(rms, batch["min_param_scale"]) * STEP_MULT
-    sums = passes.apply_network(batch, VELO, reading, network, scale, EXP_MULT, skip)
-    passes.store(batch, skip, lstm_hidden=plan.hidden.unbind(), lstm_cell=plan.cell.unbind())
-    report = {
-        "lr_mult": lr_mult,
-        "update_rms": passes.update_rms(batch, sums[:, 0]),
-        "scheduler_inputs": plan.inputs,
-        "loss_features": plan.loss_features,
+def finish(batch: passes.Batch, reading: passes.Reading, turn: passes.Turn, plan: Schedule) -> base.Outcome:
+    """Pass 2 of VeLO and Celo: evaluate the networks and store everything. The third output is unused."""
+    network = passes.fold(
+        *(batch, VELO, reading, plan.networks, UNITS), factors=[plan.lr_mult], step_mult=STEP_MULT, p_scale=True
+    )
+    sums = passes.apply_network(batch, VELO, reading, network, EXP_MULT, turn.skip)
+    return base.Outcome({}, turn.skip, report(batch, turn, plan, sums[:, 0]) | {"controls": plan.controls})
+
+
+def report(batch: passes.Batch, turn: passes.Turn, plan: Schedule, sums: Tensor) -> dict[str, Any]:
+    """What is worth a look about a step of a scheduler."""
+    return {
+        "lr_mult": plan.lr_mult,
+        "update_rms": passes.update_rms(batch, sums),
+        "scheduler_inputs": turn.inputs,
+        "loss_features": turn.loss_features,
     }
-    return base.Outcome(passes.keep_if(skip, run, plan.loss_buffer), skip, report)
 
 
 VELO_RULE = base.Rule(

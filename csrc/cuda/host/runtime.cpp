@@ -26,3 +26,10 @@ void* mark(void* event, void*) { return event ? event : &table_copies; }
 bool passed(void*) { return true; }
 
 }  // namespace hf_lopt
+
+// What tests ask for.
+#define HF_LOPT_EXPORT extern "C" __attribute__((visibility("default")))
+HF_LOPT_EXPORT int64_t hf_lopt_launches() { return hf_lopt::the_emulator().launches(); }
+HF_LOPT_EXPORT int64_t hf_lopt_table_copies() { return hf_lopt::table_copies; }
+HF_LOPT_EXPORT void hf_lopt_shuffle(unsigned seed) { hf_lopt::the_emulator().set_seed(seed); }
+HF_LOPT_EXPORT void hf_lopt_capture(uint64_t graph) { hf_lopt::pretended_capture = graph; }

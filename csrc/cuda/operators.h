@@ -1,6 +1,7 @@
-// The operators over lists of tensors, on the device; see hf_lopt/_plain.py for what they compute.
+// The operators on the device; see hf_lopt/_plain.py and _plain_scheduler.py for what they compute.
 #pragma once
 
+#include <optional>
 #include <tuple>
 
 #include "../names.h"
@@ -44,5 +45,17 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
                  const AdamStep& step);
 void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip);
 void assign(Tensors targets, Tensors values, Tensor skip);
+
+std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::optional<Tensor> bad,
+                                           std::optional<Tensor> loss, Tensor counters, Tensors loss_buffer,
+                                           double horizon, Floats corrected, Tensors own, int64_t p_column,
+                                           int64_t rows);
+Tensor pool(Tensor mixed, Tensors hidden);
+std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads, Tensor heads_bias,
+                                             Tensor bank, bool celo, Tensor skip);
+std::tuple<Tensor, Tensor, Tensor> fold_network(Tensor networks, Ints sizes, int64_t outputs,
+                                                std::optional<Tensor> constants, Tensor sums, Tensor numel,
+                                                double norm_eps, Tensor lr, Tensor weight_decay, Tensors factors,
+                                                std::optional<Tensor> floor, double step_mult, int64_t p_column);
 
 }  // namespace hf_lopt
