@@ -23,6 +23,7 @@ LOSS_DECAYS = 10
 # Places of the features that ``advance`` returns; the corrections come after them.
 TIME, LOSS, STEP = slice(0, 9), slice(9, 18), slice(18, 29)
 SHARED_INPUTS = 18
+LR_MULT = 0.1  # of Celo's exponential
 
 
 def step_features(step: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def lstm_step(
     controls, lr_mult = out[:, :-1].contiguous(), out[:, -1].clone()
     networks = (torch.softmax(controls, 1) if celo and controls.shape[1] else controls) @ bank
     assign((*hidden, *cell), (*new_hidden.unbind(), *new_cell.unbind()), skip)
-    return controls, 0.1 * torch.exp(lr_mult) if celo else lr_mult, networks
+    return controls, LR_MULT * torch.exp(lr_mult) if celo else lr_mult, networks
 
 
 def fold_network(

@@ -72,9 +72,9 @@ def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
     """Networks from their flat weights (rows, P): for each layer its matrix, then its bias."""
     weights, biases, start = [], [], 0
     for n_in, n_out in zip(sizes, sizes[1:], strict=False):
-        weights.append(flat[:, start : start + n_in * n_out].unflatten(1, (n_in, n_out)))
+        weights.append(flat.narrow(1, start, n_in * n_out).unflatten(1, (n_in, n_out)))
         start += n_in * n_out
-        biases.append(flat[:, start : start + n_out])
+        biases.append(flat.narrow(1, start, n_out))
         start += n_out
     return ElementNetwork(tuple(weights), tuple(biases))
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lopt import _ops, accumulators, networks
+from hf_lopt import _ops, _plain_scheduler, accumulators, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CLIP_GRADIENT, VELO
 from hf_lopt.networks import Theta
 from hf_lopt.rules import base, passes, velo
 
 
-SHARED_INPUTS = 18
+SHARED_INPUTS, LR_MULT = _plain_scheduler.SHARED_INPUTS, _plain_scheduler.LR_MULT
 STEP_MULT = 0.001
 ADAM = Decays(momentum=(0.9,), second_moment=(0.999,), factored=())
 INNER_EPS, OUTER_EPS = 1e-10, 1e-8

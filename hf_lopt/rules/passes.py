@@ -226,16 +226,19 @@ class Turn:
 
     @property
     def loss_features(self) -> Tensor:
-        return self.features[_plain_scheduler.LOSS]
+        return self._part(_plain_scheduler.LOSS)
 
     @property
     def step_features(self) -> Tensor:
-        return self.features[_plain_scheduler.STEP]
+        return self._part(_plain_scheduler.STEP)
 
     @property
     def corrections(self) -> tuple[Tensor, ...]:
         """1 / (1 - decay^n) for the decays that :func:`read` was asked for, 0-d each."""
-        return self.features[_plain_scheduler.STEP.stop :].unbind()
+        return self._part(slice(_plain_scheduler.STEP.stop, len(self.features))).unbind()
+
+    def _part(self, place: slice) -> Tensor:
+        return self.features.narrow(0, place.start, place.stop - place.start)
 
 
 def read(
@@ -486,7 +489,7 @@ def network_outputs(
     arguments = (*network.layers(), one, one, 0.0, skip, out)
     sums, _ = _ops.apply_network(*_common(batch, features, reading.factors), *arguments)
     store(batch, skip, factored_row=reading.factors.rows, factored_col=reading.factors.cols)
-    return out, sums[:, 0]
+    return out, sums.select(1, 0)
 
 
 def chunks(batch: Batch, reading: Reading, elements: int) -> Iterator[tuple[Batch, Reading]]:

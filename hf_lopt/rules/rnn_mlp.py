@@ -178,7 +178,7 @@ def update(
     from_mlp = (messages / size.unsqueeze(1)).float().unbind()
     passes.store(batch, skip, lstm_hidden=hidden.unbind(), lstm_cell=cell.unbind(), from_mlp=from_mlp)
     new_run = passes.keep_if(skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
-    report = {"update_rms": passes.update_rms(batch, sums[:, 0]), "scheduler_inputs": inputs}
+    report = {"update_rms": passes.update_rms(batch, sums.select(1, 0)), "scheduler_inputs": inputs}
     return base.Outcome(new_run, skip, report)
 
 

@@ -75,7 +75,7 @@ def update(
         step_mult=settings["step_mult"],
     )
     sums = passes.apply_network(batch, features, reading, network, settings["exp_mult"], turn.skip)
-    return base.Outcome({}, turn.skip, {"update_rms": passes.update_rms(batch, sums[:, 0])})
+    return base.Outcome({}, turn.skip, {"update_rms": passes.update_rms(batch, sums.select(1, 0))})
 
 
 SMALL_FC_RULE = base.Rule(

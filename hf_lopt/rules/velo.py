@@ -116,7 +116,7 @@ def finish(batch: passes.Batch, reading: passes.Reading, turn: passes.Turn, plan
         *(batch, VELO, reading, plan.networks, UNITS), factors=[plan.lr_mult], step_mult=STEP_MULT, p_scale=True
     )
     sums = passes.apply_network(batch, VELO, reading, network, EXP_MULT, turn.skip)
-    return base.Outcome({}, turn.skip, report(batch, turn, plan, sums[:, 0]) | {"controls": plan.controls})
+    return base.Outcome({}, turn.skip, report(batch, turn, plan, sums.select(1, 0)) | {"controls": plan.controls})
 
 
 def report(batch: passes.Batch, turn: passes.Turn, plan: Schedule, sums: Tensor) -> dict[str, Any]:

@@ -4,8 +4,7 @@
 // Blocks, and threads between two barriers, run in an order drawn from a seed: a result that depends on it is a race.
 #pragma once
 
-#include <ucontext.h>
-
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -24,7 +23,48 @@
 #define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args) \
     ::hf_lopt::Emulator::get().run((int)(grid), threads, [&] { kernel(args); })
 
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
+
 namespace hf_lopt {
+
+// A context of execution on a stack of its own.
+#ifdef __x86_64__
+// Saves the registers that a call preserves on the stack and goes on with another one; `ucontext` does the same with
+// two calls of the kernel each time.
+extern "C" void hf_lopt_switch(void** from, void* to);
+
+class Context {
+  public:
+    void prepare(char* stack, size_t size, void (*entry)()) {
+        void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + size) / 16 * 16);
+        *--top = nullptr;  // where `entry` would return to: it never does
+        *--top = reinterpret_cast<void*>(entry);
+        for (int i = 0; i < 6; i++) *--top = nullptr;
+        stack_ = top;
+    }
+    void switch_to(Context& other) { hf_lopt_switch(&stack_, other.stack_); }
+
+  private:
+    void* stack_ = nullptr;
+};
+#else
+class Context {
+  public:
+    void prepare(char* stack, size_t size, void (*entry)()) {
+        getcontext(&context_);
+        context_.uc_stack.ss_sp = stack;
+        context_.uc_stack.ss_size = size;
+        context_.uc_link = nullptr;
+        makecontext(&context_, entry, 0);
+    }
+    void switch_to(Context& other) { swapcontext(&context_, &other.context_); }
+
+  private:
+    ucontext_t context_;
+};
+#endif
 
 class Emulator {
   public:
@@ -89,7 +129,7 @@ class Emulator {
   private:
     static constexpr size_t kStack = 1 << 16;
     struct Thread {
-        ucontext_t context;
+        Context context;
         int64_t barriers = 0, exchanges = 0, waits_for = 0;
         bool waits_in_warp = false, done = false;
     };
@@ -103,10 +143,10 @@ class Emulator {
         Emulator& self = get();
         self.body_();
         self.threads_[self.current_].done = true;
-        swapcontext(&self.threads_[self.current_].context, &self.scheduler_);
+        self.threads_[self.current_].context.switch_to(self.scheduler_);
     }
 
-    void give_way() { swapcontext(&threads_[current_].context, &scheduler_); }
+    void give_way() { threads_[current_].context.switch_to(scheduler_); }
 
     bool ready(int i) const {
         const Thread& t = threads_[i];
@@ -122,11 +162,7 @@ class Emulator {
         if (stacks_.size() < (size_t)count) stacks_.resize(count);
         for (int i = 0; i < count; i++) {
             if (!stacks_[i]) stacks_[i].reset(new char[kStack]);
-            getcontext(&threads_[i].context);
-            threads_[i].context.uc_stack.ss_sp = stacks_[i].get();
-            threads_[i].context.uc_stack.ss_size = kStack;
-            threads_[i].context.uc_link = nullptr;
-            makecontext(&threads_[i].context, &Emulator::start, 0);
+            threads_[i].context.prepare(stacks_[i].get(), kStack, &Emulator::start);
         }
         std::vector<int> order(count);
         std::iota(order.begin(), order.end(), 0);
@@ -138,7 +174,7 @@ class Emulator {
                 while (!threads_[i].done && ready(i)) {
                     moved = true;
                     current_ = i;
-                    swapcontext(&scheduler_, &threads_[i].context);
+                    scheduler_.switch_to(threads_[i].context);
                     if (threads_[i].done) left--;
                 }
             }
@@ -150,7 +186,7 @@ class Emulator {
     std::vector<Thread> threads_;
     std::vector<Warp> warps_;
     std::vector<std::unique_ptr<char[]>> stacks_;
-    ucontext_t scheduler_;
+    Context scheduler_;
     int current_ = 0, block_ = 0, block_arrived_ = 0, parity_ = 0;
     int64_t block_generation_ = 0, launches_ = 0;
     unsigned seed_ = 0;

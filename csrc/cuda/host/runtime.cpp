@@ -5,6 +5,32 @@
 
 #include "emulator.h"
 
+#ifdef __x86_64__
+asm(R"(
+.text
+.globl hf_lopt_switch
+.hidden hf_lopt_switch
+.type hf_lopt_switch, @function
+hf_lopt_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size hf_lopt_switch, .-hf_lopt_switch
+)");
+#endif
+
 namespace hf_lopt {
 
 Emulator& the_emulator() {

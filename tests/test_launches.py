@@ -1,0 +1,153 @@
+"""What a step launches on an accelerator, counted without one: steps on fake tensors of a CUDA device.
+
+Every call of PyTorch counts as a launch unless it only makes a view or memory; an operator of ours counts as one,
+which is what its CUDA kernel takes. Calls that wait for the device are errors.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hf_lopt
+from benchmarks.step import random_weights
+from hf_lopt import rules
+from hf_lopt.rules import passes, small_fc
+
+
+SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
+# They wait for the device, or need to know how many numbers there are.
+WAITS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2")
+MEMORY = ("device", "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided")
+VIEWS = ("_reshape_alias", "_unsafe_view", "detach", "alias", "view", "lift_fresh")
+
+
+class Launches(TorchDispatchMode):
+    """Counts calls; a copy from the host of pinned memory counts as a copy, not as a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched: collections.Counter[str] = collections.Counter()
+        self.copies = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = [x for x in tensors if x.device.type == "cuda"]
+        assert not (on_device and name in WAITS), f"{name} waits for the device"
+        result = function(*args, **kwargs)
+        results = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        to_host = on_device and any(x.device.type == "cpu" for x in results)
+        if name in ("_to_copy", "copy_"):
+            waits = not kwargs.get("non_blocking", len(args) > 2 and args[2])
+            crosses = len({x.device.type for x in (*tensors, *results)}) > 1
+            assert not (crosses and waits), "a copy between host and device that waits for it"
+            self.copies += crosses
+            if crosses:
+                return result
+        else:
+            assert not to_host, f"{name} reads from the device"
+        if name in VIEWS or name in MEMORY or function.is_view:
+            return result
+        if on_device or any(x.device.type == "cuda" for x in results):
+            self.launched[name] += 1
+        return result
+
+
+@pytest.fixture(autouse=True)
+def host_memory(monkeypatch):
+    """Pinned memory needs a driver, and decays that are learned are read from the device, once."""
+    if not torch.cuda.is_available():
+        torch._C._ensureCUDADeviceGuardSet()  # lets fake tensors be indexed as real ones are
+    monkeypatch.setattr(small_fc, "learned_decays", lambda decays, offsets, clip: decays)
+    monkeypatch.setattr(passes, "_pinned", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+
+
+def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settings) -> hf_lopt.LearnedOptimizer:
+    if rules.get(rule).needs_horizon:
+        settings["num_training_steps"] = 100
+    with mode:
+        params = [torch.nn.Parameter(torch.empty(s, device="cuda")) for s in shapes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = hf_lopt.LearnedOptimizer(params, rule, weights=random_weights(rules.get(rule)), **settings)
+    optimizer._watch = Watch()
+    return optimizer
+
+
+class Watch:
+    """Counters go to the host in one copy that nobody waits for; what it says there has no values here."""
+
+    def start(self, skipped_before) -> None:
+        pass
+
+    def look(self, counters, limit, horizon) -> None:
+        assert counters.shape == (3,) and counters.device.type == "cuda"
+
+
+def count(optimizer: hf_lopt.LearnedOptimizer, steps: int = 3) -> Launches:
+    """The launches of the last of a few steps."""
+    for i in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.empty_like(p)
+        loss = torch.empty((), device="cuda")
+        with Launches() if i == steps - 1 else contextlib.nullcontext() as launches:
+            optimizer.step(loss)
+    return launches
+
+
+# What docs/kernels.md says about a step.
+EXPECTED = {
+    "velo": ["sums", "update_factored", "feature_sums", "advance", "addmm", "pool", "addmm", "lstm_step"]
+    + ["fold_network", "apply_network", "assign"],
+    "small_fc_lopt": ["sums", "update_factored", "feature_sums", "advance", "fold_network", "apply_network", "assign"],
+    "celo_adam": ["sums", "advance", "addmm", "pool", "addmm", "lstm_step", "fold_network", "adam_step"],
+}
+EXPECTED |= {"velo_s": EXPECTED["velo"], "celo": EXPECTED["velo"], "elo": EXPECTED["small_fc_lopt"]}
+
+
+@pytest.mark.parametrize("rule", EXPECTED)
+def test_a_step_is_a_few_launches_and_never_waits(rule):
+    for shapes in (SHAPES, SHAPES * 50):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)  # tensors on a GPU exist in name only
+        optimizer = optimizer_on_device(mode, rule, shapes)
+        with mode:
+            launches = count(optimizer)
+        expected = collections.Counter(EXPECTED[rule])
+        if rule == "elo":
+            expected["nan_to_num_"] = len(shapes)  # in place in each gradient, as the reference does
+        assert launches.launched == expected
+        assert len(EXPECTED[rule]) <= 12
+        assert launches.copies == 0
+
+
+def test_a_setting_that_changes_is_copied_to_where_it_was():
+    """So that a captured graph finds it there."""
+    params = [torch.nn.Parameter(torch.ones(3, 4))]
+    params[0].grad = torch.ones(3, 4)
+    optimizer = hf_lopt.SmallFC(params, weights="bundled", lr=1.0)
+    places = []
+    for lr in (1.0, 1.0, 0.5):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        numbers = optimizer._plan.per_tensor("lr", optimizer.param_groups)
+        places.append(numbers.data_ptr())
+        assert numbers.tolist() == [lr]
+    assert len(set(places)) == 1
+
+
+def test_lr_may_be_a_tensor_on_the_device():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    optimizer = optimizer_on_device(mode, "velo")
+    with mode:
+        optimizer.param_groups[0]["lr"] = torch.empty((), device="cuda")
+        launches = count(optimizer)
+    assert launches.launched == collections.Counter(EXPECTED["velo"]) and launches.copies == 0
