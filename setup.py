@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 
 try:
@@ -69,7 +70,7 @@ def cuda_flags(nvcc: Path) -> list[str]:
     archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed.split()]
     if not archs:
         raise SystemExit(f"nvcc knows none of the architectures {' '.join(CUDA_ARCHS)} of HF_LOPT_CUDA_ARCHS")
-    flags = ["-std=c++17", "-O3", "--threads", str(min(4, len(archs) + 1)), "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     for arch in archs:
         flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
@@ -119,7 +120,10 @@ class BuildExtension(build_ext):
 
         def compile_with_flags(obj, src, suffix, cc_args, extra_postargs, pp_opts):
             if suffix == ".cu":
-                self.compiler.spawn([str(nvcc), *device_flags, "-c", src, "-o", obj])
+                try:
+                    subprocess.run([nvcc, *device_flags, "-c", src, "-o", obj], check=True)
+                except subprocess.CalledProcessError as error:
+                    raise CompileError(str(error)) from error
                 return
             flags = [*extra_postargs, *FILE_FLAGS.get(Path(src).stem, ())]
             compile_one(obj, src, suffix, cc_args, flags, pp_opts)

@@ -30,8 +30,8 @@ _REMEDY = (
     "HF_LOPT_KERNELS=torch in the environment silences this warning."
 )
 _CUDA_REMEDY = (
-    "on a GPU learned optimizers will run in plain PyTorch, many times slower. Install the CUDA toolkit of torch's own "
-    "CUDA version (its nvcc is looked for on the path and under CUDA_HOME), then hf_lopt again with "
+    "on a GPU learned optimizers will run in plain PyTorch, many times slower. Install the CUDA toolkit of torch's "
+    "own CUDA version (its nvcc is looked for on the path and under CUDA_HOME), then hf_lopt again with "
     "`pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
     "HF_LOPT_KERNELS=torch in the environment silences this warning."
 )
@@ -108,7 +108,7 @@ def operator(name: str, kernel: Callable) -> Callable:
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if device != "cpu" and device not in _loaded:
             return overload(*args)  # a device without kernels of its own, or a fake tensor
-        if not _enabled or (device == "cpu" and name in _ONLY_CUDA) or not covers(*args):
+        if not _enabled or (device == "cpu" and name in ONLY_CUDA) or not covers(*args):
             return kernel(*args)
         if mutated:
             lists = (args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in mutated)
@@ -198,4 +198,4 @@ CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "assign": (2, lambda *_: True, (0,)),
 }
 # A few calls of PyTorch on the CPU, but launches on a GPU.
-_ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign"))
+ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign"))

@@ -1,7 +1,8 @@
 """Plain-PyTorch kernels of what lies between the passes: the decision about a step, the scheduler, the networks.
 
-All of it is small: vectors of a run and rows per tensor. Axes: T tensors, S statistics, F feature columns, I inputs of
-the scheduler, H hidden units, K networks in the bank, P weights of a network, C inputs that are constant over a tensor.
+All of it is small: vectors of a run and rows per tensor. Axes: T tensors, S statistics, F feature columns, I inputs
+of the scheduler, H hidden units, K networks in the bank, P weights of a network, C inputs that are constant over a
+tensor.
 """
 
 from __future__ import annotations
@@ -105,13 +106,13 @@ def advance(
     """Decides whether to skip the step, and takes the run one step further, in place.
 
     A step is skipped (bool, 0-d) if ``bad`` says so, if a gradient was not finite by the statistics ``stats`` (T, S),
-    or if a sum of squares of a feature (T, F) or the ``loss`` is not. ``counters`` (3,) int64 count steps, skipped ones
-    and those in a row; ``loss_buffer`` holds nothing, or the means and their minimum (10,), which a skipped step leaves
-    alone. ``horizon`` is the number of steps of the run.
+    or if a sum of squares of a feature (T, F) or the ``loss`` is not. ``counters`` (3,) int64 count steps, skipped
+    ones and those in a row; ``loss_buffer`` holds nothing, or the means and their minimum (10,), which a skipped step
+    leaves alone. ``horizon`` is the number of steps of the run.
 
     Also returns features of the run, float32: of the time (9,) and of the loss (9,) (zeros without a loss buffer), of
-    the step count (11,), and 1 / (1 - d^n) for the decays ``corrected``, with n the number of this step from 1. And the
-    inputs of the scheduler, one of ``rows`` for each tensor: time, loss, and VeLO's features of each tensor where
+    the step count (11,), and 1 / (1 - d^n) for the decays ``corrected``, with n the number of this step from 1. And
+    the inputs of the scheduler, one of ``rows`` for each tensor: time, loss, and VeLO's features of each tensor where
     ``own`` has (statistics with moments (T, S), sums of squares with Σp² in ``p_column`` (T, F), numel (T,), ranks
     (T, 5)).
     """
@@ -139,7 +140,7 @@ def advance(
         second_moments = (moments.shape[1] - STAT_PAIRS) // 2 - 3
         mean_p2 = totals[:, p_column] / numel
         inputs = torch.cat([inputs, velo_tensor_features(moments, mean_p2, numel, ranks, second_moments)], 1)
-    return skip, features, inputs.contiguous() if inputs.numel() else inputs.new_empty(inputs.shape)
+    return skip, features, inputs.contiguous()
 
 
 def pool(mixed: Tensor, hidden: Sequence[Tensor]) -> Tensor:
@@ -197,10 +198,10 @@ def fold_network(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Networks on features that are not normalised, the size of the step and the decay.
 
-    ``networks`` (T or 1, P) are flat, layer by layer the matrix and then the bias; ``sizes`` are the widths. The result
-    is like it, (T, P'), with the normaliser 1 / sqrt(eps + mean square) in the first matrix and without the last
-    inputs, whose values ``constants`` (C,) or (T, C) are part of the first bias instead, and with the first ``outputs`` only.
-    ``sums`` (T, F) are sums of squares over ``numel`` (T,) elements. No ``sizes``: no networks.
+    ``networks`` (T or 1, P) are flat, layer by layer the matrix and then the bias; ``sizes`` are the widths. The
+    result is like it, (T, P'), with the normaliser 1 / sqrt(eps + mean square) in the first matrix and without the
+    last inputs, whose values ``constants`` (C,) or (T, C) are part of the first bias instead, and with the first
+    ``outputs`` only. ``sums`` (T, F) are sums of squares over ``numel`` (T,) elements. No ``sizes``: no networks.
 
     scale = lr * factors * step_mult, with ``floor`` (T,) times max(rms of p, floor), where Σp² is the column
     ``p_column`` of ``sums``; decay = lr * weight_decay; both (T,).

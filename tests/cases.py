@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 import golden
 
@@ -61,3 +62,9 @@ ABSOLUTE = {"h_row16": 5e-5}
 
 def rows(cases: tuple[Case, ...] = CASES) -> list:
     return [pytest.param(case, id=case.file.removesuffix(".npz"), marks=case.marks) for case in cases]
+
+
+def devices() -> list:
+    """Devices that a test runs on: the GPU where there is one."""
+    gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: not run")
+    return ["cpu", pytest.param("cuda", marks=gpu)]

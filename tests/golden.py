@@ -83,11 +83,13 @@ def from_layout(x: np.ndarray, axis_order: str) -> np.ndarray:
     return np.transpose(x, [*range(2, x.ndim), 1, 0])
 
 
-def parameters(golden: Golden, axis_order: str, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+def parameters(
+    golden: Golden, axis_order: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[torch.nn.Parameter]:
     arrays = (to_layout(golden.raw[f"p0/{name}"], axis_order) for name in golden.names)
-    return [torch.nn.Parameter(torch.tensor(x, dtype=dtype)) for x in arrays]
+    return [torch.nn.Parameter(torch.tensor(x, dtype=dtype, device=device)) for x in arrays]
 
 
 def set_gradients(golden: Golden, t: int, params: list[torch.nn.Parameter], axis_order: str) -> None:
     for p, name in zip(params, golden.names, strict=True):
-        p.grad = torch.tensor(to_layout(golden.grad(t, name), axis_order), dtype=p.dtype)
+        p.grad = torch.tensor(to_layout(golden.grad(t, name), axis_order), dtype=p.dtype, device=p.device)

@@ -67,6 +67,11 @@ def strided(x: Tensor, layout: str) -> Tensor:
     return x
 
 
+def moved(x: Tensor, device: str) -> Tensor:
+    """The same numbers and strides on another device."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
+
+
 @dataclass
 class Case:
     """The arguments of all passes for a list of tensors with random contents."""
@@ -82,6 +87,15 @@ class Case:
     cols: list[Tensor]
     axes: list[tuple[int, int]]
     generator: torch.Generator
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def to(self, device: str) -> Case:
+        """The same tensors elsewhere, with their strides."""
+        lists = ("params", "grads", "momenta", "second_moments", "diagonals", "rows", "cols")
+        return replace(self, **{name: [moved(x, device) for x in getattr(self, name)] for name in lists})
 
     def first_pass(self, moments: bool) -> tuple:
         a, b = zip(*self.axes, strict=True)
@@ -106,13 +120,14 @@ class Case:
     def network(self, sums: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Weights of a size that a trained network has, with the scales folded in."""
         count, sizes = len(self.params), (sum(self.features.widths()), self.units, self.units, 2)
-        numel = torch.tensor([max(p.numel(), 1) for p in self.params])
+        numel = torch.tensor([max(p.numel(), 1) for p in self.params], device=self.device)
         scale = (sums / numel.unsqueeze(1) + self.features.norm_eps).rsqrt().float()
         weights = [
             torch.randn(count, n_in, n_out, generator=self.generator) / math.sqrt(n_in)
             for n_in, n_out in zip(sizes, sizes[1:], strict=False)
         ]
         biases = [torch.randn(count, n, generator=self.generator) * 0.3 for n in sizes[1:]]
+        weights, biases = ([x.to(self.device) for x in xs] for xs in (weights, biases))
         weights[0] *= scale.unsqueeze(2)
         return weights, biases
 

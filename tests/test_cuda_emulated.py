@@ -43,7 +43,9 @@ def emulated(kernels):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_follow_the_plain_ones(emulated, family):
     before = emulated.launches
-    test_kernels.compare(case([*SHAPES, (130,), (33, 70), (70, 33), (2, 900), (600, 2), (300, 140), (2, 3, 200)], family))
+    test_kernels.compare(
+        case([*SHAPES, (130,), (33, 70), (70, 33), (2, 900), (600, 2), (300, 140), (2, 3, 200)], family)
+    )
     assert emulated.launches > before
 
 
@@ -315,7 +317,7 @@ def test_fold_network(kernels, rows_of_networks, constants):
 @pytest.mark.parametrize("row", cases.rows())
 def test_reference_trajectories(emulated, row):
     before = emulated.launches
-    test_golden.test_follows_the_reference(row, "jax")
+    test_golden.test_follows_the_reference(row, "jax", "cpu")
     assert emulated.launches > before
 
 

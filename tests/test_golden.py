@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import golden
-from cases import ABSOLUTE, Case, rows
+from cases import ABSOLUTE, Case, devices, rows
 from hf_lopt import LearnedOptimizer, rules
 
 
@@ -44,7 +44,7 @@ def check_params(case: Case, reference: golden.Golden, params: list, t: int, axi
         want = reference.param(t, name)
         if want is None:
             continue
-        got = golden.from_layout(p.detach().numpy(), axis_order)
+        got = golden.from_layout(p.detach().cpu().numpy(), axis_order)
         error = np.abs(got.astype(np.float64) - want).max()
         relative = case.first if t == 1 else case.last
         bound = ABSOLUTE.get(name, relative * np.abs(want).max())
@@ -70,13 +70,13 @@ def check_state(optimizer: LearnedOptimizer, reference: golden.Golden, params: l
             if want is None or ours not in optimizer.state[p]:
                 continue  # Celo-Adam's reference carries factored accumulators that nothing uses
             want = golden.to_layout(np.moveaxis(want, -1, 0), axis_order, leading=1)
-            got = optimizer.state[p][ours].numpy().reshape(want.shape)
+            got = optimizer.state[p][ours].cpu().numpy().reshape(want.shape)
             np.testing.assert_allclose(
                 got, want, rtol=2e-5, atol=1e-5 * np.abs(want).max(), err_msg=f"{key} {name} {t}"
             )
         for key, ours in (("lstm_h", "lstm_hidden"), ("lstm_c", "lstm_cell"), ("from_mlp", "from_mlp")):
             if key in stored:
-                got = optimizer.state[p][ours].numpy()[: stored[key].shape[1]]
+                got = optimizer.state[p][ours].cpu().numpy()[: stored[key].shape[1]]
                 np.testing.assert_allclose(got, stored[key][i], rtol=2e-5, atol=4e-5, err_msg=f"{key} {name} {t}")
 
 
@@ -90,7 +90,7 @@ def check_report(optimizer: LearnedOptimizer, reference: golden.Golden, t: int) 
         ("controls", "controls", 5e-5),
     ):
         if key in stored and ours in report:
-            got = report[ours].numpy()
+            got = report[ours].cpu().numpy()
             np.testing.assert_allclose(got, stored[key], rtol=tolerance, atol=tolerance, err_msg=f"{key}, step {t}")
     for key, ours in (
         ("loss/means", "loss_means"),
@@ -100,14 +100,15 @@ def check_report(optimizer: LearnedOptimizer, reference: golden.Golden, t: int) 
         ("clip_value", "clip_value"),
     ):
         if key in stored:
-            np.testing.assert_allclose(optimizer.param_groups[0][ours].numpy(), stored[key], rtol=1e-6)
+            np.testing.assert_allclose(optimizer.param_groups[0][ours].cpu().numpy(), stored[key], rtol=1e-6)
 
 
+@pytest.mark.parametrize("device", devices())
 @pytest.mark.parametrize("axis_order", AXIS_ORDERS)
 @pytest.mark.parametrize("case", rows())
-def test_follows_the_reference(case: Case, axis_order: str):
+def test_follows_the_reference(case: Case, axis_order: str, device: str):
     reference = golden.read(case.file)
-    params = golden.parameters(reference, axis_order)
+    params = golden.parameters(reference, axis_order, device=device)
     optimizer = build(case, reference, params, axis_order)
     checked = 0
     for t in range(1, reference.steps + 1):
@@ -137,7 +138,7 @@ def test_axis_order_is_per_group(case: Case):
         optimizer.step(float(reference.loss[t - 1]))
     for p, order, name in zip(params, orders, reference.names, strict=True):
         want = reference.param(reference.steps, name)
-        error = np.abs(golden.from_layout(p.detach().numpy(), order) - want).max()
+        error = np.abs(golden.from_layout(p.detach().cpu().numpy(), order) - want).max()
         assert error <= ABSOLUTE.get(name, case.last * np.abs(want).max()), name
 
 

@@ -26,7 +26,8 @@ def signature(schema) -> str:
 def test_both_libraries_define_the_same_schema(name):
     plain = torch._C.parse_schema(f"hf_lopt::{name}{_ops.SCHEMAS[name]}")
     assert signature(getattr(torch.ops.hf_lopt, name).default._schema) == signature(plain)
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_lopt::{name}", "CPU")
+    # Those that are a few calls of PyTorch on the CPU have compiled kernels for CUDA only.
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_lopt::{name}", "CPU") == (name not in _load.ONLY_CUDA)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

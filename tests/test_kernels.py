@@ -82,13 +82,13 @@ def compare(x: Case) -> None:
 
     weights, biases = x.network(plain_sums)
     count = len(x.params)
-    scale = torch.full((count,), 1e-3)
-    arguments = (weights, biases, scale, torch.full((count,), 1e-4), 1e-3, torch.tensor(False))
+    scale = torch.full((count,), 1e-3, device=x.device)
+    arguments = (weights, biases, scale, scale * 0.1, 1e-3, torch.tensor(False, device=x.device))
     for into_out in (True, False):
         y = copy.deepcopy(x)
         results = []
         for z, context in ((x, contextlib.nullcontext()), (y, _ops.plain())):
-            out = [torch.empty(p.shape) for p in z.params] if into_out else []
+            out = [torch.empty(p.shape, device=x.device) for p in z.params] if into_out else []
             before = [p.clone() for p in z.params]
             with context:
                 results.append((*_ops.apply_network(*z.common(f), *arguments, out), out, before))
@@ -259,10 +259,10 @@ def everything(x: Case) -> list[Tensor]:
     sums = _ops.feature_sums(*x.common(f))
     x.generator.manual_seed(1)
     weights, biases = x.network(sums)
-    one = torch.ones(len(x.params))
+    one, no = torch.ones(len(x.params), device=x.device), torch.tensor(False, device=x.device)
     out += [
         sums,
-        *_ops.apply_network(*x.common(f), weights, biases, one * 1e-3, one * 0, 1e-3, torch.tensor(False), ()),
+        *_ops.apply_network(*x.common(f), weights, biases, one * 1e-3, one * 0, 1e-3, no, ()),
     ]
     return [*out, *x.params, *x.momenta, *x.second_moments, *x.diagonals]
 

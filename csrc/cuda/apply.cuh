@@ -194,6 +194,7 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
     Lane along[kFactored];
     load_vector_factors(a.table, at, along);
     UpdateSums<float> sums;
+#pragma unroll 1
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
         const Updated u = update(a.table, a.constants, at, row);
@@ -206,6 +207,11 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
         finish(a, at, row, u, s.net.decay, direction, magnitude, sums);
     }
     sums.flush(out);
+}
+
+template <int U>
+HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+    apply_rows<U, kInner>(a, at, s, out);
 }
 
 // The layers after the first one, an element at a time: for many units, of which a thread holds one layer only.

@@ -18,7 +18,7 @@ HF_LOPT_KERNEL(kThreads, 2) apply_4_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     } else {
         set_column_bias(a, at, shared);
         if (at.entry->inner > 1) {
-            apply_rows<4, kInner>(a, at, shared, partial);
+            apply_inner_rows(a, at, shared, partial);
         } else {
             apply_rows<4, kMatrix>(a, at, shared, partial);
         }

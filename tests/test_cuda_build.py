@@ -1,0 +1,125 @@
+"""The CUDA library where there is an nvcc, without a GPU: what it contains, exports and registers, and what the
+compiler says about registers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "hf_lopt" / "_C_cuda.abi3.so"
+SHIPPED = {"sm_80", "sm_90", "sm_100"}
+# Limits of a kernel on sm_90: registers, and bytes that it spills. 128 registers leave room for 16 warps on a
+# multiprocessor. The kernels for networks have spills outside of their loops.
+LIMITS = {
+    "sums_kernel": (64, 64),
+    "update_factored_kernel": (64, 0),
+    "feature_sums_kernel": (128, 16),
+    "apply_4_kernel": (128, 64),
+    "apply_8_kernel": (128, 192),
+    "apply_32_kernel": (128, 320),
+    "adam_kernel": (128, 0),
+    "descend_kernel": (64, 0),
+    "assign_kernel": (64, 0),
+    "advance_kernel": (64, 0),
+    "pool_kernel": (64, 0),
+    "lstm_kernel": (64, 0),
+    "fold_kernel": (64, 0),
+}
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    found = [shutil.which(name, path=str(Path(home) / "bin")) for home in homes if home]
+    return next((path for path in [*found, shutil.which(name)] if path), None)
+
+
+needs_nvcc = pytest.mark.skipif(tool("nvcc") is None, reason="no nvcc on this machine")
+needs_library = pytest.mark.skipif(
+    not LIBRARY.exists() and (tool("nvcc") is None or os.environ.get("HF_LOPT_BUILD") == "0"),
+    reason="the CUDA kernels are not built: no nvcc, or HF_LOPT_BUILD=0",
+)
+
+
+def output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@needs_library
+def test_it_is_built_where_there_is_a_compiler():
+    assert LIBRARY.exists(), "nvcc is there, but `make setup` did not build hf_lopt._C_cuda; see its output"
+
+
+@needs_library
+@pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump on this machine")
+@pytest.mark.skipif("HF_LOPT_CUDA_ARCHS" in os.environ, reason="HF_LOPT_CUDA_ARCHS is set")
+def test_it_has_code_for_every_architecture():
+    code, ptx = (output(tool("cuobjdump"), f"--list-{kind}", str(LIBRARY)) for kind in ("elf", "ptx"))
+    assert set(re.findall(r"sm_\d+", code)) == SHIPPED
+    assert set(re.findall(r"sm_\d+", ptx)) == {"sm_100"}
+
+
+@needs_library
+def test_it_exports_its_init_function_only():
+    symbols = output("nm", "-D", "--defined-only", str(LIBRARY)).split("\n")
+    assert [line.split()[-1] for line in symbols if line] == ["PyInit__C_cuda"]
+    needed = output("readelf", "-d", str(LIBRARY))
+    libraries = re.findall(r"NEEDED.*\[(lib\w+)", needed)
+    assert "libcudart" not in libraries and "libtorch_cuda" not in libraries, "it loads without either"
+
+
+@needs_library
+@pytest.mark.skipif(bool(os.environ.get("HF_LOPT_KERNELS")), reason="kernels are switched off")
+def test_it_registers_a_kernel_for_every_operator():
+    code = (
+        "import torch\n"
+        "from hf_lopt import _ops\n"
+        "import hf_lopt._C_cuda\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "assert not [n for n in _ops.SCHEMAS if not has(f'hf_lopt::{n}', 'CUDA')]\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT, timeout=600)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_registers_and_spills(tmp_path):
+    nvcc = tool("nvcc")
+
+    def compile_one(source: Path) -> str:
+        command = [nvcc, "-std=c++17", "-O3", "-arch=sm_90", "-Xptxas", "-v", "-cubin", str(source)]
+        command += ["-o", str(tmp_path / source.stem)]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800).stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        reports = "\n".join(pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
+    found = {}
+    pattern = (
+        r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores.*\n.*Used (\d+) registers"
+    )
+    for name, spilled, registers in re.findall(pattern, reports):
+        kernel = re.search(r"\d+(\w+_kernel)E", name)
+        if kernel:
+            short = re.sub(r"^.*?([a-z]+(?:_[a-z]+)*(?:_\d+)?_kernel)$", r"\1", kernel[1])
+            found[next(k for k in LIMITS if short.endswith(k))] = int(registers), int(spilled)
+    assert set(found) == set(LIMITS)
+    for kernel, (registers, spilled) in found.items():
+        most_registers, most_spilled = LIMITS[kernel]
+        assert registers <= most_registers and spilled <= most_spilled, (kernel, registers, spilled)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: not run")
+def test_the_kernels_are_used_on_a_gpu():
+    from hf_lopt import _load
+
+    assert _load.loaded("cuda")
