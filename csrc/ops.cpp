@@ -46,6 +46,7 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
         "float norm_eps, Tensor lr, Tensor weight_decay, Tensor[] factors, Tensor? floor, float step_mult, "
         "int p_column) -> (Tensor, Tensor, Tensor)");
     m.def("assign(Tensor(a!)[] targets, Tensor[] values, Tensor skip) -> ()");
+    m.def("zero_nan(Tensor(a!)[] tensors) -> ()");
     // Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
     m.def("cpu_kernels(str name) -> str");
 }

@@ -196,6 +196,7 @@ CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "lstm_step": (0, _covers_lstm, (1, 2)),
     "fold_network": (7, _covers_fold, ()),
     "assign": (2, lambda *_: True, (0,)),
+    "zero_nan": (0, lambda tensors: _DTYPES.issuperset(x.dtype for x in tensors), (0,)),
 }
 # A few calls of PyTorch on the CPU, but launches on a GPU.
-ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign"))
+ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign", "zero_nan"))

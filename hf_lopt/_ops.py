@@ -16,7 +16,7 @@ call of PyTorch is a launch. So it has operators, too:
 * :func:`advance`       decides about the step, counts it, and forms the inputs of the scheduler;
 * :func:`pool`, :func:`lstm_step`  are the scheduler around its two matrix products;
 * :func:`fold_network`  brings the networks into the form that ``apply_network`` takes;
-* :func:`assign`        stores new state.
+* :func:`assign`        stores new state; :func:`zero_nan` is for rules that take NaN in a gradient for 0.
 
 :mod:`hf_lopt._plain` and :mod:`hf_lopt._plain_scheduler` specify them in plain PyTorch, and describe the tensors.
 """
@@ -78,6 +78,7 @@ SCHEMAS = {
         "-> (Tensor, Tensor, Tensor)"
     ),
     "assign": "(Tensor(a!)[] targets, Tensor[] values, Tensor skip) -> ()",
+    "zero_nan": "(Tensor(a!)[] tensors) -> ()",
 }
 
 
@@ -196,6 +197,7 @@ KERNELS = {
     "lstm_step": (_plain_scheduler.lstm_step, _fake_lstm_step),
     "fold_network": (_plain_scheduler.fold_network, _fake_fold_network),
     "assign": (_plain_scheduler.assign, _fake_assign),
+    "zero_nan": (_plain_scheduler.zero_nan, lambda tensors: None),
 }
 # Compiled kernels come with the same schemas, and are registered for their devices.
 _compiled = _load.load()
@@ -219,3 +221,4 @@ pool = _load.operator("pool", _plain_scheduler.pool)
 lstm_step = _load.operator("lstm_step", _plain_scheduler.lstm_step)
 fold_network = _load.operator("fold_network", _plain_scheduler.fold_network)
 assign = _load.operator("assign", _plain_scheduler.assign)
+zero_nan = _load.operator("zero_nan", _plain_scheduler.zero_nan)

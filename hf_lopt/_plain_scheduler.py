@@ -134,13 +134,13 @@ def advance(
     n = (step + 1).double()
     corrections = [(1.0 / (1.0 - decay**n)).float().reshape(1) for decay in corrected]
     features = torch.cat([times, losses, step_features(step), *corrections])
-    inputs = features[:SHARED_INPUTS].expand(rows, -1)
+    inputs = features[:SHARED_INPUTS].repeat(rows, 1)
     if own:
         moments, totals, numel, ranks = own
         second_moments = (moments.shape[1] - STAT_PAIRS) // 2 - 3
         mean_p2 = totals[:, p_column] / numel
         inputs = torch.cat([inputs, velo_tensor_features(moments, mean_p2, numel, ranks, second_moments)], 1)
-    return skip, features, inputs.contiguous()
+    return skip, features, inputs
 
 
 def pool(mixed: Tensor, hidden: Sequence[Tensor]) -> Tensor:
@@ -243,3 +243,9 @@ def assign(targets: Sequence[Tensor], values: Sequence[Tensor], skip: Tensor) ->
     else:  # on an accelerator asking for the decision would wait for it
         values = [torch.where(skip, target, value) for target, value in zip(targets, values, strict=True)]
     torch._foreach_copy_(list(targets), list(values))
+
+
+def zero_nan(tensors: Sequence[Tensor]) -> None:
+    """Writes 0 where there is NaN, and leaves infinities."""
+    for x in tensors:
+        x.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)

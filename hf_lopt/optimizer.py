@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lopt import distributed, rules
+from hf_lopt import _ops, distributed, rules
 from hf_lopt._checks import Watch, check_ranks, check_settings, positive_int
 from hf_lopt.rules.base import Rule
 from hf_lopt.rules.passes import Batch, Plan, to_device
@@ -385,8 +385,7 @@ class LearnedOptimizer(Optimizer):
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
         if self._rule.nan_to_zero:
-            for p in params:
-                distributed.local(p.grad).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
+            _ops.zero_nan([distributed.local(p.grad) for p in params])
         max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
         gradients = [self._gradient(p) for p in params]
         if max_norm:

@@ -30,6 +30,7 @@ LIMITS = {
     "adam_kernel": (128, 0),
     "descend_kernel": (64, 0),
     "assign_kernel": (64, 0),
+    "zero_nan_kernel": (64, 0),
     "advance_kernel": (64, 0),
     "pool_kernel": (64, 0),
     "lstm_kernel": (64, 0),

@@ -162,6 +162,18 @@ def test_skip_changes_nothing(emulated):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
 
 
+def test_zero_nan(emulated):
+    for dtype in (torch.float32, torch.bfloat16):
+        xs = [
+            torch.tensor([math.nan, -math.inf, 1.5, math.inf, math.nan], dtype=dtype),
+            torch.ones(300, 7, dtype=dtype),
+        ]
+        xs[1][299, 3] = math.nan
+        _ops.zero_nan(xs)
+        assert xs[0].tolist() == [0.0, -math.inf, 1.5, math.inf, 0.0]
+        assert xs[1][299, 3] == 0 and xs[1].sum() == 2099
+
+
 def test_non_finite_gradients_are_counted(emulated):
     x = case([(33, 70), (5,), ()])
     x.grads[0][3, 4], x.grads[0][30, 69], x.grads[1][2] = math.nan, math.inf, -math.inf

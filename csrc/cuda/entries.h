@@ -127,7 +127,7 @@ struct DescendArgs {
     const bool* skip;
 };
 
-// p <- g
+// p <- g, or p <- p with 0 for NaN, which needs no `skip`
 struct AssignArgs {
     Table table;
     const bool* skip;
@@ -156,6 +156,7 @@ void launch_apply_32(const ApplyArgs& args, int tiles, void* stream);
 void launch_adam(const AdamArgs& args, int tiles, void* stream);
 void launch_descend(const DescendArgs& args, int tiles, void* stream);
 void launch_assign(const AssignArgs& args, int tiles, void* stream);
+void launch_zero_nan(const AssignArgs& args, int tiles, void* stream);
 void launch_update_factored(const FactoredArgs& args, int tensors, void* stream);
 
 }  // namespace hf_lopt

@@ -45,6 +45,7 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
                  const AdamStep& step);
 void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip);
 void assign(Tensors targets, Tensors values, Tensor skip);
+void zero_nan(Tensors tensors);
 
 std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::optional<Tensor> bad,
                                            std::optional<Tensor> loss, Tensor counters, Tensors loss_buffer,

@@ -347,4 +347,15 @@ void assign(Tensors targets, Tensors values, Tensor skip) {
     copies.store();
 }
 
+void zero_nan(Tensors tensors) {
+    if (tensors.empty()) return;
+    const Device device(tensors[0]);
+    AssignArgs args{};
+    TableBuilder builder;
+    Copies copies;
+    args.table = pairs(tensors, tensors, device, builder, copies);
+    if (builder.tiles() > 0) launch_zero_nan(args, builder.tiles(), device.stream());
+    copies.store();
+}
+
 }  // namespace hf_lopt

@@ -57,6 +57,7 @@ HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
     m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
     m.impl("descend", TORCH_BOX(&hf_lopt::descend));
+    m.impl("zero_nan", TORCH_BOX(&hf_lopt::zero_nan));
     m.impl("advance", TORCH_BOX(&hf_lopt::advance));
     m.impl("pool", TORCH_BOX(&hf_lopt::pool));
     m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));

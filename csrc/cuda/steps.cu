@@ -64,6 +64,21 @@ HF_LOPT_KERNEL(kThreads, 2) assign_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
     }
 }
 
+HF_LOPT_KERNEL(kThreads, 2) zero_nan_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
+    const Place at = place(a.table);
+    const Entry& t = *at.entry;
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        Lane x = load(pointer<void>(a.table, t, sP), t.p_type, at, row);
+        bool found = false;
+        HF_LOPT_EACH(e) {
+            found |= x.x[e] != x.x[e];
+            x.x[e] = x.x[e] != x.x[e] ? 0.0f : x.x[e];
+        }
+        if (found) store(pointer<void>(a.table, t, sP), t.p_type, at, row, x);
+    }
+}
+
 }  // namespace
 
 void launch_adam(const AdamArgs& args, int tiles, void* stream) {
@@ -74,6 +89,9 @@ void launch_descend(const DescendArgs& args, int tiles, void* stream) {
 }
 void launch_assign(const AssignArgs& args, int tiles, void* stream) {
     HF_LOPT_LAUNCH(assign_kernel, tiles, kThreads, stream, args);
+}
+void launch_zero_nan(const AssignArgs& args, int tiles, void* stream) {
+    HF_LOPT_LAUNCH(zero_nan_kernel, tiles, kThreads, stream, args);
 }
 
 }  // namespace hf_lopt
