@@ -102,13 +102,14 @@ def operator(name: str, kernel: Callable) -> Callable:
     if not _loaded:
         return overload
     position, covers, mutated = CALLS[name]
+    on_cpu = name not in ONLY_CUDA
 
     def call(*args: Any) -> Any:
         first = args[position]
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if device != "cpu" and device not in _loaded:
             return overload(*args)  # a device without kernels of its own, or a fake tensor
-        if not _enabled or (device == "cpu" and name in ONLY_CUDA) or not covers(*args):
+        if not _enabled or not covers(*args) or not (covers_on_cuda(name, *args) if device != "cpu" else on_cpu):
             return kernel(*args)
         if mutated:
             lists = (args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in mutated)
@@ -149,6 +150,20 @@ def _covers_slices(
         if n == 2 and pair[0] == pair[1] and not (a < 0 and pair[0] == 1):
             return False
     return True
+
+
+def covers_on_cuda(name: str, *args: Any) -> bool:
+    """Whether the CUDA kernels, too, take a call that ``CALLS`` says the compiled kernels cover: not for slices."""
+    if name in ("feature_sums", "apply_network"):
+        params, slice_axes = args[1], args[12]
+        pairs = zip(slice_axes[::2], slice_axes[1::2], strict=True) if slice_axes else ()
+        return all(
+            p.dim() < 2 or (p.dim() == 2 and a != b) for p, (a, b) in zip(params, pairs, strict=bool(slice_axes))
+        )
+    if name in ("descend", "adam_step"):
+        scales = args[2:4] if name == "descend" else args[7:9]
+        return all(x.numel() in (1, len(args[0])) for x in scales)
+    return name != "update_factored" or len(args[9]) == 3
 
 
 def _covers_network(features: Sequence[str], *args: Any) -> bool:

@@ -119,7 +119,8 @@ class Emulator:
         plain, covers = _ops.KERNELS[name][0], _load.CALLS[name][1]
 
         def call(*args):
-            return overload(*args) if _load.enabled() and covers(*args) else plain(*args)
+            covered = _load.enabled() and covers(*args) and _load.covers_on_cuda(name, *args)
+            return overload(*args) if covered else plain(*args)
 
         return call
 
