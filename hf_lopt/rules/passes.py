@@ -230,7 +230,8 @@ class Turn:
 
     @property
     def step_features(self) -> Tensor:
-        return self._part(_plain_scheduler.STEP)
+        """Of the step count (11,); of many runs (runs, 11)."""
+        return self._part(_plain_scheduler.STEP) if self.steps is None else _plain_scheduler.step_features(self.steps)
 
     @property
     def corrections(self) -> tuple[Tensor, ...]:
