@@ -62,18 +62,18 @@ def test_it_is_built_where_there_is_a_compiler():
 
 
 @needs_library
-@pytest.mark.skipif(tool("cuobjdump") is None, reason="no cuobjdump on this machine")
 @pytest.mark.skipif("HF_LOPT_CUDA_ARCHS" in os.environ, reason="HF_LOPT_CUDA_ARCHS is set")
 def test_it_has_code_for_every_architecture():
-    code, ptx = (output(tool("cuobjdump"), f"--list-{kind}", str(LIBRARY)) for kind in ("elf", "ptx"))
-    assert set(re.findall(r"sm_\d+", code)) == SHIPPED
-    assert set(re.findall(r"sm_\d+", ptx)) == {"sm_100"}
+    assert {x.decode() for x in re.findall(rb"\bsm_\d+\b", LIBRARY.read_bytes())} == SHIPPED
+    if tool("cuobjdump"):
+        assert set(re.findall(r"sm_\d+", output(tool("cuobjdump"), "--list-ptx", str(LIBRARY)))) == {"sm_100"}
 
 
 @needs_library
 def test_it_exports_its_init_function_only():
-    symbols = output("nm", "-D", "--defined-only", str(LIBRARY)).split("\n")
-    assert [line.split()[-1] for line in symbols if line] == ["PyInit__C_cuda"]
+    symbols = [line.split() for line in output("nm", "-D", "--defined-only", str(LIBRARY)).splitlines()]
+    # Others are templates of the C++ library, and edges that the linker marks.
+    assert [name for _, kind, name in symbols if kind == "T"] == ["PyInit__C_cuda"]
     needed = output("readelf", "-d", str(LIBRARY))
     libraries = re.findall(r"NEEDED.*\[(lib\w+)", needed)
     assert "libcudart" not in libraries and "libtorch_cuda" not in libraries, "it loads without either"
@@ -109,10 +109,9 @@ def test_registers_and_spills(tmp_path):
         r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores.*\n.*Used (\d+) registers"
     )
     for name, spilled, registers in re.findall(pattern, reports):
-        kernel = re.search(r"\d+(\w+_kernel)E", name)
+        kernel = max((k for k in LIMITS if k in name), key=len, default=None)
         if kernel:
-            short = re.sub(r"^.*?([a-z]+(?:_[a-z]+)*(?:_\d+)?_kernel)$", r"\1", kernel[1])
-            found[next(k for k in LIMITS if short.endswith(k))] = int(registers), int(spilled)
+            found[kernel] = int(registers), int(spilled)
     assert set(found) == set(LIMITS)
     for kernel, (registers, spilled) in found.items():
         most_registers, most_spilled = LIMITS[kernel]

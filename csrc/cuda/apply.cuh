@@ -34,7 +34,8 @@ HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>&
         float w = first(a.columns.element[f], j);
         // For rank < 2 the row and the column accumulator are the same one.
         if (f >= kRsqrtD) {
-            w = first(a.columns.vector[kRsqrtRow][f - kRsqrtD], j) + first(a.columns.vector[kRsqrtCol][f - kRsqrtD], j);
+            w = first(a.columns.vector[kRsqrtRow][f - kRsqrtD], j) +
+                first(a.columns.vector[kRsqrtCol][f - kRsqrtD], j);
         } else if (f >= kD) {
             w = first(a.columns.vector[kRow][f - kD], j) + first(a.columns.vector[kCol][f - kD], j);
         }
@@ -90,8 +91,8 @@ struct UpdateSums {
     MomentSums<T> p, v, m[kMomenta];
 
     HF_LOPT_MEMBER void flush(double* out) const {
-        const double sums[kUpdateStats] = {step2,     p.squares,    v.sum,    v.squares,   m[0].sum,
-                                           m[0].squares, m[1].sum, m[1].squares, m[2].sum, m[2].squares};
+        const double sums[kUpdateStats] = {step2,        p.squares, v.sum,        v.squares, m[0].sum,
+                                           m[0].squares, m[1].sum,  m[1].squares, m[2].sum,  m[2].squares};
         block_sums(sums, kUpdateStats, out);
     }
 };

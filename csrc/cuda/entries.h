@@ -24,9 +24,9 @@
 namespace hf_lopt {
 
 constexpr int kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
-constexpr int kLane = 4;                           // neighbouring columns of a thread
-constexpr int kStrip = kWarpSize * kLane;          // columns of a tile
-constexpr int kTurns = 32;                         // rows of a tile that a thread works on, one after the other
+constexpr int kLane = 4;                   // neighbouring columns of a thread
+constexpr int kStrip = kWarpSize * kLane;  // columns of a tile
+constexpr int kTurns = 32;                 // rows of a tile that a thread works on, one after the other
 constexpr int kTileElements = kThreads * kLane * kTurns;
 
 enum Slot { sP, sG, sM, sV, sD, sLine, sVector, sLineFactor, sVectorFactor, sOut, kSlots };
@@ -134,7 +134,18 @@ struct AssignArgs {
 };
 
 // The factored accumulators of a tensor: rows (kFactored, outer, b, inner) where b is axis B, cols (kFactored, size).
-enum FactoredSlot { fRows, fCols, fRowSums, fColSums, fMeans, fNewRows, fNewCols, fRowFactors, fColFactors, kFactoredSlots };
+enum FactoredSlot {
+    fRows,
+    fCols,
+    fRowSums,
+    fColSums,
+    fMeans,
+    fNewRows,
+    fNewCols,
+    fRowFactors,
+    fColFactors,
+    kFactoredSlots
+};
 struct FactoredEntry {
     int64_t at[kFactoredSlots];
     int64_t outer, b, inner, cols;

@@ -29,7 +29,9 @@ HF_LOPT_KERNEL(kFactoredThreads, 1) update_factored_kernel(HF_LOPT_ARGUMENT Fact
     const auto at = [&](int slot, int64_t length) {
         return reinterpret_cast<float*>(a.base[slot] + t.at[slot]) + k * length;
     };
-    const auto updated = [&](float old, float sum, float size) { return ema(old, sum / size + kFactoredEps, keep, add); };
+    const auto updated = [&](float old, float sum, float size) {
+        return ema(old, sum / size + kFactoredEps, keep, add);
+    };
 
     const float *old_cols = at(fCols, t.cols), *col_sums = at(fColSums, 0);
     float *cols = at(fNewCols, t.cols), *col_factors = at(fColFactors, t.cols);
@@ -52,7 +54,8 @@ HF_LOPT_KERNEL(kFactoredThreads, 1) update_factored_kernel(HF_LOPT_ARGUMENT Fact
         }
         const float mean = t.means ? means[0] : (float)(sum_of_block(sum) / (double)t.b);
         // Every thread reads what it has written itself.
-        for (int64_t i = thread(); i < length; i += kFactoredThreads) row_factors[i] = factor(rows[i] / (mean + kMeanEps));
+        for (int64_t i = thread(); i < length; i += kFactoredThreads)
+            row_factors[i] = factor(rows[i] / (mean + kMeanEps));
         return;
     }
     for (int64_t group = thread(); group < groups; group += kFactoredThreads) {
@@ -75,7 +78,7 @@ HF_LOPT_KERNEL(kFactoredThreads, 1) update_factored_kernel(HF_LOPT_ARGUMENT Fact
 }  // namespace
 
 void launch_update_factored(const FactoredArgs& args, int tensors, void* stream) {
-    HF_LOPT_LAUNCH(update_factored_kernel, tensors* kFactored, kFactoredThreads, stream, args);
+    HF_LOPT_LAUNCH(update_factored_kernel, tensors * kFactored, kFactoredThreads, stream, args);
 }
 
 }  // namespace hf_lopt

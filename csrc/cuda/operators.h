@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::opt
                                            double horizon, Floats corrected, Tensors own, int64_t p_column,
                                            int64_t rows);
 Tensor pool(Tensor mixed, Tensors hidden);
-std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads, Tensor heads_bias,
-                                             Tensor bank, bool celo, Tensor skip);
+std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads,
+                                             Tensor heads_bias, Tensor bank, bool celo, Tensor skip);
 std::tuple<Tensor, Tensor, Tensor> fold_network(Tensor networks, Ints sizes, int64_t outputs,
                                                 std::optional<Tensor> constants, Tensor sums, Tensor numel,
                                                 double norm_eps, Tensor lr, Tensor weight_decay, Tensors factors,

@@ -1,6 +1,6 @@
-#include "operators.h"
-
 #include <cmath>
+
+#include "operators.h"
 
 namespace hf_lopt {
 
@@ -43,7 +43,8 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
         builder.set(sLine, t, pieces.data() + places[2 * t]);
         builder.set(sVector, t, pieces.data() + places[2 * t + 1]);
         const int line = e.row_is_line ? 0 : 1;
-        rows.push_back(pieces.piece(places[2 * t + line], e.factored ? shape_without(grads[t], row_axes[t]) : Ints{0}));
+        rows.push_back(
+            pieces.piece(places[2 * t + line], e.factored ? shape_without(grads[t], row_axes[t]) : Ints{0}));
         cols.push_back(
             pieces.piece(places[2 * t + 1 - line], e.factored ? shape_without(grads[t], col_axes[t]) : Ints{0}));
     }
@@ -90,8 +91,9 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     for (size_t t = 0; t < count; t++) {
         if (row_axes[t] < 0) continue;
         const Tensor& sums = row_sums[t];
-        STD_TORCH_CHECK(rows[t].numel() == kFactored * sums.numel() && cols[t].numel() == kFactored * col_sums[t].numel(),
-                        "a factored accumulator has another shape than the sums for it");
+        STD_TORCH_CHECK(
+            rows[t].numel() == kFactored * sums.numel() && cols[t].numel() == kFactored * col_sums[t].numel(),
+            "a factored accumulator has another shape than the sums for it");
         FactoredEntry e{};
         e.outer = e.b = e.inner = 1;
         // Axis B in the row accumulator, which has lost axis A.
@@ -242,7 +244,8 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
     TableBuilder builder;
     Copies copies;
     add_entries(common, builder, copies, true);
-    STD_TORCH_CHECK(w.out.empty() || (int64_t)w.out.size() == count, "out must be empty or have one tensor per parameter");
+    STD_TORCH_CHECK(w.out.empty() || (int64_t)w.out.size() == count,
+                    "out must be empty or have one tensor per parameter");
     for (size_t t = 0; t < w.out.size(); t++) {
         STD_TORCH_CHECK(w.out[t].numel() == builder.entry(t).numel, "out has another shape than its parameter");
         builder.set_float(sOut, t, copies.writable(w.out[t]), "out");
@@ -255,8 +258,9 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
         args.partial = double_data(partial);
         args.sums = double_data(sums);
         args.stats = double_data(stats);
-        (units == 4 ? launch_apply_4 : units == 8 ? launch_apply_8 : launch_apply_32)(args, builder.tiles(),
-                                                                                      device.stream());
+        (units == 4   ? launch_apply_4
+         : units == 8 ? launch_apply_8
+                      : launch_apply_32)(args, builder.tiles(), device.stream());
     }
     copies.store();
     return {sums, stats};
@@ -307,7 +311,8 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
 namespace {
 
 // A table of pairs: what is written and what is read.
-Table pairs(const Tensors& targets, const Tensors& values, const Device& device, TableBuilder& builder, Copies& copies) {
+Table pairs(const Tensors& targets, const Tensors& values, const Device& device, TableBuilder& builder,
+            Copies& copies) {
     STD_TORCH_CHECK(!targets.empty() && values.size() == targets.size(),
                     "both lists must have one tensor per parameter");
     for (size_t t = 0; t < targets.size(); t++) {

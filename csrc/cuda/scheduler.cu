@@ -1,7 +1,6 @@
-// The decision about a step and the scheduler's inputs in one block; the LSTM, its heads and the mixture of networks in
-// a block per tensor. Latency is what counts here, so a block has as many threads as there can be.
+// The decision about a step and the scheduler's inputs in one block; the LSTM, its heads and the mixture of networks
+// in a block per tensor. Latency is what counts here, so a block has as many threads as there can be.
 #include "scheduler.h"
-
 #include "simt.h"
 
 namespace hf_lopt {
@@ -144,7 +143,8 @@ HF_LOPT_DEVICE void multiply(const float* x, const float* w, int length, int cou
         float sum = 0.0f;
         if (shares > 1 ? share < shares : j < count) {
 #pragma unroll 8
-            for (int i = shares > 1 ? share : 0; i < length; i += shares) sum = fmaf(x[i], w[(int64_t)i * count + j], sum);
+            for (int i = shares > 1 ? share : 0; i < length; i += shares)
+                sum = fmaf(x[i], w[(int64_t)i * count + j], sum);
         }
         partial[thread()] = sum;
         barrier();

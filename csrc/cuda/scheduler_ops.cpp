@@ -1,8 +1,7 @@
-#include "scheduler.h"
-
 #include <cmath>
 
 #include "operators.h"
+#include "scheduler.h"
 
 namespace hf_lopt {
 
@@ -77,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::opt
         args.ranks = values(own[3], "ranks", kept);
         args.p_column = (int32_t)p_column;
     }
-    const Tensor skip = torch::stable::new_empty(counters, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Bool);
+    const Tensor skip =
+        torch::stable::new_empty(counters, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Bool);
     const Tensor features = floats(counters, {kRunFeatures + args.corrections});
     const Tensor inputs = floats(counters, {rows, kShared + (own.empty() ? 0 : kOwn)});
     args.skip = static_cast<bool*>(skip.data_ptr());
@@ -129,8 +129,8 @@ Tensor pool(Tensor mixed, Tensors hidden) {
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads, Tensor heads_bias,
-                                             Tensor bank, bool celo, Tensor skip) {
+std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads,
+                                             Tensor heads_bias, Tensor bank, bool celo, Tensor skip) {
     const Device device(gates);
     LstmArgs args{};
     Tensors kept;
@@ -141,8 +141,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tenso
     args.celo = celo;
     STD_TORCH_CHECK(args.units <= kMaxHidden && args.controls_count < kMaxHeads && heads.size(0) == args.units,
                     "no fused kernel for ", args.units, " hidden units and ", args.controls_count, " networks");
-    STD_TORCH_CHECK((int64_t)hidden.size() == rows && (int64_t)cell.size() == rows && bank.size(0) == args.controls_count,
-                    "there must be a state for each row and a control for each network of the bank");
+    STD_TORCH_CHECK(
+        (int64_t)hidden.size() == rows && (int64_t)cell.size() == rows && bank.size(0) == args.controls_count,
+        "there must be a state for each row and a control for each network of the bank");
     char* bases[2] = {};
     args.entries = states(gates, hidden, &cell, args.units, bases, device.stream());
     args.hidden_base = bases[0];

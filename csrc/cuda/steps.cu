@@ -16,8 +16,8 @@ HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
     float step2 = 0.0f;
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
-        const Lane g = map(load(pointer<void>(a.table, t, sG), t.g_type, at, row),
-                           [&](float x) { return clamp(x, a.clip); });
+        const Lane g =
+            map(load(pointer<void>(a.table, t, sG), t.g_type, at, row), [&](float x) { return clamp(x, a.clip); });
         Lane p = load(pointer<void>(a.table, t, sP), t.p_type, at, row);
         Lane m = ema(load(pointer<float>(a.table, t, sM), kFloat32, at, row), g, a.keep_m, a.add_m);
         Lane v = ema(load(pointer<float>(a.table, t, sV), kFloat32, at, row), g * g, a.keep_v, a.add_v);

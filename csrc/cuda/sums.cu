@@ -142,7 +142,8 @@ HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     if (t.factored) {
         // Over the rows that the warp works on together, then over the warps.
         HF_LOPT_EACH(e) {
-            for (int mask = t.lanes; mask < kWarpSize; mask *= 2) sums.columns[e] += shuffle_xor(sums.columns[e], mask);
+            for (int mask = t.lanes; mask < kWarpSize; mask *= 2)
+                sums.columns[e] += shuffle_xor(sums.columns[e], mask);
         }
         warp_barrier();
         if (at.sub_row == 0) {

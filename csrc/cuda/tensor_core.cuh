@@ -1,12 +1,13 @@
-// Pass 2 of a matrix for a network of 32 hidden units, on the matrix units: mma.m16n8k16 of bfloat16 with float32 sums.
+// Pass 2 of a matrix for a network of 32 hidden units, on the matrix units: mma.m16n8k16 of bfloat16 with float32
+// sums.
 //
-// Every number is the sum of two bfloat16 numbers, high and low, and a product is high·high + high·low + low·high: what
-// is left out is 2^-16 of it. The sums start at what the row, the column and the bias contribute.
+// Every number is the sum of two bfloat16 numbers, high and low, and a product is high·high + high·low + low·high:
+// what is left out is 2^-16 of it. The sums start at what the row, the column and the bias contribute.
 //
 // A warp works on a row, 32 columns at a time: 8 groups of 4 lanes with kLane columns each. The 16 features of an
 // element are divided among the lanes of its group just as mma wants them: lane 0 has g, p, v and 1/sqrt(v), and lane
-// k + 1 has m_k, m_k/sqrt(v), and g and m_k times the factors of decay k. So lane 0 also updates p and v, and lane k + 1
-// updates m_k; an element's numbers are never exchanged. An mma takes elements i and i + 1 of each group as its rows
+// k + 1 has m_k, m_k/sqrt(v), and g and m_k times the factors of decay k. So lane 0 also updates p and v, and lane k +
+// 1 updates m_k; an element's numbers are never exchanged. An mma takes elements i and i + 1 of each group as its rows
 // `group` and `group + 8`.
 #pragma once
 
@@ -64,7 +65,8 @@ HF_LOPT_DEVICE void load_fragments(const Network<kUnits>& w, Fragments& f) {
     barrier();
 }
 
-HF_LOPT_DEVICE void multiply_split(float (&d)[4], const uint32_t (&high)[4], const uint32_t (&low)[4], const Word4& b) {
+HF_LOPT_DEVICE void multiply_split(float (&d)[4], const uint32_t (&high)[4], const uint32_t (&low)[4],
+                                   const Word4& b) {
     matrix_multiply_add(d, low, b.x[0], b.x[1]);
     matrix_multiply_add(d, high, b.x[2], b.x[3]);
     matrix_multiply_add(d, high, b.x[0], b.x[1]);

@@ -17,14 +17,14 @@ struct Lane {
 };
 #define HF_LOPT_EACH(e) _Pragma("unroll") for (int e = 0; e < kLane; e++)
 HF_LOPT_DEVICE Lane splat(float y) { return {{y, y, y, y}}; }
-#define HF_LOPT_LANE_OPERATOR(op)                          \
+#define HF_LOPT_LANE_OPERATOR(op)                            \
     HF_LOPT_DEVICE Lane operator op(Lane a, const Lane& b) { \
-        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b.x[e];         \
-        return a;                                          \
-    }                                                      \
-    HF_LOPT_DEVICE Lane operator op(Lane a, float b) {      \
-        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b;              \
-        return a;                                          \
+        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b.x[e];           \
+        return a;                                            \
+    }                                                        \
+    HF_LOPT_DEVICE Lane operator op(Lane a, float b) {       \
+        HF_LOPT_EACH(e) a.x[e] = a.x[e] op b;                \
+        return a;                                            \
     }
 HF_LOPT_LANE_OPERATOR(+)
 HF_LOPT_LANE_OPERATOR(-)
@@ -39,9 +39,7 @@ HF_LOPT_DEVICE Lane map(Lane a, F f) {
 // NaN passes through: what it entered is not stored.
 HF_LOPT_DEVICE float clamp(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
 HF_LOPT_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
-HF_LOPT_DEVICE float exponential(float x) {
-    return x < kExpSmall && x > -kExpSmall ? exp_small(x) : expf(x);
-}
+HF_LOPT_DEVICE float exponential(float x) { return x < kExpSmall && x > -kExpSmall ? exp_small(x) : expf(x); }
 
 struct Row {
     int64_t line, offset;  // number of the line; of the first element of the strip in the tensor
@@ -129,9 +127,7 @@ HF_LOPT_DEVICE Place place(const Table& table) {
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
 
-HF_LOPT_DEVICE float decode(uint16_t x, int32_t type) {
-    return type == kBFloat16 ? from_bfloat16(x) : from_half(x);
-}
+HF_LOPT_DEVICE float decode(uint16_t x, int32_t type) { return type == kBFloat16 ? from_bfloat16(x) : from_half(x); }
 HF_LOPT_DEVICE uint16_t encode(float x, int32_t type) { return type == kBFloat16 ? to_bfloat16(x) : to_half(x); }
 
 // The thread's numbers of a row, zero where there are none.
@@ -254,7 +250,8 @@ struct MomentSums {
             if (!live[e]) continue;
             const T x = y.x[e];
             sum += x;
-            squares = sizeof(T) == 4 ? (T)fmaf((float)x, (float)x, (float)squares) : (T)fma((double)x, (double)x, (double)squares);
+            squares = sizeof(T) == 4 ? (T)fmaf((float)x, (float)x, (float)squares)
+                                     : (T)fma((double)x, (double)x, (double)squares);
         }
     }
 };
