@@ -109,7 +109,8 @@ def operator(name: str, kernel: Callable) -> Callable:
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if device != "cpu" and device not in _loaded:
             return overload(*args)  # a device without kernels of its own, or a fake tensor
-        if not _enabled or not covers(*args) or not (covers_on_cuda(name, *args) if device != "cpu" else on_cpu):
+        here = on_cpu if device == "cpu" else covers_on_cuda(name, *args)
+        if not (_enabled and here and covers(*args)):
             return kernel(*args)
         if mutated:
             lists = (args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in mutated)

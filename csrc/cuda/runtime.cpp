@@ -26,6 +26,8 @@ CurrentStream find_current_stream() {
 
 }  // namespace
 
+void check_launch() { check(cudaGetLastError(), "launch of a kernel of hf_lopt"); }
+
 void* current_stream(int device) {
     static const CurrentStream find = find_current_stream();
     void* stream = nullptr;

@@ -6,6 +6,8 @@
 
 namespace hf_lopt {
 
+// Throws if the launch before could not be made.
+void check_launch();
 // The stream that torch launches on.
 void* current_stream(int device);
 // Identifies the graph that the stream is captured into; 0 where it is not.

@@ -12,6 +12,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "runtime.h"
+
 #define HF_LOPT_DEVICE static __device__ __forceinline__
 #define HF_LOPT_MEMBER __device__ __forceinline__
 // A function whose registers shall not count where it is not called.
@@ -20,8 +22,9 @@
 // A kernel for blocks of `threads`, of which `blocks` fit on a multiprocessor at once.
 #define HF_LOPT_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define HF_LOPT_ARGUMENT const __grid_constant__
-#define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args) \
-    kernel<<<(unsigned)(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(args)
+#define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args)                            \
+    kernel<<<(unsigned)(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(args); \
+    ::hf_lopt::check_launch()
 
 namespace hf_lopt {
 

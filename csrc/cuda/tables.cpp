@@ -101,12 +101,6 @@ char* device_copy(const Tensor& like, const std::vector<char>& content, size_t z
     char* data = static_cast<char*>(k.memory.data_ptr());
     copy_to_device(data, k.staging, size, stream);
     if (!capture) k.copied = mark(k.copied, stream);
-    // Those beyond the limit that nothing uses go, at the latest when the device has read them.
-    size_t count = 0;
-    for (auto t = tables.begin(); t != tables.end();) {
-        count += !t->forever;
-        t = t->forever || count <= 2 * kKept || !passed(t->copied) ? std::next(t) : tables.erase(t);
-    }
     return data;
 }
 
