@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hf_lopt import _ops, distributed, rules
 from hf_lopt._checks import Watch, check_ranks, check_settings, positive_int
 from hf_lopt.rules.base import Rule
-from hf_lopt.rules.passes import Batch, Plan, to_device
+from hf_lopt.rules.batches import Batch, Plan, to_device
 from hf_lopt.weights import Weights, push_to_hub
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_lopt
 from benchmarks.step import random_weights
 from hf_lopt import rules
-from hf_lopt.rules import passes, small_fc
+from hf_lopt.rules import batches, small_fc
 
 
 SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
@@ -67,7 +67,7 @@ def host_memory(monkeypatch):
     if not torch.cuda.is_available():
         torch._C._ensureCUDADeviceGuardSet()  # lets fake tensors be indexed as real ones are
     monkeypatch.setattr(small_fc, "learned_decays", lambda decays, offsets, clip: decays)
-    monkeypatch.setattr(passes, "_pinned", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+    monkeypatch.setattr(batches, "_pinned", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
 
 
 def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settings) -> hf_lopt.LearnedOptimizer:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_lopt import distributed, rules
 from hf_lopt.networks import Theta
 from hf_lopt.rules.base import Rule
-from hf_lopt.rules.passes import Batch, Layout
+from hf_lopt.rules.batches import Batch, Layout
 
 
 # Rules whose step is the sum of what they do to each tensor.

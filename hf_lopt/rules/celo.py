@@ -15,7 +15,7 @@ from hf_lopt import _ops, _plain_scheduler, accumulators, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CLIP_GRADIENT, VELO
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, passes, velo
+from hf_lopt.rules import base, batches, passes, velo
 
 
 SHARED_INPUTS, LR_MULT = _plain_scheduler.SHARED_INPUTS, _plain_scheduler.LR_MULT
@@ -30,7 +30,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -47,7 +47,7 @@ def init_adam_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[s
 
 
 def update_adam(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],

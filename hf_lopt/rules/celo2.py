@@ -18,7 +18,7 @@ from hf_lopt import _ops, accumulators, distributed, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import CELO2, CELO2_VECTOR, ElementFeatures
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, passes
+from hf_lopt.rules import base, batches, passes
 from hf_lopt.rules.small_fc import SMALL_FC_RULE
 
 
@@ -93,7 +93,7 @@ _CHUNK_CPU, _CHUNK_OTHER, _BATCH = 1 << 20, 1 << 28, 1 << 20
 class _Work:
     """Tensors that take the same way from the network's output to the step."""
 
-    batch: passes.Batch
+    batch: batches.Batch
     features: ElementFeatures
     reading: passes.Reading
     orthogonalize: bool
@@ -128,9 +128,9 @@ def _orthogonalise(axes: Sequence[tuple[int, int]], steps: Sequence[Tensor], dty
     return [x.movedim((-2, -1), pair).contiguous() for x, pair in zip(matrices, axes, strict=True)]
 
 
-def _matrix_axes(layout: passes.Layout) -> list[tuple[int, int]]:
+def _matrix_axes(layout: batches.Layout) -> list[tuple[int, int]]:
     pairs = zip(layout.shapes, layout.axis_orders, strict=True)
-    return [passes.matrix_axes(len(shape), order) for shape, order in pairs]
+    return [batches.matrix_axes(len(shape), order) for shape, order in pairs]
 
 
 def _orthogonal_steps(work: list[_Work], steps: list[list[Tensor]], dtype: torch.dtype) -> list[list[Tensor]]:
@@ -212,14 +212,14 @@ def _finish(work: list[_Work], weights: Mapping[str, Any], settings: Mapping[str
     return sums
 
 
-def _branch(batch: passes.Batch, i: int) -> str:
+def _branch(batch: batches.Batch, i: int) -> str:
     rank = batch.layout.rank(i)
     if uses_adam(rank, {"branch": batch.labels["branch"][i]}):
         return "adam"
     return "vectors" if rank < 2 else "matrices" if rank == 2 else "stacks"
 
 
-def _parts(batch: passes.Batch) -> dict[str, passes.Batch]:
+def _parts(batch: batches.Batch) -> dict[str, batches.Batch]:
     """The batch by kind: Adam's tensors, vectors, matrices, and stacks of matrices, each normalised by itself."""
     cache = batch.layout.cache
     if "parts" not in cache:
@@ -234,7 +234,7 @@ def _network(features: ElementFeatures) -> str:
 
 
 def update(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -260,7 +260,7 @@ def update(
     return base.Outcome({}, skip, {"update_rms": passes.update_rms(batch, sums)})
 
 
-def _adam(batch: passes.Batch, turn: passes.Turn, settings: Mapping[str, Any]) -> Tensor:
+def _adam(batch: batches.Batch, turn: passes.Turn, settings: Mapping[str, Any]) -> Tensor:
     """The Adam branch. Celo2 has its epsilon inside the root and no bias correction, ELO-Celo2 the usual form."""
     corrected = settings["adam_bias_correction"]
     corrections = turn.corrections if corrected else [batch.layout.one[0]] * 2

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_lopt import accumulators, distributed, networks
 from hf_lopt.features import RNN_MLP, STEP_SCALES
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, passes
+from hf_lopt.rules import base, batches, passes
 from hf_lopt.rules.velo import VELO_RULE, init_scheduler
 
 
@@ -98,7 +98,7 @@ def _moments(x: Tensor) -> Tensor:
     return torch.stack([x.sum(), x.square().sum()])
 
 
-def tensor_sums(batch: passes.Batch) -> Tensor:
+def tensor_sums(batch: batches.Batch) -> Tensor:
     """(Σx, Σx²) of the gradient, the updated momenta, the updated second moments and the parameter: (T, 8) float64, of
     the whole tensors."""
     d = RNN_MLP.decays
@@ -129,7 +129,7 @@ def tensor_features(sums: Tensor, numel: Tensor, shapes: list[tuple[int, ...]]) 
 
 
 def update(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],

@@ -18,7 +18,7 @@ from hf_lopt import accumulators, networks
 from hf_lopt.accumulators import Decays
 from hf_lopt.features import SMALL_FC
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, passes
+from hf_lopt.rules import base, batches, passes
 
 
 PREFIX = "nn/~/"
@@ -59,7 +59,7 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
 
 
 def update(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],

@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_lopt import _ops, accumulators, networks
 from hf_lopt.features import VELO, init_loss_buffer
 from hf_lopt.networks import Theta
-from hf_lopt.rules import base, passes
+from hf_lopt.rules import base, batches, passes
 
 
 PREFIX = "ff_mod_stack/~/"
@@ -70,7 +70,7 @@ def pack_scheduler(theta: Theta, bank: Tensor | None = None) -> dict[str, Tensor
     return packed | {"bank": packed["heads_w"].new_empty(0, 0) if bank is None else bank}
 
 
-def schedule(batch: passes.Batch, turn: passes.Turn, weights: Mapping[str, Tensor], celo: bool) -> Schedule:
+def schedule(batch: batches.Batch, turn: passes.Turn, weights: Mapping[str, Tensor], celo: bool) -> Schedule:
     """One step of the LSTM of each tensor, whose state is stored unless the step is skipped."""
     hidden, cell = batch.tensors("lstm_hidden"), batch.tensors("lstm_cell")
     mixed = torch.addmm(weights["mix_b"], turn.inputs, weights["mix_w"])
@@ -97,7 +97,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def update(
-    batch: passes.Batch,
+    batch: batches.Batch,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
@@ -110,7 +110,7 @@ def update(
     return finish(batch, reading, turn, schedule(batch, turn, weights, celo=False))
 
 
-def finish(batch: passes.Batch, reading: passes.Reading, turn: passes.Turn, plan: Schedule) -> base.Outcome:
+def finish(batch: batches.Batch, reading: passes.Reading, turn: passes.Turn, plan: Schedule) -> base.Outcome:
     """Pass 2 of VeLO and Celo: evaluate the networks and store everything. The third output is unused."""
     network = passes.fold(
         *(batch, VELO, reading, plan.networks, UNITS), factors=[plan.lr_mult], step_mult=STEP_MULT, p_scale=True
@@ -119,7 +119,7 @@ def finish(batch: passes.Batch, reading: passes.Reading, turn: passes.Turn, plan
     return base.Outcome({}, turn.skip, report(batch, turn, plan, sums.select(1, 0)) | {"controls": plan.controls})
 
 
-def report(batch: passes.Batch, turn: passes.Turn, plan: Schedule, sums: Tensor) -> dict[str, Any]:
+def report(batch: batches.Batch, turn: passes.Turn, plan: Schedule, sums: Tensor) -> dict[str, Any]:
     """What is worth a look about a step of a scheduler."""
     return {
         "lr_mult": plan.lr_mult,
