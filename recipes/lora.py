@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, default_data_col
 import assets
 import hf_lopt
 from arguments import InputError, RecipeArguments, learned_optimizer, parse, run_script
-from causal_lm import draw_blocks, load_blocks, load_pretrained_parts, load_texts, perplexity
+from causal_lm import draw_blocks, load_blocks, load_pretrained_parts, load_texts
 from common import Task, train_and_compare
+from metrics import PERPLEXITY
 
 
 @dataclass
@@ -127,10 +128,7 @@ def make_task(args: Arguments) -> Task:
         eval_data=eval_data,
         collator=default_data_collator,
         tokenizer=tokenizer,
-        metric="eval_perplexity",
-        metric_name="perplexity",
-        metric_scale="log",
-        derive=perplexity,
+        **PERPLEXITY,
     )
 
 

@@ -28,6 +28,7 @@ import causal_lm
 import hf_lopt
 from arguments import InputError, parse, run_script
 from common import versions
+from metrics import perplexity
 from report import draw_curves, write_json
 
 
@@ -190,7 +191,7 @@ def train(args: Arguments) -> dict[str, Any]:
 
     def evaluate_and_save(save: bool) -> None:
         loss = evaluate(model, eval_loader, accelerator)
-        log(eval_loss=loss, **causal_lm.perplexity({"eval_loss": loss}))
+        log(eval_loss=loss, **perplexity({"eval_loss": loss}))
         bar.write(f"step {step}: held-out loss {loss:.4f}, perplexity {history[-1]['eval_perplexity']:.1f}")
         if save:
             accelerator.save_state(str(checkpoint))

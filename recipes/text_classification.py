@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
 from arguments import InputError, RecipeArguments, parse, run_script
 from common import Task, train_and_compare
+from metrics import ACCURACY
 from tables import hold_out, read_columns
 
 
@@ -188,12 +188,7 @@ def make_task(args: Arguments) -> Task:
         collator=DataCollatorWithPadding(tokenizer),
         tokenizer=tokenizer,
         by_length=True,
-        metric="eval_accuracy",
-        metric_name="accuracy",
-        compute_metrics=lambda prediction: {
-            "accuracy": float(np.mean(prediction.predictions == prediction.label_ids))
-        },
-        preprocess_logits=lambda logits, labels: logits.argmax(dim=-1),
+        **ACCURACY,
     )
 
 

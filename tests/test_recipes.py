@@ -27,6 +27,7 @@ import image_classification  # noqa: E402
 import report  # noqa: E402
 import seq2seq  # noqa: E402
 import text_classification  # noqa: E402
+from metrics import perplexity  # noqa: E402
 
 
 TINY_LM = "--layers 1 --width 16 --heads 2 --vocab_size 257 --block_size 32 --per_device_train_batch_size 4".split()
@@ -376,9 +377,9 @@ def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 def test_perplexity_of_a_diverged_model_is_infinite():
-    assert causal_lm.perplexity({"eval_loss": 2.0})["eval_perplexity"] == pytest.approx(7.38905609893)
-    assert causal_lm.perplexity({"eval_loss": 1e4})["eval_perplexity"] == math.inf
-    assert math.isnan(causal_lm.perplexity({"eval_loss": math.nan})["eval_perplexity"])
+    assert perplexity({"eval_loss": 2.0})["eval_perplexity"] == pytest.approx(7.38905609893)
+    assert perplexity({"eval_loss": 1e4})["eval_perplexity"] == math.inf
+    assert math.isnan(perplexity({"eval_loss": math.nan})["eval_perplexity"])
 
 
 def test_pydoc_topics_are_split_by_topic():
