@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hf_lopt import LearnedOptimizer, _ops
-from hf_lopt.meta import tasks, theta
+from hf_lopt.meta import data, tasks, theta
 from hf_lopt.meta.particles import IN_TURN, TOGETHER, Particles, supported
 
 
@@ -150,17 +151,78 @@ def test_losses_of_particles_are_independent(name):
 
 
 def test_parts_have_no_sample_in_common():
-    for name in ("digits_mlp", "characters", "functions_mlp"):
+    cut = ("digits_mlp", "characters", "functions_mlp", "waves_denoiser", "teacher_residual", "tumours_mlp")
+    for name in (*cut, "code_lm", "names_gru"):
         parts = [tasks.named(name).data(part) for part in ("train", "validation", "test")]
         sizes = [len(part.inputs) for part in parts]
         whole = sum(sizes)
         starts = [part.inputs.storage_offset() // part.inputs.stride(0) for part in parts]
         assert all(a + n <= b for a, n, b in zip(starts, sizes, starts[1:], strict=False)) and starts[0] == 0
-        assert whole >= 1797 and all(0 < part.fresh < len(part.inputs) for part in parts)
+        assert whole >= 569 and all(0 < part.fresh < len(part.inputs) for part in parts)
     generator = torch.Generator().manual_seed(0)
-    data = tasks.named("characters").data("train")
-    inputs, targets = data.batch(2, 3, generator, fresh=True)
+    text = tasks.named("characters").data("train")
+    inputs, targets = text.batch(2, 3, generator, fresh=True)
     assert inputs.shape == (2, 3, 16) and torch.equal(inputs[..., 1:], targets[..., :-1])
+
+
+def test_some_test_tasks_have_data_of_their_own():
+    """Half of them have nothing of what optimizers are trained and chosen on, but by another random seed or share."""
+
+    def source(task):
+        return getattr(task.data, "func", task.data)
+
+    seen = {source(task) for part in ("train", "validation") for task in tasks.of_part(part)}
+    others = [task.name for task in tasks.of_part("test") if source(task) not in seen]
+    assert others == ["code_lm", "names_gru", "names_lora", "waves_denoiser", "teacher_residual", "tumours_mlp"]
+    names = tasks.named("names_gru").samples().inputs
+    assert {data.ALPHABET[i] for i in names.unique().tolist()} <= set("\n ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-()")
+
+
+def test_the_recurrent_model_is_that_of_torch():
+    task, generator = tasks.named("names_gru"), torch.Generator().manual_seed(3)
+    params = {key: p + 0.1 for key, p in task.start(1, generator).items()}
+    x, _ = task.samples().batch(1, 5, generator)
+    own = {key: p[0] for key, p in params.items()}
+    theirs = nn.GRU(40, 40, batch_first=True)
+    with torch.no_grad():
+        for kind, layer in (("ih", "inputs"), ("hh", "state")):  # their gates are reset, update, new
+            for letter in "wb":
+                parts = own[f"{layer}.{letter}"].chunk(3, -1)
+                name = f"{'weight' if letter == 'w' else 'bias'}_{kind}_l0"
+                getattr(theirs, name).copy_(torch.cat(parts[::-1], -1).T if letter == "w" else torch.cat(parts[::-1]))
+        states, _ = theirs(own["embedding"][x[0]])
+        expected = states @ own["head.w"] + own["head.b"]
+    torch.testing.assert_close(task.model(params, x)[0].view_as(expected), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_denoiser_convolves_like_torch():
+    task, generator = tasks.named("waves_denoiser"), torch.Generator().manual_seed(3)
+    params = {key: p + 0.1 for key, p in task.start(1, generator).items()}
+    x = torch.randn(1, 4, 100, generator=generator)
+
+    def convolved(layer, h):
+        weight = params[f"{layer}.w"][0].T.unflatten(1, (3, 3, -1)).permute(0, 3, 1, 2)
+        return F.conv2d(h, weight, params[f"{layer}.b"][0], padding=1)
+
+    h = F.gelu(convolved("first", x[0].view(4, 1, 10, 10)))
+    for layer in ("middle0", "middle1"):
+        h = h + F.gelu(convolved(layer, h))
+    expected = convolved("last", h).flatten(1)
+    torch.testing.assert_close(task.model(params, x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_residual_model_by_hand():
+    task, generator = tasks.named("teacher_residual"), torch.Generator().manual_seed(3)
+    params = {key: p + 0.1 for key, p in task.start(2, generator).items()}
+    x = torch.randn(2, 4, 16, generator=generator)
+    own = {key: p[1] for key, p in params.items()}
+    h = F.linear(x[1], own["in.w"].T, own["in.b"])
+    for i in range(3):
+        normed = F.rms_norm(h, (28,), own[f"{i}.norm"], eps=1e-6)
+        h = h + F.linear(F.silu(F.linear(normed, own[f"{i}.up.w"].T, own[f"{i}.up.b"])), own[f"{i}.down.w"].T)
+        h = h + own[f"{i}.down.b"]
+    expected = F.linear(F.rms_norm(h, (28,), own["norm"], eps=1e-6), own["out.w"].T, own["out.b"])
+    torch.testing.assert_close(task.model(params, x)[1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

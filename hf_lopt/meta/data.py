@@ -1,4 +1,4 @@
-"""Small data sets that need no download: scikit-learn's digits, procedural functions, the text of Python's manual.
+"""Small data sets that need no download: tables of scikit-learn, procedural ones, texts that come with Python.
 
 A data set is cut into three parts with no sample in common, for training, choosing and testing optimizers; each part
 has samples to train on and samples to judge by. Axes: N samples, D numbers of an input, B samples of a batch,
@@ -8,7 +8,10 @@ G streams.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 PARTS = {"train": (0.0, 0.25), "validation": (0.25, 0.4), "test": (0.4, 1.0)}
 FRESH_SHARE = 0.25
+CODE = ("argparse", "doctest", "inspect", "optparse", "pickletools", "statistics", "subprocess", "tarfile")
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,:;'\"()[]{}_-+*/=<>#`"
 
 
@@ -100,14 +104,62 @@ def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples
     return cut(whole.inputs * sizes, whole.targets.argmax(1), part)
 
 
+def _waves(generator: torch.Generator, samples: int, side: int, count: int = 3) -> Tensor:
+    """Sums of plane waves of random direction, length and phase under a window each, (N, side * side)."""
+    place = torch.linspace(-1.0, 1.0, side)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    shape = (samples, count, 1, 1)
+    angle, phase = (2.0 * math.pi * torch.rand(shape, generator=generator) for _ in range(2))
+    length = 0.4 + torch.rand(shape, generator=generator)
+    at_x, at_y = (1.6 * torch.rand(shape, generator=generator) - 0.8 for _ in range(2))
+    wave = torch.sin(2.0 * math.pi * (x * angle.cos() + y * angle.sin()) / length + phase)
+    window = torch.exp(-2.0 * ((x - at_x).square() + (y - at_y).square()))
+    return (wave * window).sum(1).flatten(1)
+
+
+def noisy_waves(part: str, seed: int = 0, side: int = 10, samples: int = 4096) -> Data:
+    """Generated pictures, with as much noise as picture; to be told from it."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = _waves(generator, samples, side)
+    clean = clean / clean.std()
+    return cut(clean + torch.randn(clean.shape, generator=generator), clean, part)
+
+
+def teacher(
+    part: str, seed: int = 0, inputs: int = 16, width: int = 24, outputs: int = 6, samples: int = 8192
+) -> Data:
+    """What a random perceptron with two hidden layers of tanh makes of normal inputs, unit variance, no noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inputs, generator=generator)
+    y = x
+    for size in (width, width, outputs):
+        y = 1.7 * torch.tanh(y) if y is not x else y
+        y = y @ torch.randn(y.shape[1], size, generator=generator) / math.sqrt(y.shape[1])
+    return cut(x, (y - y.mean(0)) / y.std(0), part)
+
+
+def tumours(part: str) -> Data:
+    """569 breast tumours, 30 measurements of each at unit variance, benign or malignant (scikit-learn)."""
+    from sklearn.datasets import load_breast_cancer
+
+    rows, classes = load_breast_cancer(return_X_y=True)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    x = torch.tensor(rows, dtype=torch.float32)[order]
+    return cut((x - x.mean(0)) / x.std(0), torch.tensor(classes)[order], part)
+
+
+def _numbers(text: str) -> Tensor:
+    """The places in ``ALPHABET`` of the characters that it has."""
+    numbers = {character: i for i, character in enumerate(ALPHABET)}
+    return torch.tensor([numbers[c] for c in text if c in numbers])
+
+
 @functools.cache
 def _text(capitals: bool) -> Tensor:
     from pydoc_data.topics import topics
 
-    numbers = {character: i for i, character in enumerate(ALPHABET)}
     text = "\n".join(topics[name] for name in sorted(topics))
-    text = text.upper() if capitals else text
-    return torch.tensor([numbers[c] for c in text if c in numbers])
+    return _numbers(text.upper() if capitals else text)
 
 
 def text(part: str, window: int, capitals: bool = False) -> Data:
@@ -116,3 +168,26 @@ def text(part: str, window: int, capitals: bool = False) -> Data:
     ``capitals``: all letters are capitals, for a model that knows the text as it is.
     """
     return cut(_text(capitals), None, part, window)
+
+
+@functools.cache
+def _code(modules: Sequence[str]) -> Tensor:
+    specs = [importlib.util.find_spec(name) for name in modules]
+    return _numbers("\n".join(spec.loader.get_source(spec.name) for spec in specs))
+
+
+def code(part: str, window: int) -> Data:
+    """The source text of modules of Python's standard library, character by character."""
+    return cut(_code(CODE), None, part, window)
+
+
+@functools.cache
+def _names() -> Tensor:
+    names = [name for name in (unicodedata.name(chr(i), "") for i in range(0x3000)) if name]
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    return _numbers("\n".join(names[i] for i in order))
+
+
+def character_names(part: str, window: int) -> Data:
+    """The names of characters in Unicode (GREEK SMALL LETTER ALPHA), in random order, letter by letter."""
+    return cut(_names(), None, part, window)

@@ -134,11 +134,79 @@ def conv(name: str, channels: Sequence[int], samples: Callable, side: int = 8, c
     return Task(name, shapes, scales, model, cross_entropy, samples, **more)
 
 
+def denoiser(name: str, channels: int, layers: int, samples: Callable, side: int, **more) -> Task:
+    """Pictures to pictures of the same size: 3 x 3 convolutions, those in the middle around a shortcut."""
+    sizes = {"first": (9, channels)} | {f"middle{i}": (9 * channels, channels) for i in range(layers)}
+    shapes, scales = _dense_parameters(sizes | {"last": (9 * channels, 1)}, 1.0)
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        def convolved(layer: str, x: Tensor) -> Tensor:
+            return _dense(params, layer, _patches(x, side, 1)).unflatten(1, (-1, side * side))
+
+        h = F.gelu(convolved("first", x.unsqueeze(-1)))
+        for i in range(layers):
+            h = h + F.gelu(convolved(f"middle{i}", h))
+        return convolved("last", h).squeeze(-1)
+
+    return Task(name, shapes, scales, model, squared_error, samples, **more)
+
+
 def _normed(x: Tensor, gain: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * gain.unsqueeze(1)
 
 
-def transformer(name: str, width: int, layers: int, window: int, heads: int = 2, **more) -> Task:
+def residual_mlp(name: str, sizes: Sequence[int], blocks: int, samples: Callable, loss: Callable, **more) -> Task:
+    """A stream of width ``sizes[1]`` from ``sizes[0]`` inputs to ``sizes[2]`` outputs; each block adds a perceptron of
+    its RMS-normed values."""
+    n_in, width, n_out = sizes
+    layers = {"in": (n_in, width)}
+    for i in range(blocks):
+        layers |= {f"{i}.up": (width, 2 * width), f"{i}.down": (2 * width, width)}
+    shapes, scales = _dense_parameters(layers | {"out": (width, n_out)}, 1.0)
+    norms = [*(f"{i}.norm" for i in range(blocks)), "norm"]
+    shapes |= dict.fromkeys(norms, (width,))
+    scales |= dict.fromkeys(norms, None)
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        h = _dense(params, "in", x)
+        for i in range(blocks):
+            up = F.silu(_dense(params, f"{i}.up", _normed(h, params[f"{i}.norm"])))
+            h = h + _dense(params, f"{i}.down", up)
+        return _dense(params, "out", _normed(h, params["norm"]))
+
+    return Task(name, shapes, scales, model, loss, samples, **more)
+
+
+def _looked_up(table: Tensor, x: Tensor) -> Tensor:
+    """Rows of the tables (P, symbols, width) for the symbols x (P, B, ...): (P, all others, width)."""
+    offset = torch.arange(len(x), device=x.device).view(-1, 1) * table.shape[1]
+    return table.flatten(0, 1)[x.flatten(1) + offset]
+
+
+def gru(name: str, width: int, window: int, samples: Callable, **more) -> Task:
+    """A recurrent language model of characters, with the gates of the GRU."""
+    symbols = len(data.ALPHABET)
+    layers = {"inputs": (width, 3 * width), "state": (width, 3 * width), "head": (width, symbols)}
+    shapes, scales = _dense_parameters(layers, 1.0)
+    shapes, scales = {"embedding": (symbols, width), **shapes}, {"embedding": 1.0, **scales}
+
+    def model(params: Params, x: Tensor) -> Tensor:
+        seen = _dense(params, "inputs", _looked_up(params["embedding"], x)).unflatten(1, x.shape[1:])
+        h, states = torch.zeros_like(seen[:, :, 0, :width]), []
+        for t in range(window):
+            new, update, reset = seen[:, :, t].chunk(3, -1)
+            own_new, own_update, own_reset = _dense(params, "state", h).chunk(3, -1)
+            new = torch.tanh(new + torch.sigmoid(reset + own_reset) * own_new)
+            h = torch.lerp(new, h, torch.sigmoid(update + own_update))
+            states.append(h)
+        return _dense(params, "head", torch.stack(states, 2).flatten(1, 2))
+
+    return Task(name, shapes, scales, model, cross_entropy, partial(samples, window=window), **more)
+
+
+def transformer(
+    name: str, width: int, layers: int, window: int, heads: int = 2, samples: Callable = data.text, **more
+) -> Task:
     """A causal language model of characters: RMS norms, attention, a perceptron of four times the width."""
     symbols = len(data.ALPHABET)
     shapes: dict[str, tuple[int, ...]] = {"embedding": (symbols, width), "position": (window, width)}
@@ -159,9 +227,7 @@ def transformer(name: str, width: int, layers: int, window: int, heads: int = 2,
 
     def model(params: Params, x: Tensor) -> Tensor:
         count, batch = x.shape[:2]
-        offset = torch.arange(count, device=x.device).view(-1, 1) * symbols
-        h = params["embedding"].flatten(0, 1)[(x.flatten(1) + offset)]
-        h = h + params["position"].repeat(1, batch, 1)
+        h = _looked_up(params["embedding"], x) + params["position"].repeat(1, batch, 1)
         for i in range(layers):
             qkv = torch.bmm(_normed(h, params[f"{i}.norm0"]), params[f"{i}.qkv"])
             q, k, v = qkv.view(count * batch, window, 3, heads, -1).permute(2, 0, 3, 1, 4)
@@ -172,13 +238,12 @@ def transformer(name: str, width: int, layers: int, window: int, heads: int = 2,
         return torch.bmm(_normed(h, params["norm"]), params["head"])
 
     more = {"batch": 8, **more}
-    return Task(name, shapes, scales, model, cross_entropy, partial(data.text, window=window), **more)
+    return Task(name, shapes, scales, model, cross_entropy, partial(samples, window=window), **more)
 
 
-@functools.cache
-def _trained(name: str, steps: int) -> dict[str, Tensor]:
+def _trained(task: Task, steps: int) -> dict[str, Tensor]:
     """Parameters (1, ...) of a task after training with AdamW, to be adapted."""
-    task, generator = named(name), torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     samples = task.samples()
     leaves = {key: x.requires_grad_() for key, x in task.start(1, generator).items()}
     optimizer = torch.optim.AdamW(leaves.values(), lr=5e-3)
@@ -201,8 +266,10 @@ def lora(name: str, frozen: Task, samples: Callable, rank: int, steps: int = 100
         shapes |= {f"{key}.a": (n_in, rank), f"{key}.b": (rank, n_out)}
         scales |= {f"{key}.a": n_in**-0.5, f"{key}.b": 0.0}
 
+    trained = functools.cache(lambda: _trained(frozen, steps))
+
     def model(params: Params, x: Tensor) -> Tensor:
-        whole = {key: p.to(x.device).expand(len(x), *p.shape[1:]) for key, p in _trained(frozen.name, steps).items()}
+        whole = {key: p.to(x.device).expand(len(x), *p.shape[1:]) for key, p in trained().items()}
         whole |= {key: whole[key] + params[f"{key}.a"] @ params[f"{key}.b"] for key in matrices}
         return frozen.model(whole, x)
 
@@ -233,6 +300,7 @@ def _all() -> dict[str, Task]:
         conv("digits_conv_wide", (8, 12), digits),
         transformer("characters_wide", 24, 1, 24),
     ]
+    coder = transformer("coder", 28, 2, 20, samples=data.code)
     test = [
         transformer("char_lm", 32, 2, 32),
         mlp("digits_autoencoder", (64, 48, 12, 48, 64), images, mse, "tanh", batch=64),
@@ -241,6 +309,13 @@ def _all() -> dict[str, Task]:
         mlp("digits_mlp_deep", (64, 32, 32, 32, 32, 32, 10), digits, ce, batch=64),
         mlp("functions_large", (8, 64, 64, 4), functions[3], mse, "gelu", batch=64),
         lora("char_lora", train[-1], partial(data.text, window=16, capitals=True), rank=4),
+        # Data and kinds of model that training and validation have nothing of.
+        transformer("code_lm", 40, 3, 24, heads=4, samples=data.code),
+        gru("names_gru", 40, 16, data.character_names, batch=16),
+        lora("names_lora", coder, partial(data.character_names, window=20), rank=3),
+        denoiser("waves_denoiser", 12, 2, data.noisy_waves, side=10, batch=16),
+        residual_mlp("teacher_residual", (16, 28, 6), 3, data.teacher, mse, batch=64),
+        mlp("tumours_mlp", (30, 40, 20, 2), data.tumours, ce, "tanh"),
     ]
     parts = {"train": train, "validation": validation, "test": test}
     return {task.name: replace(task, part=part) for part, tasks in parts.items() for task in tasks}
