@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import publish
-from hf_lopt.meta import config, evaluate, export, search, table, tasks, theta
+from hf_lopt.meta import config, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
 
 
@@ -63,7 +63,7 @@ def judge(
 
 def bad_start() -> None:
     """Train from a mixture that mostly follows the parameter, then judge on the validation tasks."""
-    weights = search.mixture_leaves("celo2", theta.starting_weights("celo2", "constructed"), BAD)
+    weights = mixtures.mixture_leaves("celo2", theta.starting_weights("celo2", "constructed"), BAD)
     folder, run = ROOT / "build" / "bad_start", ROOT / "build" / "bad_start_run"
     shutil.rmtree(run, ignore_errors=True)
     publish.save(weights, folder, rule="celo2")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_lopt import LearnedOptimizer, formats, publish
-from hf_lopt.meta import cli, config, evaluate, export, search, tasks, theta
+from hf_lopt.meta import cli, config, evaluate, export, mixtures, search, tasks, theta
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from hf_lopt.meta.train import CHECKPOINT, Trainer
 from ranks import torchrun
@@ -133,7 +133,7 @@ def test_evaluate_prints_and_writes_a_table(tmp_path, capsys):
 def test_a_bad_start_gets_better(tmp_path):
     """From weights that follow the parameter rather than the gradient, a short training lowers the loss elsewhere."""
     start = theta.starting_weights("celo2", "constructed")
-    bad = search.mixture_leaves("celo2", start, {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15})
+    bad = mixtures.mixture_leaves("celo2", start, {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15})
     publish.save(bad, tmp_path, rule="celo2")
     trained = search.GradientSearch(
         config.from_dict(
@@ -178,13 +178,25 @@ def test_cma_es_improves_a_mixture():
     task = tasks.named("functions_wide")
     before, after = (
         evaluate.learned(task, "celo2_base", weights, 40, 4, 1e-2).final
-        for weights in (search.mixture_leaves("celo2_base", found.start, made.mixture), found.theta())
+        for weights in (mixtures.mixture_leaves("celo2_base", found.start, made.mixture), found.theta())
     )
     assert evaluate.paired(after, before).interval()[1] < 0.9
 
 
+def test_mixtures_name_what_there_is_not():
+    start = theta.starting_weights("celo2", "constructed")
+    with pytest.raises(ValueError, match="celo2 has no scale and schedule of its own, which power would"):
+        mixtures.mixture_leaves("celo2", start, {"m[0]": 1.0, "power": 0.5})
+    with pytest.raises(ValueError, match=r"'feature\[column\]'"):
+        mixtures.mixture_leaves("celo2", start, {"m": 1.0})
+    moved = theta.starting_weights("small_fc_lopt", "constructed")
+    moved["nn/~/w2"][2, 1] *= 1.5
+    with pytest.raises(ValueError, match="can be mixed into constructed weights"):
+        mixtures.mixture_leaves("small_fc_lopt", moved, {"m[0]": 1.0, "power": 0.5})
+
+
 def test_mixture_leaves_add_features_up():
-    leaves = search.mixture_leaves(
+    leaves = mixtures.mixture_leaves(
         "celo2", theta.starting_weights("celo2", "constructed"), {"g[0]": 2.0, "m[1]": -0.5}
     )
     x = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
@@ -198,6 +210,95 @@ def test_mixture_leaves_add_features_up():
         h = h @ w + leaves[f"ff_mod_stack/~/b{layer}"]
         h = h.relu() if layer < 2 else h
     torch.testing.assert_close(h[:, 0], 2.0 * x[:, 0] - 0.5 * x[:, 4])
+
+
+CONSTRUCTED = {"fac_m[0]": 1.0, "fac_g[0]": 0.3}
+
+
+def network(leaves, x):
+    """Outputs of small_fc's network, in float64."""
+    for layer in range(3):
+        x = x @ leaves[f"nn/~/w{layer}"].double() + leaves[f"nn/~/b{layer}"].double()
+        x = x.relu() if layer < 2 else x
+    return x
+
+
+def inputs(steps):
+    """Features of small_fc: random ones, and the functions of the step count."""
+    x = torch.randn(len(steps), 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tau = torch.tensor([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5], dtype=torch.float64)
+    return torch.cat([x, torch.tanh(steps.unsqueeze(1) / tau - 1.0)], 1)
+
+
+def test_a_mixture_starts_from_the_constructed_weights():
+    """The numbers of the constructed weights give them back, but for the grid that their fit is rounded to."""
+    for rule in ("small_fc_lopt", "mulo"):
+        start = theta.starting_weights(rule, "constructed")
+        leaves = mixtures.mixture_leaves(rule, start, CONSTRUCTED | mixtures.SCHEDULE)
+        for name, leaf in start.items():
+            torch.testing.assert_close(leaves[name], leaf, rtol=0.0, atol=2.0**-16)
+        # Without numbers for it the schedule is not touched.
+        assert same(mixtures.mixture_leaves(rule, start, CONSTRUCTED), start)
+
+
+def test_a_mixture_has_the_schedule_that_it_names():
+    """Against the formula, at steps that the fit has not seen; the scale multiplies the direction."""
+    start = theta.starting_weights("small_fc_lopt", "constructed")
+    numbers = {"log_scale": 0.4, "log_warmup": -0.7, "log_decay": -0.5, "power": 0.8}
+    leaves = mixtures.mixture_leaves("small_fc_lopt", start, {"m[1]": 0.5, "p[0]": -0.2, **numbers})
+    steps = torch.tensor([25.0, 70.0, 111.0, 222.0, 444.0, 888.0, 5555.0], dtype=torch.float64)
+    x = inputs(steps)
+    out = network(leaves, x)
+    scale = math.exp(0.4) * network(start, x)[:, 0] / (x[:, 25] + 0.3 * x[:, 10])
+    torch.testing.assert_close(out[:, 0], scale * (0.5 * x[:, 3] - 0.2 * x[:, 1]), rtol=1e-5, atol=1e-6)
+    wanted = (1.0 + steps / (300.0 * math.exp(-0.5))) ** -0.8
+    torch.testing.assert_close(torch.exp(0.001 * out[:, 1]), wanted, rtol=0.06, atol=0.0)
+    slow = mixtures.mixture_leaves("small_fc_lopt", start, {**CONSTRUCTED, "power": 0.1})
+    assert (torch.exp(0.001 * network(slow, x)[:, 1]) > 0.7).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "width", "units"), [("small_fc_lopt", 0, 4), ("celo2", 0, 4), ("small_fc_lopt", 5, 8)]
+)
+def test_narrowed_networks_are_the_same_functions(rule, width, units):
+    """One run with each, on a task of its own; units that were in use are never cut."""
+    start = theta.starting_weights(rule, "constructed")
+    narrow = mixtures.narrowed(rule, start, width)
+    prefix = mixtures.MIXTURES[rule][1]
+    shapes = [narrow[f"{prefix}{name}"].shape for name in ("b0", "w1", "b1")]
+    assert shapes == [(units,), (units, units), (units,)] and narrow[f"{prefix}w2"].shape[0] == units
+    lr = 1.0 if rule == "small_fc_lopt" else 3e-3
+    ends = [
+        evaluate.learned(tasks.named("functions_mlp"), rule, leaves, 20, 2, lr).final for leaves in (start, narrow)
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=0.0)
+    used = {name: leaf.clone() for name, leaf in start.items()}
+    used[f"{prefix}b0"][-1] = 1.0
+    used[f"{prefix}w1"][-1, 0] = 0.1
+    assert mixtures.narrowed(rule, used, width)[f"{prefix}b0"].shape == start[f"{prefix}b0"].shape
+
+
+def test_lengths_of_a_generation_are_spread():
+    """Each task has the place in a stratum of its own, anew in every generation; resumed searches draw the same."""
+    made = {
+        "rule": "small_fc_lopt",
+        "tasks": {"functions_mlp": 2, "digits_mlp": 1, "regions_mlp": 1, "autoencoder": 1},
+        "runs": {"truncation": 10, "shortest": 10, "longest": 160, "lr": [1.0, 1.0]},
+        "perturbation": {"method": "cma_es", "std": 0.1},
+        "mixture": CONSTRUCTED | {"log_scale": 0.0},
+        "population": 4,
+    }
+    found = search.MixtureSearch(config.from_dict(made))
+    seen = []
+    for found.steps in range(40):
+        seen.append(found._lengths())
+        # Rounding may bring a length onto the border between two.
+        assert all(10 * 2**k <= x <= 20 * 2**k for k, x in enumerate(sorted(seen[-1]))), seen[-1]
+    assert all(len({row[i] for row in seen}) > 20 for i in range(4))
+    found.steps = 0
+    assert found.steps_per_call == 4 * 5 * 160
+    found.step()
+    assert found.steps_per_call == 4 * (2 * seen[0][0] + sum(seen[0][1:]))
 
 
 def test_vector_is_the_part_that_the_rule_uses():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,20 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_lopt.features import CELO2, SMALL_FC, ElementFeatures
 from hf_lopt.meta import tasks
 from hf_lopt.meta.config import Config
-from hf_lopt.meta.construct import networks
 from hf_lopt.meta.estimators import Estimator
+from hf_lopt.meta.mixtures import SCHEDULE, mixture_leaves, narrowed
 from hf_lopt.meta.runs import TaskRuns
 from hf_lopt.meta.theta import Vector, starting_weights
 
 
-# Rules whose network alone decides the direction: features, prefix of the leaves, outputs.
-MIXTURES: dict[str, tuple[ElementFeatures, str]] = {
-    **dict.fromkeys(("celo2", "celo2_base"), (CELO2, "ff_mod_stack/~/")),
-    **dict.fromkeys(("elo", "mulo", "small_fc_lopt"), (SMALL_FC, "nn/~/")),
-}
 LAST_LR = 0.1
 
 
@@ -161,44 +154,16 @@ class GradientSearch:
             estimator.runs.load_state_dict(saved["tasks"][name]["runs"])
 
 
-def direction(weights: Mapping[str, float]) -> dict[tuple[str, int], float]:
-    """Mixing weights by "feature[column]" as :mod:`hf_lopt.meta.construct.networks` takes them."""
-    out = {}
-    for name, value in weights.items():
-        match = re.fullmatch(r"(\w+)\[(\d+)\]", name)
-        if not match:
-            raise ValueError(f"a mixing weight is named 'feature[column]', such as 'm_rsqrt_v[0]', got {name!r}")
-        out[match[1], int(match[2])] = value
-    return out
-
-
-def mixture_leaves(rule: str, theta: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """``theta`` with a network whose first output is a weighted sum of features, as the constructed weights have it.
-
-    Raises:
-        ValueError: for a rule whose weights are not a network alone, and features that it does not have.
-    """
-    if rule not in MIXTURES:
-        raise ValueError(f"mixing weights are for {', '.join(sorted(MIXTURES))}, not for {rule}")
-    features, prefix = MIXTURES[rule]
-    form = networks.columns(features, direction(weights))
-    out = {name: leaf.clone() for name, leaf in theta.items()}
-    firsts = [f"{prefix}w0__{k}" for k in range(len(features.names))]
-    grouped = firsts[0] in out
-    first = torch.cat([out[name] for name in firsts]) if grouped else out[f"{prefix}w0"]
-    pair = torch.zeros(len(first), 2)
-    for column, weight in form.items():
-        pair[column] = torch.tensor([weight, -weight])
-    first[:, :2] = pair
-    for name, part in zip(firsts, first.split(features.widths()), strict=True) if grouped else ():
-        out[name] = part
-    return out
-
-
 class MixtureSearch:
     """CMA-ES over mixing weights of features: whole runs, the same ones for all candidates of a generation.
 
-    Only ratios matter to a rule that normalises its output, so the candidates are scaled to the norm of the start.
+    Only ratios matter to a rule that normalises its output, so the mixing weights are scaled to the norm of the
+    start; the scale of other rules is a number of its own (:mod:`hf_lopt.meta.mixtures`). The runs of a task have one
+    length, which is drawn anew in every generation; the lengths of the tasks are spread evenly between the limits.
+
+    Attributes:
+        steps: generations done.
+        steps_per_call: particle-steps of the last one, over all processes; at first of the longest possible.
     """
 
     def __init__(self, config: Config, device: torch.device | str = "cpu"):
@@ -206,6 +171,8 @@ class MixtureSearch:
         self.start = starting_weights(config.rule, config.start)
         self.names = list(config.mixture)
         self.first = torch.tensor(list(config.mixture.values()), dtype=torch.float64)
+        self._direction = torch.tensor([name not in SCHEDULE for name in self.names])
+        self.steps_per_call = config.population * sum(config.tasks.values()) * config.runs.longest
         mixture_leaves(config.rule, self.start, config.mixture)  # refuses what there is not
         self.steps = 0
         self.history: list[dict[str, Tensor]] = []
@@ -220,22 +187,36 @@ class MixtureSearch:
         sigma = self.config.perturbation.std
         return CMA(self.first.numpy(), sigma, seed=seed, population_size=self.config.population)
 
+    def _scaled(self, points: Tensor) -> Tensor:
+        """Points (N, numbers) with mixing weights of the norm of the start."""
+        norms = (points * self._direction).norm(dim=1, keepdim=True)
+        return torch.where(self._direction, points * ((self.first * self._direction).norm() / norms), points)
+
     def _leaves(self, points: Tensor) -> list[dict[str, Tensor]]:
-        scaled = points * (self.first.norm() / points.norm(dim=1, keepdim=True))
         return [
             mixture_leaves(self.config.rule, self.start, dict(zip(self.names, row, strict=True)))
-            for row in scaled.tolist()
+            for row in self._scaled(points).tolist()
         ]
+
+    def _lengths(self) -> list[int]:
+        """Steps of the runs of each task in this generation."""
+        generator, count = seeded(self.config.seed, "lengths", self.steps), len(self.config.tasks)
+        low, high = math.log(self.config.runs.shortest), math.log(self.config.runs.longest)
+        places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        return [round(x) for x in torch.exp(low + (high - low) * places.double()).tolist()]
 
     def step(self) -> dict[str, float]:
         """One generation; numbers for a log."""
-        config, names = self.config, list(self.config.tasks)
+        config, names, lengths = self.config, list(self.config.tasks), self._lengths()
         points = torch.tensor([self._cma.ask().tolist() for _ in range(config.population)], dtype=torch.float64)
-        vectors = [Vector(config.rule, leaves, config.trained) for leaves in self._leaves(points)]
+        # Units that are not in use cost time only.
+        narrow = [narrowed(config.rule, leaves) for leaves in self._leaves(points)]
+        vectors = [Vector(config.rule, leaves, config.trained) for leaves in narrow]
         results = {}
         for i, name in _own_tasks(config):
             count = config.tasks[name]
-            whole = replace(config.runs, truncation=config.runs.longest, shortest=config.runs.longest, growth=0)
+            steps = lengths[i]
+            whole = replace(config.runs, truncation=steps, shortest=steps, longest=steps, growth=0)
             runs = TaskRuns(
                 *(tasks.named(name), vectors[0], config.rule, count, whole, config.objective),
                 *(seeded(config.seed, "generation", self.steps, name), config.settings, self.device),
@@ -248,6 +229,8 @@ class MixtureSearch:
         self._tell(points, values)
         self.history.append({"points": points, "values": values})
         self.steps += 1
+        per_candidate = sum(config.tasks[name] * length for name, length in zip(names, lengths, strict=True))
+        self.steps_per_call = config.population * per_candidate
         mean = self._mean()
         metrics = {"meta_loss": values.mean().item(), "best": values.min().item()}
         return metrics | {f"mixture/{name}": value for name, value in zip(self.names, mean.tolist(), strict=True)}
@@ -256,13 +239,7 @@ class MixtureSearch:
         self._cma.tell([(point.numpy(), value.item()) for point, value in zip(points, values, strict=True)])
 
     def _mean(self) -> Tensor:
-        mean = torch.tensor(self._cma.mean, dtype=torch.float64)
-        return mean * (self.first.norm() / mean.norm())
-
-    @property
-    def steps_per_call(self) -> int:
-        """Particle-steps of one generation, over all processes."""
-        return self.config.population * sum(self.config.tasks.values()) * self.config.runs.longest
+        return self._scaled(torch.tensor(self._cma.mean, dtype=torch.float64).unsqueeze(0))[0]
 
     def theta(self) -> dict[str, Tensor]:
         """The weights of the mean of the distribution."""

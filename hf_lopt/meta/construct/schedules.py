@@ -98,9 +98,9 @@ def log_coefficients() -> list[float]:
 # ---- Functions of the number of steps, for rules without a horizon --------------------------------------------------
 
 
-def step_log_multiplier(step: float, warmup: float, decay: float) -> float:
-    """Wanted log of the step size, as a fraction of its peak: warm-up over the first steps, then 1/sqrt(step)."""
-    return math.log(min(1.0, (step + 1.0) / warmup)) - 0.5 * math.log1p(step / decay)
+def step_log_multiplier(step: float, warmup: float, decay: float, power: float = 0.5) -> float:
+    """Wanted log of the step size, as a fraction of its peak: warm-up over the first steps, then step ** -power."""
+    return math.log(min(1.0, (step + 1.0) / warmup)) - power * math.log1p(step / decay)
 
 
 def step_outputs(steps: Sequence[float]) -> list[list[float]]:
@@ -113,8 +113,18 @@ def step_points() -> list[float]:
     return [*map(float, range(64)), *(float(round(64 * 10 ** (i / 40))) for i in range(168))]
 
 
-def step_coefficients(warmup: float, decay: float) -> list[float]:
-    """Coefficients of the step features and the constant for :func:`step_log_multiplier`, held after 10⁵ steps."""
+def _step_problem(warmup: float, decay: float, power: float) -> tuple[list[list[float]], list[float], float]:
+    """Columns, target and ridge of the fit of :func:`step_log_multiplier`, held after 10⁵ steps."""
     steps = step_points()
-    target = [step_log_multiplier(min(i, features.STEP_SCALES[-1]), warmup, decay) for i in steps]
-    return fit(step_outputs(steps), target, ridge=1e-7)
+    target = [step_log_multiplier(min(i, features.STEP_SCALES[-1]), warmup, decay, power) for i in steps]
+    return step_outputs(steps), target, 1e-7
+
+
+def step_coefficients(warmup: float, decay: float, power: float = 0.5) -> list[float]:
+    """Coefficients of the step features and the constant for :func:`step_log_multiplier`, on the grid."""
+    return fit(*_step_problem(warmup, decay, power))
+
+
+def step_fit(warmup: float, decay: float, power: float = 0.5) -> list[float]:
+    """The same as they come, for numbers that need not be the same on every machine."""
+    return fitting.ridge_regression(*_step_problem(warmup, decay, power))
