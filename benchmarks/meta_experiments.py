@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import publish
+from hf_lopt import publish, rules
 from hf_lopt.meta import config, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
 
@@ -38,15 +38,22 @@ def write(name: str, record: Mapping[str, Any], command: str) -> None:
 
 
 def judge(
-    candidates: Mapping[str, Mapping[str, Tensor]], part: str, steps: int, seeds: int, rates: Sequence[float]
+    rule: str,
+    candidates: Mapping[str, Mapping[str, Tensor]],
+    part: str,
+    steps: int,
+    seeds: int,
+    rates: Sequence[float] = table.RATES,
 ) -> dict[str, Any]:
-    """Final losses of weights for celo2 by task, at the best rate for each; compared with the first of them."""
+    """Final losses of weights by task, compared with the first of them. ``rates``: the best of each task counts, where
+    the schedule is the caller's."""
+    rates = (1.0,) if rules.get(rule).own_schedule else rates
     results: dict[str, dict[str, Any]] = {}
     for task in tasks.of_part(part):
         results[task.name] = {}
         for name, weights in candidates.items():
             rate, curves = evaluate.best_of(
-                lambda lr, w=weights, t=task: evaluate.learned(t, "celo2", w, steps, seeds, lr, looks=1), rates
+                lambda lr, w=weights, t=task: evaluate.learned(t, rule, w, steps, seeds, lr, looks=1), rates
             )
             results[task.name][name] = {"lr": rate, "final": curves.final.tolist(), "train": curves.train.tolist()}
         print(task.name, {name: sum(row["final"]) / seeds for name, row in results[task.name].items()}, flush=True)
@@ -74,28 +81,35 @@ def bad_start() -> None:
     seconds = time.perf_counter() - start
     found = {"start": weights, "trained": trainer.theta()}
     found["constructed"] = theta.starting_weights("celo2", "constructed")
-    judged = judge(found, "validation", 200, 4, (3e-3, 1e-2))
+    judged = judge("celo2", found, "validation", 200, 4, (3e-3, 1e-2))
     steps = trainer.search.steps_per_call * trainer.steps
     write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, "meta_loss": losses, **judged}, "bad-start")
 
 
-def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
-    """The last weights of training folders against the constructed ones; with the course of the training."""
-    found = {"constructed": theta.starting_weights("celo2", "constructed")}
+def candidates(runs: Sequence[str], part: str, lengths: Sequence[int], seeds: int) -> None:
+    """The last weights of training folders of one rule against the constructed ones; with the course of training."""
     record: dict[str, Any] = {}
+    found: dict[str, Mapping[str, Tensor]] = {}
     for run in runs:
         name = Path(run).name
         found[name], provenance = export.load(run, last=True)
         log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
-        speed = [entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry]
+        speed = sorted(entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry)
+        seconds = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["seconds"]
         keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
         course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
-        record[name] = {"provenance": provenance, "course": course, "median_speed": sorted(speed)[len(speed) // 2]}
-    judged = judge(found, part, steps, seeds, (1e-3, 3e-3, 1e-2, 3e-2))
+        record[name] = {"provenance": provenance, "course": course, "seconds": seconds}
+        record[name]["median_speed"] = speed[len(speed) // 2]
+    rules_of = {run["provenance"]["rule"] for run in record.values()}
+    if len(rules_of) != 1:
+        raise ValueError(f"runs of one rule can be compared, these are of {', '.join(sorted(rules_of))}")
+    (rule,) = rules_of
+    found = {"constructed": theta.starting_weights(rule, "constructed"), **found}
+    judged = {str(steps): judge(rule, found, part, steps, seeds) for steps in lengths}
     write(
-        f"meta_candidates_{part}",
-        {**judged, "runs": record},
-        f"candidates RUN ... --part {part} --steps {steps} --seeds {seeds}",
+        f"meta_candidates_{rule}_{part}",
+        {"judged": judged, "runs": record},
+        f"candidates RUN ... --part {part} --steps {' '.join(map(str, lengths))} --seeds {seeds}",
     )
 
 
@@ -148,11 +162,10 @@ def figures() -> None:
         figure.legend(fontsize=8, ncols=4, frameon=False, loc="outside lower center")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         plt.close(figure)
-    path = RESULTS / "meta_candidates_validation.json"
-    if path.is_file():
-        record = json.loads(path.read_text())
-        figure, panels = plt.subplots(1, len(record["runs"]), figsize=(9, 3.4), constrained_layout=True, squeeze=False)
-        for axes, (name, run) in zip(panels[0], record["runs"].items(), strict=True):
+    for path in sorted(RESULTS.glob("meta_candidates_*.json")):
+        runs = json.loads(path.read_text())["runs"]
+        figure, panels = plt.subplots(1, len(runs), figsize=(9, 3.4), constrained_layout=True, squeeze=False)
+        for axes, (name, run) in zip(panels[0], runs.items(), strict=True):
             course = [(e["step"], e["meta_loss"]) for e in run["course"] if "meta_loss" in e]
             axes.plot(*zip(*course, strict=True), color=colours[0], linewidth=1.0, label="meta-loss, training tasks")
             chosen = [(e["step"], e["selection/mean"]) for e in run["course"] if "selection/mean" in e]
@@ -160,7 +173,7 @@ def figures() -> None:
                 axes.plot(*zip(*chosen, strict=True), "o-", color=colours[1], label="log loss, validation tasks")
             axes.set(title=name, xlabel="outer step")
             axes.legend(fontsize=7, frameon=False)
-        figure.savefig(RESULTS / "meta_candidates.png", dpi=110)
+        figure.savefig(path.with_suffix(".png"), dpi=110)
         plt.close(figure)
 
 
@@ -169,16 +182,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("bad-start", "candidates", "long", "figures"))
     parser.add_argument("runs", nargs="*", help="candidates: output folders of python -m hf_lopt.meta train")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--steps", type=int, nargs="+", help="lengths of the runs; long: one")
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "bad-start":
         bad_start()
     elif args.what == "candidates":
-        candidates(args.runs, args.part, args.steps or 200, args.seeds)
+        candidates(args.runs, args.part, args.steps or (200,), args.seeds)
     elif args.what == "long":
-        long_runs(args.steps or 20_000, args.seeds)
+        long_runs(*args.steps or (20_000,), args.seeds)
     else:
         figures()
 

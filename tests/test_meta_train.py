@@ -45,8 +45,9 @@ def close(a, b):
         {},
         {"rule": "celo", "tasks": {"functions_mlp": 1}},
         {"perturbation": {"method": "cma_es", "std": 0.2}, "mixture": {"m[0]": 1.0, "g[0]": 0.5}, "population": 4},
+        {"rule": "small_fc_lopt", "units": 8, "runs": SMALL["runs"] | {"lr": [1.0, 1.0]}},
     ],
-    ids=["pes", "pes of a rule with a scheduler", "cma_es"],
+    ids=["pes", "pes of a rule with a scheduler", "cma_es", "pes of a smaller network"],
 )
 def test_resumed_is_the_same_bit_by_bit(changes, tmp_path):
     whole = Trainer(settings(**changes), tmp_path / "whole")
@@ -257,25 +258,30 @@ def test_a_mixture_has_the_schedule_that_it_names():
     assert (torch.exp(0.001 * network(slow, x)[:, 1]) > 0.7).all()
 
 
-@pytest.mark.parametrize(
-    ("rule", "width", "units"), [("small_fc_lopt", 0, 4), ("celo2", 0, 4), ("small_fc_lopt", 5, 8)]
-)
-def test_narrowed_networks_are_the_same_functions(rule, width, units):
-    """One run with each, on a task of its own; units that were in use are never cut."""
-    start = theta.starting_weights(rule, "constructed")
-    narrow = mixtures.narrowed(rule, start, width)
-    prefix = mixtures.MIXTURES[rule][1]
-    shapes = [narrow[f"{prefix}{name}"].shape for name in ("b0", "w1", "b1")]
-    assert shapes == [(units,), (units, units), (units,)] and narrow[f"{prefix}w2"].shape[0] == units
-    lr = 1.0 if rule == "small_fc_lopt" else 3e-3
-    ends = [
-        evaluate.learned(tasks.named("functions_mlp"), rule, leaves, 20, 2, lr).final for leaves in (start, narrow)
+@pytest.mark.parametrize(("rule", "lr"), [("small_fc_lopt", 1.0), ("celo2", 3e-3)])
+def test_networks_of_other_widths_are_the_same_functions(rule, lr):
+    """One short run with each. Units in use are never cut; spare ones have a gradient."""
+    start, prefix = theta.starting_weights(rule, "constructed"), mixtures.MIXTURES[rule][1]
+    narrow = mixtures.narrowed(rule, start)
+    wide = mixtures.with_spare_units(rule, start, 8, torch.Generator().manual_seed(0))
+    for leaves, units in ((narrow, 4), (wide, 8)):
+        shapes = [leaves[f"{prefix}{name}"].shape for name in ("b0", "w1", "b1")]
+        assert shapes == [(units,), (units, units), (units,)] and len(leaves[f"{prefix}w2"]) == units
+    run = [
+        evaluate.learned(tasks.named("functions_mlp"), rule, leaves, 20, 2, lr).final
+        for leaves in (start, narrow, wide)
     ]
-    torch.testing.assert_close(*ends, rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(run[0], run[1], rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(run[0], run[2], rtol=1e-4, atol=0.0)
+    assert not wide[f"{prefix}w1"][4:, :2].any() and not wide[f"{prefix}w2"][4:].any()
+    assert wide[f"{prefix}w1"][:, 4:].all()
     used = {name: leaf.clone() for name, leaf in start.items()}
     used[f"{prefix}b0"][-1] = 1.0
     used[f"{prefix}w1"][-1, 0] = 0.1
-    assert mixtures.narrowed(rule, used, width)[f"{prefix}b0"].shape == start[f"{prefix}b0"].shape
+    assert same(mixtures.narrowed(rule, used), used)
+    if rule == "small_fc_lopt":
+        with pytest.raises(ValueError, match="8 hidden units: the start uses 32"):
+            mixtures.with_spare_units(rule, used, 8, torch.Generator())
 
 
 def test_lengths_of_a_generation_are_spread():
@@ -399,6 +405,8 @@ def test_adamw_of_all_seeds_is_adamw_of_each():
         ({"objective": {"kind": "best"}}, "objective.kind"),
         ({"start": "nowhere"}, "start must be"),
         ({"trained": ["nn/*"]}, "no leaf"),
+        ({"units": 16}, "16 hidden units: the start uses 2, and there are kernels for 4, 8, 32"),
+        ({"units": 8, "rule": "velo"}, "units are for the gradients of celo2"),
     ],
 )
 def test_mistakes_are_named(changes, message, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_lopt.meta import tasks
 from hf_lopt.meta.estimators import ESTIMATORS
+from hf_lopt.meta.mixtures import MIXTURES
 from hf_lopt.meta.particles import supported
 from hf_lopt.meta.runs import Objective, RunSettings
 
@@ -102,6 +103,8 @@ class Config:
         tasks: task name -> pairs of particles; for CMA-ES runs per candidate.
         start: "constructed", "bundled", or the path of weights.
         trained: leaves to train, shell patterns; () for the rule's own choice.
+        units: hidden units of the start's network, where those that are not in use get random inputs and no effect
+            (:func:`hf_lopt.meta.mixtures.with_spare_units`); 0: as it is.
         settings: constructor keywords of the rule.
         mixture: for CMA-ES: "feature[column]" -> first mixing weight.
         population: for CMA-ES: candidates of a generation.
@@ -113,6 +116,7 @@ class Config:
     tasks: Mapping[str, int]
     start: str = "constructed"
     trained: tuple[str, ...] = ()
+    units: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     runs: RunSettings = field(default_factory=RunSettings)
     objective: Objective = field(default_factory=Objective)
@@ -135,6 +139,8 @@ class Config:
                 raise ValueError(f"tasks.{name} must be a positive number of pairs, got {pairs!r}")
         if (self.perturbation.method == "cma_es") != bool(self.mixture):
             raise ValueError("mixture belongs to perturbation.method cma_es, which needs it")
+        if self.units and (self.mixture or self.rule not in MIXTURES):
+            raise ValueError(f"units are for the gradients of {', '.join(sorted(MIXTURES))}: leave them out")
         if self.population < 4 or self.checkpoint_every < 1:
             raise ValueError(
                 f"population must be at least 4 and checkpoint_every at least 1, got {self.population} and "

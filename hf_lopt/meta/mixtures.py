@@ -15,9 +15,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_lopt.features import CELO2, SMALL_FC, ElementFeatures
 from hf_lopt.meta.construct import networks, schedules, small_fc
@@ -102,30 +104,76 @@ def _set_schedule(leaves: Mapping[str, Tensor], prefix: str, before: int, number
     leaves[f"{prefix}w2"][:, 0] *= math.exp(numbers["log_scale"])
 
 
-def narrowed(rule: str, theta: Mapping[str, Tensor], width: int = 0) -> dict[str, Tensor]:
-    """Weights of the same function with hidden layers as narrow as the fused kernels and the units in use allow.
+@dataclass
+class _Network:
+    """The layers of a rule's network, with the features of the first one together."""
 
-    Args:
-        rule: one of ``MIXTURES``.
-        theta: its weights.
-        width: the least number of units; those that are not in use are free for training.
+    parts: list[list[str]]  # names of the leaves that make up the weights of each layer
+    weights: list[Tensor]  # (in, out)
+    biases: list[Tensor]
+    names: list[str]  # of the biases
+
+    @classmethod
+    def of(cls, rule: str, theta: Mapping[str, Tensor]) -> _Network:
+        _, prefix = MIXTURES[rule]
+        own = [f"{prefix}w{layer}" for layer in range(3)]
+        parts = [[name] if name in theta else [k for k in theta if k.startswith(f"{name}__")] for name in own]
+        names = [f"{prefix}b{layer}" for layer in range(3)]
+        return cls(parts, [torch.cat([theta[k] for k in keys]) for keys in parts], [theta[k] for k in names], names)
+
+    def in_use(self, layer: int) -> Tensor:
+        """Units of a hidden layer that have an input and an effect, bool."""
+        return (self.weights[layer].any(0) | self.biases[layer].bool()) & self.weights[layer + 1].any(1)
+
+    def needed(self) -> int:
+        """How many units the hidden layers need: those after the last one in use do nothing."""
+        return max(int(used.nonzero().max()) + 1 if used.any() else 0 for used in map(self.in_use, range(2)))
+
+    def resized(self, units: int) -> None:
+        """Cut the hidden layers to their first ``units``, or add units without inputs and effect."""
+        for layer in range(2):
+            more = units - len(self.biases[layer])
+            self.weights[layer] = F.pad(self.weights[layer], (0, more))
+            self.biases[layer] = F.pad(self.biases[layer], (0, more))
+            self.weights[layer + 1] = F.pad(self.weights[layer + 1], (0, 0, 0, more))
+
+    def into(self, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves of ``theta`` with this network."""
+        out = dict(theta) | dict(zip(self.names, self.biases, strict=True))
+        for keys, weights in zip(self.parts, self.weights, strict=True):
+            sizes = [len(weights)] if len(keys) == 1 else [len(theta[k]) for k in keys]
+            out |= dict(zip(keys, (x.clone() for x in weights.split(sizes)), strict=True))
+        return out
+
+
+def narrowed(rule: str, theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the same function, with hidden layers as narrow as the units in use and the fused kernels allow."""
+    network = _Network.of(rule, theta)
+    network.resized(min((k for k in WIDTHS if k >= network.needed()), default=len(network.biases[0])))
+    return network.into(theta)
+
+
+def with_spare_units(
+    rule: str, theta: Mapping[str, Tensor], units: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Weights of the same function whose hidden layers have ``units`` units, all of which can be trained.
+
+    A unit with neither inputs nor effect stays so: the gradient with respect to both is zero. Here those that are not
+    in use get random inputs, of which nothing is made yet.
+
+    Raises:
+        ValueError: more units are in use, or there is no fused kernel for so many.
     """
-    _, prefix = MIXTURES[rule]
-    layers = []
-    for layer in range(3):
-        name = f"{prefix}w{layer}"
-        parts = [name] if name in theta else [key for key in theta if key.startswith(f"{name}__")]
-        layers.append((parts, torch.cat([theta[key] for key in parts]), theta[f"{prefix}b{layer}"]))
-    needed = width
-    for (_, w, b), (_, following, _) in zip(layers, layers[1:], strict=False):
-        in_use = (w.any(0) | b.bool()) & following.any(1)
-        needed = max(needed, int(in_use.nonzero().max()) + 1 if in_use.any() else 0)
-    units = min((k for k in WIDTHS if k >= needed), default=max(WIDTHS))
-    out = dict(theta)
-    for layer, (parts, w, b) in enumerate(layers):
-        if layer < 2:
-            out |= {key: theta[key][..., :units].clone() for key in parts}
-            out[f"{prefix}b{layer}"] = b[:units].clone()
-        if layer:
-            out[parts[0]] = out[parts[0]][: min(units, len(w))].clone()
-    return out
+    network = _Network.of(rule, theta)
+    if units not in WIDTHS or units < network.needed():
+        raise ValueError(
+            f"{units} hidden units: the start uses {network.needed()}, and there are kernels for "
+            f"{', '.join(map(str, WIDTHS))}"
+        )
+    network.resized(units)
+    for layer in range(2):
+        spare = ~network.in_use(layer)
+        inputs = network.weights[layer]
+        inputs[:, spare] = torch.randn(len(inputs), int(spare.sum()), generator=generator) * len(inputs) ** -0.5
+        network.weights[layer + 1][spare] = 0.0
+    return network.into(theta)

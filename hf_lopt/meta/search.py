@@ -20,7 +20,7 @@ from torch import Tensor
 from hf_lopt.meta import tasks
 from hf_lopt.meta.config import Config
 from hf_lopt.meta.estimators import Estimator
-from hf_lopt.meta.mixtures import SCHEDULE, mixture_leaves, narrowed
+from hf_lopt.meta.mixtures import SCHEDULE, mixture_leaves, narrowed, with_spare_units
 from hf_lopt.meta.runs import TaskRuns
 from hf_lopt.meta.theta import Vector, starting_weights
 
@@ -78,7 +78,10 @@ class GradientSearch:
 
     def __init__(self, config: Config, device: torch.device | str = "cpu"):
         self.config, self.device = config, torch.device(device)
-        self.vector = Vector(config.rule, starting_weights(config.rule, config.start), config.trained)
+        start = starting_weights(config.rule, config.start)
+        if config.units:
+            start = with_spare_units(config.rule, start, config.units, seeded(config.seed, "units"))
+        self.vector = Vector(config.rule, start, config.trained)
         self.center = torch.nn.Parameter(self.vector.start())
         self.average = self.center.detach().clone()
         self.steps = 0
