@@ -34,6 +34,9 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
         "Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) -> Tensor");
     m.def("descend(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()");
     m.def(
+        "orthogonalize(Tensor x, ScalarType dtype, float[] coefficients, int steps, float eps, float? norm_eps) "
+        "-> Tensor");
+    m.def(
         "advance(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, "
         "Tensor(b!)[] loss_buffer, float horizon, float[] corrected, Tensor[] own, int p_column, int rows) "
         "-> (Tensor, Tensor, Tensor)");
@@ -98,6 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
     m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
     m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
     m.impl("descend", TORCH_BOX(&hf_lopt::descend));
+    m.impl("orthogonalize", TORCH_BOX(&hf_lopt::orthogonalize));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CompositeExplicitAutograd, m) {

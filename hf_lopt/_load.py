@@ -23,6 +23,7 @@ _FEATURES = frozenset("g clip_g p m v m_rsqrt_v rsqrt_v fac_g g_rsqrt_v row col 
 _ONLY_SMALL = frozenset(("clip_g", "g_rsqrt_v"))
 _UNITS = (4, 8, 32)
 _DECAYS = (3, 1, 3)
+_SMALL_SIDE, _SMALL_MATRIX = 64, 1 << 16
 
 _REMEDY = (
     "learned optimizers will run in plain PyTorch, some hundred times slower on a CPU. Install a C++17 compiler, then "
@@ -164,7 +165,7 @@ def covers_on_cuda(name: str, *args: Any) -> bool:
     if name in ("descend", "adam_step"):
         scales = args[2:4] if name == "descend" else args[7:9]
         return all(x.numel() in (1, len(args[0])) for x in scales)
-    return name != "update_factored" or len(args[9]) == 3
+    return name not in ONLY_CPU and (name != "update_factored" or len(args[9]) == 3)
 
 
 def _covers_network(features: Sequence[str], *args: Any) -> bool:
@@ -179,6 +180,12 @@ def _covers_network(features: Sequence[str], *args: Any) -> bool:
         and (units <= 8 or _ONLY_SMALL.isdisjoint(features))
         and _covers_features(features, *args)
     )
+
+
+def _covers_matrices(x: Tensor, dtype: torch.dtype, *_: Any) -> bool:
+    """Small ones, in a core's cache: for others a library takes all threads."""
+    rows, columns = x.shape[-2:]
+    return x.dtype == dtype == torch.float32 and min(rows, columns) <= _SMALL_SIDE and rows * columns <= _SMALL_MATRIX
 
 
 def _covers_advance(*args: Any) -> bool:
@@ -207,6 +214,7 @@ CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "apply_network": (1, _covers_network, (1, 3, 4, 5, 25)),
     "adam_step": (0, _covers_sums, (0, 2, 3)),
     "descend": (0, _covers_sums, (0,)),
+    "orthogonalize": (0, _covers_matrices, ()),
     "advance": (4, _covers_advance, (4, 5)),
     "pool": (0, _covers_pool, ()),
     "lstm_step": (0, _covers_lstm, (1, 2)),
@@ -216,3 +224,5 @@ CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
 }
 # A few calls of PyTorch on the CPU, but launches on a GPU.
 ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign", "zero_nan"))
+# Matrix products of a library on a GPU.
+ONLY_CPU = frozenset(("orthogonalize",))

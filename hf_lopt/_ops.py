@@ -9,8 +9,8 @@ a sharded tensor are reduced:
 * :func:`feature_sums`     reads everything: the sum of squares of every feature column;
 * :func:`apply_network`    evaluates the network on the scaled features, stores the accumulators and the parameter.
 
-Two more stand beside them: :func:`adam_step`, a whole step of Adam, and :func:`descend`, the end of a step whose
-network output is worked on before it is applied. What lies between the passes is small, but on an accelerator every
+Three more stand beside them: :func:`adam_step`, a whole step of Adam, :func:`orthogonalize`, what may be done to a
+network's output before it is applied, and :func:`descend`, which applies it. What lies between the passes is small, but on an accelerator every
 call of PyTorch is a launch. So it has operators, too:
 
 * :func:`advance`       decides about the step, counts it, and forms the inputs of the scheduler;
@@ -63,6 +63,9 @@ SCHEMAS = {
         "-> Tensor"
     ),
     "descend": "(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()",
+    "orthogonalize": (
+        "(Tensor x, ScalarType dtype, float[] coefficients, int steps, float eps, float? norm_eps) -> Tensor"
+    ),
     "advance": (
         "(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, Tensor(b!)[] loss_buffer, "
         "float horizon, float[] corrected, Tensor[] own, int p_column, int rows) -> (Tensor, Tensor, Tensor)"
@@ -131,6 +134,11 @@ def _fake_descend(params, steps, *args):
         )
 
 
+def _fake_orthogonalize(x, *args):
+    torch._check(x.dim() >= 2, lambda: f"there must be matrices, got a tensor of shape {tuple(x.shape)}")
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
 def _fake_advance(stats, sums, bad, loss, counters, loss_buffer, horizon, corrected, own, p_column, rows):
     skip = counters.new_empty((), dtype=torch.bool)
     features = counters.new_empty(_plain_scheduler.STEP.stop + len(corrected), dtype=torch.float32)
@@ -192,6 +200,7 @@ KERNELS = {
     "apply_network": (_plain.apply_network, _fake_apply_network),
     "adam_step": (_plain.adam_step, _fake_adam_step),
     "descend": (_plain.descend, _fake_descend),
+    "orthogonalize": (_plain.orthogonalize, _fake_orthogonalize),
     "advance": (_plain_scheduler.advance, _fake_advance),
     "pool": (_plain_scheduler.pool, _fake_pool),
     "lstm_step": (_plain_scheduler.lstm_step, _fake_lstm_step),
@@ -216,6 +225,7 @@ feature_sums = _load.operator("feature_sums", _plain.feature_sums)
 apply_network = _load.operator("apply_network", _plain.apply_network)
 adam_step = _load.operator("adam_step", _plain.adam_step)
 descend = _load.operator("descend", _plain.descend)
+orthogonalize = _load.operator("orthogonalize", _plain.orthogonalize)
 advance = _load.operator("advance", _plain_scheduler.advance)
 pool = _load.operator("pool", _plain_scheduler.pool)
 lstm_step = _load.operator("lstm_step", _plain_scheduler.lstm_step)

@@ -416,6 +416,25 @@ def descend(params, steps, scale, decay, skip):
             store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
 
 
+def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
+    """Matrices (..., R, C) with their singular values moved to about 1, float32, by a quintic iteration in ``dtype``.
+
+    x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side. At the
+    end each matrix gets a mean square of 1 (``norm_eps`` is added to it) unless ``norm_eps`` is None.
+    """
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x
+    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)).to(dtype)
+    c0, c1, c2 = coefficients
+    for _ in range(steps):
+        a = x @ x.mT
+        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
+    x = x.float()
+    if norm_eps is not None:
+        x = x * (x.square().mean((-2, -1), keepdim=True) + norm_eps).rsqrt()
+    return (x.mT if transposed else x).contiguous()
+
+
 def _slice_numbers(x: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
     """The numbers of a block of tensor ``t``: one for all, or one for each place along the first axis."""
     slices = x.numel() // len(params)

@@ -80,8 +80,10 @@ def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
 
 
 def flatten_network(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
-    """The inverse of :func:`split_layers`."""
-    return torch.cat([x.flatten(1) for pair in zip(weights, biases, strict=True) for x in pair], 1)
+    """The inverse of :func:`split_layers`; one network, without an axis in front, is a row, too."""
+    one = biases[0].dim() == 1
+    layers = (x.unsqueeze(0) if one else x for pair in zip(weights, biases, strict=True) for x in pair)
+    return torch.cat([x.flatten(1) for x in layers], 1)
 
 
 def flatten_bank(theta: Theta, prefix: str, groups: int, layers: int) -> Tensor:

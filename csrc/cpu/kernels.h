@@ -52,6 +52,16 @@ struct GradientSums {
     int64_t nonfinite;
 };
 
+// Matrices that are worked on together have rows of a multiple of this many numbers.
+constexpr int64_t kMatrixPad = 16;
+
+// y <- y (c0 + c1 y'y + c2 (y'y)²), after a division by |y| + eps; at the end a mean square of 1, if norm_eps >= 0.
+struct NewtonSchulz {
+    float c0, c1, c2;
+    int steps;
+    double eps, norm_eps;
+};
+
 struct Kernels {
     const char* name;
     // Conversions of 16-bit numbers, to nearest even.
@@ -86,6 +96,9 @@ struct Kernels {
                            float* out);
     // out = 1 / sqrt(max(x / divisor, 1e-9)).
     void (*factors)(const float* x, int64_t n, float divisor, float* out);
+    // In place or in `work`, (rows + 2 columns) * stride numbers; returns where. rows >= columns.
+    float* (*newton_schulz)(float* y, float* work, int64_t rows, int64_t columns, int64_t stride,
+                            const NewtonSchulz& constants);
 };
 
 extern const Kernels kPortableKernels;

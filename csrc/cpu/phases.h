@@ -1,6 +1,7 @@
 // The three passes over lists of tensors; see hf_lopt/_ops.py for what they compute.
 #pragma once
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -45,6 +46,8 @@ struct AdamStep {
 };
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamStep& step);
+Tensor orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, std::vector<double> coefficients, int64_t steps,
+                     double eps, std::optional<double> norm_eps);
 void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip);
 
 }  // namespace hf_lopt

@@ -3,6 +3,7 @@
 // That file defines HF_LOPT_KERNELS, the name of its table. Everything else here has internal linkage.
 #include "formats.h"
 #include "kernels.h"
+#include "matrices.h"
 
 namespace hf_lopt {
 namespace {
@@ -487,6 +488,7 @@ const Kernels HF_LOPT_KERNELS = {
     descend,
     ema_of_means,
     factors,
+    newton_schulz,
 };
 
 }  // namespace hf_lopt

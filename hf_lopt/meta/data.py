@@ -40,13 +40,21 @@ class Data:
     fresh: int
     window: int = 0
 
-    def batch(self, streams: int, size: int, generator: torch.Generator, fresh: bool = False) -> tuple[Tensor, Tensor]:
-        """Random samples with repetition: inputs (G, B, ...) and targets (G, B, ...), on the device of the data."""
+    def batch(
+        self, streams: int, size: int, generator: torch.Generator, fresh: bool = False, copies: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Random samples with repetition: inputs (G, B, ...) and targets (G, B, ...), on the device of the data.
+
+        ``copies``: all streams so many times over, (copies G, B, ...).
+        """
         low, high = (self.fresh, len(self.inputs)) if fresh else (0, self.fresh)
         index = torch.randint(low, high - self.window, (streams, size), generator=generator)
-        index = index.to(self.inputs.device, non_blocking=True)
+        index = index.to(self.inputs.device, non_blocking=True).repeat(copies, 1)
         if self.targets is not None:
-            return self.inputs[index], self.targets[index]
+            # Row by row; indexing with a matrix goes number by number.
+            picked = (x.index_select(0, index.flatten()) for x in (self.inputs, self.targets))
+            inputs, targets = (x.unflatten(0, index.shape) for x in picked)
+            return inputs, targets
         pieces = self.inputs[index.unsqueeze(-1) + torch.arange(self.window + 1, device=index.device)]
         return pieces[..., :-1], pieces[..., 1:]
 

@@ -24,6 +24,8 @@ from hf_lopt.rules.batches import Batch, Layout
 
 # Rules whose step is the sum of what they do to each tensor.
 TOGETHER = ("celo2", "celo2_base", "elo", "mulo", "small_fc_lopt")
+# What of their weights may differ between particles: the leaves of the network.
+NETWORKS = ("ff_mod_stack/~/", "nn/~/")
 IN_TURN = ("celo", "celo_adam", "rnn_mlp", "velo", "velo_s")
 
 
@@ -89,8 +91,10 @@ class Particles:
             ValueError: if learned decays differ between particles of a rule that takes them in one call.
         """
         self._theta = {name: leaf.to(self.device) for name, leaf in theta.items()}
-        prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
-        self._weights = [_joined(prepared)] if self._together else prepared
+        if self._together:
+            self._weights = [self.rule.prepare(_side_by_side(self._theta), self.group)]
+        else:
+            self._weights = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
         if not self.state:
             self._create_state()
 
@@ -221,16 +225,14 @@ class Particles:
         self.failed.copy_(saved["failed"])
 
 
-def _joined(prepared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What ``prepare`` made for each particle as one set, with a network for each of them."""
+def _side_by_side(theta: Theta) -> dict[str, Tensor]:
+    """Leaves (P, *leaf shape) of the network; the others, which all particles must have in common, without the P."""
     out = {}
-    for key, first in prepared[0].items():
-        if isinstance(first, Tensor):  # flat networks, (1, weights)
-            out[key] = torch.cat([p[key] for p in prepared])
-        elif all(p[key] == first for p in prepared):
-            out[key] = first
-        else:
+    for name, leaf in theta.items():
+        own = name.startswith(NETWORKS)
+        if not own and not (leaf == leaf[:1]).all():
             raise ValueError(
-                f"{key} differ between particles, which one call cannot take; leave the decays out of what is trained"
+                f"{name} differs between particles, which one call cannot take; leave the decays out of what is trained"
             )
+        out[name] = leaf if own else leaf[0]
     return out

@@ -194,7 +194,7 @@ class TaskRuns:
     def _step(self, lr: Tensor, horizons: Tensor, loss_scale: Tensor) -> Tensor:
         """One step of every particle; the losses before it, (C N,)."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.particles.params.items()}
-        batch = self.samples.batch(self.pairs, self.task.batch, self.generator)
+        batch = self.samples.batch(self.pairs, self.task.batch, self.generator, copies=self.copies)
         with torch.enable_grad():
             losses = self.task.losses(self._scaled(leaves), batch)
             scaled = losses * loss_scale
@@ -214,7 +214,8 @@ class TaskRuns:
 
     @torch.no_grad()
     def _fresh_losses(self) -> Tensor:
-        batch = self.samples.batch(self.pairs, self.objective.batch * self.task.batch, self.generator, fresh=True)
+        size = self.objective.batch * self.task.batch
+        batch = self.samples.batch(self.pairs, size, self.generator, fresh=True, copies=self.copies)
         return self.task.losses(self._scaled(self.particles.params), batch)
 
     def _measure(self, losses: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ class Rule:
         shapes: leaves of the weights and their shapes; letters stand for sizes that the file decides.
         init_state: (parameter, its group, weights) -> the state of one parameter.
         init_run: (weights) -> the tensors that belong to the run as a whole.
-        prepare: (weights, settings) -> the tensors that ``update`` takes, packed once.
+        prepare: (weights, settings) -> the tensors that ``update`` takes, packed once. Rules whose update takes many
+            runs also take leaves of networks with an axis of runs in front.
         update: the step itself.
         own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
         needs_horizon, needs_loss: whether a step is undefined without them.

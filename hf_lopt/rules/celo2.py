@@ -51,16 +51,17 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Both networks, flat (1, P); o1 is left out by an exponent of 0, o2 altogether."""
-    first = torch.cat([theta[f"{PREFIX}w0__{k}"] for k in range(len(CELO2.names))])
+    """Both networks, flat (1, P), or one for each of several networks side by side; o1 is left out by an exponent of 0,
+    o2 altogether."""
+    first = torch.cat([theta[f"{PREFIX}w0__{k}"] for k in range(len(CELO2.names))], -2)
     weights = [first, theta[f"{PREFIX}w1"], theta[f"{PREFIX}w2"]]
     biases = [theta[f"{PREFIX}b{layer}"] for layer in range(3)]
-    vector = [first[: sum(CELO2_VECTOR.widths())], *weights[1:]]
-
-    def flat(own: list[Tensor]) -> Tensor:
-        return networks.flatten_network(*([x.unsqueeze(0) for x in xs] for xs in (own, biases)))
-
-    return {"network": flat(weights), "vector_network": flat(vector), "hidden": tuple(len(x) for x in biases)}
+    vector = [first.narrow(-2, 0, sum(CELO2_VECTOR.widths())), *weights[1:]]
+    return {
+        "network": networks.flatten_network(weights, biases),
+        "vector_network": networks.flatten_network(vector, biases),
+        "hidden": tuple(x.shape[-1] for x in biases),
+    }
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -68,21 +69,12 @@ def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
     Five steps of a quintic iteration, in ``dtype``.
     """
-    transposed = x.shape[-2] > x.shape[-1]
-    x = x.mT if transposed else x
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + NS_EPS)).to(dtype)
-    c0, c1, c2 = NS_COEFFICIENTS
-    for _ in range(NS_STEPS):
-        a = x @ x.mT
-        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
-    x = x.float()
-    return x.mT if transposed else x
+    return _ops.orthogonalize(x, dtype, NS_COEFFICIENTS, NS_STEPS, NS_EPS, None)
 
 
 def orthogonal(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrices (..., R, C) with equal singular values and a mean square of 1; the iteration runs in ``dtype``."""
-    x = newton_schulz(x, dtype)
-    return x * (x.square().mean((-2, -1), keepdim=True) + CELO2.norm_eps).rsqrt()
+    return _ops.orthogonalize(x, dtype, NS_COEFFICIENTS, NS_STEPS, NS_EPS, CELO2.norm_eps)
 
 
 # Network outputs that are held at a time, in elements, and how many are made orthogonal in one batch.
@@ -122,6 +114,9 @@ def _orthogonalise(axes: Sequence[tuple[int, int]], steps: Sequence[Tensor], dty
         count = max(1, _BATCH // max(shape.numel(), 1))
         for k in range(0, len(members), count):
             some = members[k : k + count]
+            if len(some) == 1:  # no copies
+                matrices[some[0]] = orthogonal(matrices[some[0]], dtype)
+                continue
             done = orthogonal(torch.stack([matrices[i] for i in some]), dtype)
             for i, x in zip(some, done, strict=True):
                 matrices[i] = x

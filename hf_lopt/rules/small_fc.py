@@ -40,17 +40,18 @@ def learned_decays(decays: tuple[float, ...], offsets: Tensor, clip: bool) -> tu
 
 
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Features with the learned decays, and the network, flat (1, P): all tensors share it."""
+    """Features with the learned decays, and the network, flat (1, P), which all tensors share; or one for each of
+    several networks side by side."""
     initial = SMALL_FC.decays
     decays = {
         kind: learned_decays(getattr(initial, kind), theta[leaf], clip=kind != "momentum")
         for kind, leaf in OFFSETS.items()
     }
-    weights, biases = ([theta[f"{PREFIX}{kind}{layer}"].unsqueeze(0) for layer in range(3)] for kind in "wb")
+    weights, biases = ([theta[f"{PREFIX}{kind}{layer}"] for layer in range(3)] for kind in "wb")
     return {
         "features": replace(SMALL_FC, decays=Decays(**decays)),
         "network": networks.flatten_network(weights, biases),
-        "sizes": (weights[0].shape[1], *(b.shape[1] for b in biases)),
+        "sizes": (weights[0].shape[-2], *(b.shape[-1] for b in biases)),
     }
 
 
