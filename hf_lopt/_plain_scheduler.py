@@ -49,22 +49,29 @@ def loss_decays(num_training_steps: float, like: Tensor) -> Tensor:
 def update_loss_buffer(
     means: Tensor, minimum: Tensor, loss: Tensor, step: Tensor, num_training_steps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New means and their new running minimum (10,), and the loss features (9,), each in [-1, 1].
+    """New means and their new running minimum (10,), and the loss features (9,), each in [-1, 1]; see
+    :func:`next_loss_buffer`."""
+    return next_loss_buffer(means, minimum, loss, step, loss_decays(num_training_steps, means))
+
+
+def next_loss_buffer(
+    means: Tensor, minimum: Tensor, loss: Tensor, step: Tensor, decay: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with given decays (10,). Or of many runs: (R, 10) each, and ``loss`` and ``step`` (R, 1).
 
     The loss is clipped at twice the largest bias-corrected mean so far. A feature compares two
     neighbouring means, both above the running minimum of the faster one; all are 0 in the first two steps. The
     corrections 1 - d^n are small next to 1, so the arithmetic is in float64 and rounded once.
     """
     means, minimum, loss = means.double(), minimum.double(), loss.double()
-    decay = loss_decays(num_training_steps, means)
     correction = 1.0 - decay ** (step + 1)
-    largest = torch.where(step > 0, (means / correction).max(), loss)
+    largest = torch.where(step > 0, (means / correction).amax(-1, keepdim=loss.dim() > 0), loss)
     loss = torch.minimum(loss, 2.0 * largest.abs())
     means = decay * means + (1.0 - decay) * loss
     corrected = means / correction
     minimum = torch.minimum(minimum, corrected)
-    slower = corrected[1:] - minimum[:-1]
-    slope = (corrected[:-1] - minimum[:-1]) / slower.clamp_min(1e-8) - 1.0
+    slower = corrected[..., 1:] - minimum[..., :-1]
+    slope = (corrected[..., :-1] - minimum[..., :-1]) / slower.clamp_min(1e-8) - 1.0
     features = torch.where(step + 1 > 2, slope.clamp(-1.0, 1.0), 0.0)
     return means.float(), minimum.float(), features.float()
 

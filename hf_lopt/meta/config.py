@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_lopt.meta import tasks
+from hf_lopt.meta import head, tasks
 from hf_lopt.meta.estimators import ESTIMATORS
 from hf_lopt.meta.mixtures import MIXTURES
 from hf_lopt.meta.particles import supported
@@ -106,8 +106,11 @@ class Config:
         units: hidden units of the start's network, where those that are not in use get random inputs and no effect
             (:func:`hf_lopt.meta.mixtures.with_spare_units`); 0: as it is.
         settings: constructor keywords of the rule.
-        mixture: for CMA-ES: "feature[column]" -> first mixing weight.
+        mixture: a few numbers to train instead of leaves, with their first values: "feature[column]", mixing weights;
+            for VeLO see :mod:`hf_lopt.meta.head`. CMA-ES needs it.
         population: for CMA-ES: candidates of a generation.
+        balance: for CMA-ES: if not 0, the losses of each task count in units of their standard deviation over the
+            candidates, plus this; so that no task rules.
         checkpoint_every: outer steps between two checkpoints.
         seed: of everything that is drawn.
     """
@@ -125,6 +128,7 @@ class Config:
     selection: Selection = field(default_factory=Selection)
     mixture: Mapping[str, float] = field(default_factory=dict)
     population: int = 12
+    balance: float = 0.0
     checkpoint_every: int = 10
     seed: int = 0
 
@@ -137,14 +141,18 @@ class Config:
                 raise ValueError(f"{name} is a test task: train on others, or the table of results means nothing")
             if not isinstance(pairs, int) or pairs < 1:
                 raise ValueError(f"tasks.{name} must be a positive number of pairs, got {pairs!r}")
-        if (self.perturbation.method == "cma_es") != bool(self.mixture):
-            raise ValueError("mixture belongs to perturbation.method cma_es, which needs it")
+        if self.perturbation.method == "cma_es" and not self.mixture:
+            raise ValueError("perturbation.method cma_es needs a mixture, the numbers to search for")
+        if self.mixture and self.perturbation.method != "cma_es" and self.rule not in head.RULES:
+            raise ValueError(f"a mixture by gradients is for {', '.join(head.RULES)}: use perturbation.method cma_es")
+        if self.mixture and self.trained:
+            raise ValueError("trained names leaves and mixture numbers to train instead: give one of them")
         if self.units and (self.mixture or self.rule not in MIXTURES):
             raise ValueError(f"units are for the gradients of {', '.join(sorted(MIXTURES))}: leave them out")
-        if self.population < 4 or self.checkpoint_every < 1:
+        if self.population < 4 or self.checkpoint_every < 1 or self.balance < 0:
             raise ValueError(
-                f"population must be at least 4 and checkpoint_every at least 1, got {self.population} and "
-                f"{self.checkpoint_every}"
+                "population must be at least 4, checkpoint_every at least 1 and balance not negative, got "
+                f"{self.population}, {self.checkpoint_every} and {self.balance}"
             )
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_lopt.features import CELO2, SMALL_FC, ElementFeatures
+from hf_lopt.meta import head
 from hf_lopt.meta.construct import networks, schedules, small_fc
 
 
@@ -48,14 +49,16 @@ def direction(weights: Mapping[str, float]) -> dict[tuple[str, int], float]:
 
 def mixture_leaves(rule: str, theta: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """``theta`` with a network whose first output is a weighted sum of features, as the constructed weights have it,
-    and with the scale and schedule among ``weights``, if any of them is there.
+    and with the scale and schedule among ``weights``, if any of them is there. For VeLO a head on the scheduler.
 
     Raises:
         ValueError: for a rule whose weights are not a network alone, and for features and numbers that it does not
             have.
     """
+    if rule in head.RULES:
+        return head.head_leaves(theta, weights)
     if rule not in MIXTURES:
-        raise ValueError(f"mixing weights are for {', '.join(sorted(MIXTURES))}, not for {rule}")
+        raise ValueError(f"mixing weights are for {', '.join(sorted([*MIXTURES, *head.RULES]))}, not for {rule}")
     features, prefix = MIXTURES[rule]
     timing = {name: value for name, value in weights.items() if name in SCHEDULE}
     if timing and rule not in TIMED:

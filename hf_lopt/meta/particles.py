@@ -1,8 +1,8 @@
 """Many copies of a model, each updated by a rule with weights of its own. Only this module calls a rule's step.
 
 The copies ("particles") are kept as stacks (P, *shape). Rules that treat every tensor by itself take these stacks as
-they are, all particles in one call, with network weights for each. The others, whose scheduler couples the tensors of
-a run or keeps state of the run, are called once per particle, on views.
+they are, all particles in one call, with network weights for each. VeLO, whose scheduler couples the tensors of a run,
+takes views of all particles in one call. The others are called once per particle, on views.
 
 Axes: P particles, N parameters of a model, D decays.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hf_lopt import distributed, rules
 from hf_lopt.networks import Theta
+from hf_lopt.rules import velo
 from hf_lopt.rules.base import Rule
 from hf_lopt.rules.batches import Batch, Layout
 
@@ -27,6 +28,7 @@ TOGETHER = ("celo2", "celo2_base", "elo", "mulo", "small_fc_lopt")
 # What of their weights may differ between particles: the leaves of the network.
 NETWORKS = ("ff_mod_stack/~/", "nn/~/")
 IN_TURN = ("celo", "celo_adam", "rnn_mlp", "velo", "velo_s")
+AT_ONCE = ("velo", "velo_s")  # of these: the rules that have a step for many runs
 
 
 def supported(name: str) -> Rule:
@@ -79,6 +81,7 @@ class Particles:
         self.run: dict[str, Tensor] = {}
         self.steps = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.failed = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self._at_once = rule in AT_ONCE
         self._together = rule in TOGETHER and all(len(shape) in (1, 2) for shape in shapes.values())
         # Accumulators have their decays first; the particles come next where a rule is to see stacks.
         self._axis = int(self._together)
@@ -94,7 +97,10 @@ class Particles:
         if self._together:
             self._weights = [self.rule.prepare(_side_by_side(self._theta), self.group)]
         else:
-            self._weights = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
+            prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
+            if self._at_once:
+                prepared = [{key: torch.stack([own[key] for own in prepared]) for key in prepared[0]}]
+            self._weights = prepared
         if not self.state:
             self._create_state()
 
@@ -150,9 +156,11 @@ class Particles:
         self._stop_failed(grads, losses)
         losses = losses.masked_fill(self.failed, 0.0)
         if not self._batches:
-            self._batches = self._stack_batch() if self._together else self._batches_in_turn()
+            self._batches = self._new_batches()
         with distributed.alone():
-            if self._together:
+            if self._at_once:
+                self._update_at_once(grads, losses, lr, horizons)
+            elif self._together:
                 self._update_together(grads, lr)
             else:
                 self._update_in_turn(grads, losses, lr, horizons)
@@ -185,6 +193,11 @@ class Particles:
             labels={n: [self.group[n]] * count for n in words},
         )
 
+    def _new_batches(self) -> list[Batch]:
+        if self._together:
+            return self._stack_batch()
+        return self._batch_of_views() if self._at_once else self._batches_in_turn()
+
     def _stack_batch(self) -> list[Batch]:
         return [self._batch(list(self.params.values()), [self.state[name] for name in self.params], self.count)]
 
@@ -192,6 +205,20 @@ class Particles:
         own = ([p[i] for p in self.params.values()] for i in range(self.count))
         states = ([{k: x[i] for k, x in self.state[n].items()} for n in self.params] for i in range(self.count))
         return [self._batch(*pair, 0) for pair in zip(own, states, strict=True)]
+
+    def _batch_of_views(self) -> list[Batch]:
+        """All particles' tensors, those of the first one first."""
+        own = [p[i] for i in range(self.count) for p in self.params.values()]
+        names = [(i, name) for i in range(self.count) for name in self.params]
+        return [self._batch(own, [{key: x[i] for key, x in self.state[name].items()} for i, name in names], 0)]
+
+    def _update_at_once(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
+        (batch,), own = self._batches, [grads[name].unbind() for name in self.params]
+        rates = lr.repeat_interleave(len(own))
+        batch = replace(
+            batch, grads=[g for gs in zip(*own, strict=True) for g in gs], settings=batch.settings | {"lr": rates}
+        )
+        velo.update_runs(batch, {"step": self.steps} | self.run, self._weights[0], horizons.tolist(), losses)
 
     def _update_together(self, grads: Mapping[str, Tensor], lr: Tensor) -> None:
         (batch,) = self._batches

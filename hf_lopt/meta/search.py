@@ -20,7 +20,8 @@ from torch import Tensor
 from hf_lopt.meta import tasks
 from hf_lopt.meta.config import Config
 from hf_lopt.meta.estimators import Estimator
-from hf_lopt.meta.mixtures import SCHEDULE, mixture_leaves, narrowed, with_spare_units
+from hf_lopt.meta.head import HeadVector
+from hf_lopt.meta.mixtures import MIXTURES, SCHEDULE, mixture_leaves, narrowed, with_spare_units
 from hf_lopt.meta.runs import TaskRuns
 from hf_lopt.meta.theta import Vector, starting_weights
 
@@ -81,7 +82,10 @@ class GradientSearch:
         start = starting_weights(config.rule, config.start)
         if config.units:
             start = with_spare_units(config.rule, start, config.units, seeded(config.seed, "units"))
-        self.vector = Vector(config.rule, start, config.trained)
+        if config.mixture:
+            self.vector: Vector | HeadVector = HeadVector(start, config.mixture)
+        else:
+            self.vector = Vector(config.rule, start, config.trained)
         self.center = torch.nn.Parameter(self.vector.start())
         self.average = self.center.detach().clone()
         self.steps = 0
@@ -161,8 +165,9 @@ class MixtureSearch:
     """CMA-ES over mixing weights of features: whole runs, the same ones for all candidates of a generation.
 
     Only ratios matter to a rule that normalises its output, so the mixing weights are scaled to the norm of the
-    start; the scale of other rules is a number of its own (:mod:`hf_lopt.meta.mixtures`). The runs of a task have one
-    length, which is drawn anew in every generation; the lengths of the tasks are spread evenly between the limits.
+    start; the scale of other rules is a number of its own (:mod:`hf_lopt.meta.mixtures`). For VeLO the numbers are
+    those of a head on the scheduler (:mod:`hf_lopt.meta.head`). The runs of a task have one length, which is drawn
+    anew in every generation; the lengths of the tasks are spread evenly between the limits.
 
     Attributes:
         steps: generations done.
@@ -174,7 +179,8 @@ class MixtureSearch:
         self.start = starting_weights(config.rule, config.start)
         self.names = list(config.mixture)
         self.first = torch.tensor(list(config.mixture.values()), dtype=torch.float64)
-        self._direction = torch.tensor([name not in SCHEDULE for name in self.names])
+        network = config.rule in MIXTURES
+        self._direction = torch.tensor([network and name not in SCHEDULE for name in self.names])
         self.steps_per_call = config.population * sum(config.tasks.values()) * config.runs.longest
         mixture_leaves(config.rule, self.start, config.mixture)  # refuses what there is not
         self.steps = 0
@@ -212,9 +218,10 @@ class MixtureSearch:
         """One generation; numbers for a log."""
         config, names, lengths = self.config, list(self.config.tasks), self._lengths()
         points = torch.tensor([self._cma.ask().tolist() for _ in range(config.population)], dtype=torch.float64)
-        # Units that are not in use cost time only.
-        narrow = [narrowed(config.rule, leaves) for leaves in self._leaves(points)]
-        vectors = [Vector(config.rule, leaves, config.trained) for leaves in narrow]
+        candidates = self._leaves(points)
+        if config.rule in MIXTURES:  # units that are not in use cost time only
+            candidates = [narrowed(config.rule, leaves) for leaves in candidates]
+        vectors = [Vector(config.rule, leaves, config.trained) for leaves in candidates]
         results = {}
         for i, name in _own_tasks(config):
             count = config.tasks[name]
@@ -228,9 +235,13 @@ class MixtureSearch:
             starts = torch.stack([vector.start() for vector in vectors])
             losses = runs.unroll(starts.repeat_interleave(count, 0)).cpu()
             results[i] = losses.view(config.population, count).mean(1).double()
-        values = _gathered(results, len(names), config.population, self.device).mean(0)
-        self._tell(points, values)
-        self.history.append({"points": points, "values": values})
+        rows = _gathered(results, len(names), config.population, self.device)
+        values = told = rows.mean(0)
+        if config.balance:
+            spread = rows.std(1, keepdim=True) + config.balance
+            told = ((rows - rows.mean(1, keepdim=True)) / spread).mean(0)
+        self._tell(points, told)
+        self.history.append({"points": points, "values": told})
         self.steps += 1
         per_candidate = sum(config.tasks[name] * length for name, length in zip(names, lengths, strict=True))
         self.steps_per_call = config.population * per_candidate

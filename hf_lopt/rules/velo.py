@@ -6,14 +6,14 @@ google/learned_optimization, general_lopt hyper_v2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lopt import _ops, accumulators, networks
+from hf_lopt import _ops, _plain_scheduler, accumulators, networks
 from hf_lopt.features import VELO, init_loss_buffer
 from hf_lopt.networks import Theta
 from hf_lopt.rules import base, batches, passes
@@ -108,6 +108,50 @@ def update(
         [(batch, VELO)], run, loss, horizon=settings["num_training_steps"], tensor_inputs=True
     )
     return finish(batch, reading, turn, schedule(batch, turn, weights, celo=False))
+
+
+def update_runs(
+    batch: batches.Batch,
+    run: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
+    horizons: Sequence[int],
+    losses: Tensor,
+) -> base.Outcome:
+    """One step of R independent runs of models with the same shapes, at once.
+
+    ``batch`` has the N tensors of the first run, then those of the second, ...; ``run`` holds "step" (R,), the steps
+    done, and the loss buffers (R, 10), which change in place; ``weights`` are what :func:`prepare` gives, each with a
+    leading axis R; ``losses`` (R,). A value that is not finite anywhere makes all runs skip the step.
+    """
+    count = len(horizons)
+    steps, like = run["step"].unsqueeze(1), run["loss_means"]
+    known = batch.layout.cache.get("horizons")
+    if known is None or known[0] != horizons:
+        decays = torch.stack([_plain_scheduler.loss_decays(horizon, like) for horizon in horizons])
+        known = horizons, decays, torch.tensor(horizons, device=like.device).unsqueeze(1)
+        batch.layout.cache["horizons"] = known
+    # Without a horizon and a loss the first inputs are zeros, and nothing is stored.
+    (reading,), turn = passes.read([(batch, VELO)], {"step": steps[0, 0]}, tensor_inputs=True)
+    buffer = [run["loss_means"], run["loss_min"]]
+    *new, slopes = _plain_scheduler.next_loss_buffer(*buffer, losses.unsqueeze(1), steps, known[1])
+    _ops.assign(buffer, new, turn.skip)
+    times = _plain_scheduler.time_features(steps, known[2])
+    inputs = turn.inputs.unflatten(0, (count, -1)).clone()
+    inputs[:, :, _plain_scheduler.TIME] = times.unsqueeze(1)
+    inputs[:, :, _plain_scheduler.LOSS] = slopes.unsqueeze(1)
+
+    hidden, cell = batch.tensors("lstm_hidden"), batch.tensors("lstm_cell")
+    first, second = torch.baddbmm(weights["mix_b"].unsqueeze(1), inputs, weights["mix_w"]).chunk(2, 2)
+    mixed = second + torch.relu(first).amax(1, keepdim=True)
+    mixed = torch.cat([mixed, torch.stack(hidden).view_as(mixed)], 2)
+    gates = torch.baddbmm(weights["gates_b"].unsqueeze(1), mixed, weights["gates_w"])
+    new_hidden, new_cell = _plain_scheduler.lstm_cell(gates.flatten(0, 1), torch.stack(cell))
+    rows = new_hidden.view(count, -1, new_hidden.shape[1])
+    heads = torch.baddbmm(weights["heads_b"].unsqueeze(1), rows, weights["heads_w"])
+    _ops.assign([*hidden, *cell], [*new_hidden.unbind(), *new_cell.unbind()], turn.skip)
+    controls, lr_mult = heads[:, :, :-1], heads[:, :, -1].flatten()
+    plan = Schedule(controls.flatten(0, 1), lr_mult, torch.bmm(controls, weights["bank"]).flatten(0, 1))
+    return finish(batch, reading, replace(turn, inputs=inputs.flatten(0, 1)), plan)
 
 
 def finish(batch: batches.Batch, reading: passes.Reading, turn: passes.Turn, plan: Schedule) -> base.Outcome:

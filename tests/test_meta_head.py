@@ -1,0 +1,130 @@
+"""The head on VeLO's scheduler: what it does to a step, its bound, and the searches for its numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from hf_lopt.meta import config, evaluate, head, search, tasks, theta
+from test_embedded import lr_mult, scheduler_inputs
+
+
+NAMES = ["time[1]", "time[8]", "loss[0]", "loss[8]", "mean_v[0]", "var_m[2]", "var_v[0]", "matrix", "vector"]
+SETTINGS = {
+    "rule": "velo",
+    "tasks": {"functions_mlp": 2},
+    "runs": {"truncation": 5, "shortest": 10, "longest": 20, "lr": [1.0, 1.0]},
+    "mixture": {"matrix": 0.0, "var_m[0]": 1.0, "p[0]": 0.0},
+    "outer": {"steps": 2, "lr": 0.1},
+    "population": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def start():
+    return theta.starting_weights("velo", "constructed")
+
+
+def of(leaves, inputs):
+    """lr_mult (N,) by the scheduler that is written out in NumPy."""
+    return lr_mult({name: leaf.numpy() for name, leaf in leaves.items()}, inputs)[0]
+
+
+def random_inputs(rank, seed=0):
+    """Inputs within their limits, from the middle of a run: loss features up to 1, statistics up to 2.5."""
+    rng = np.random.default_rng(seed)
+    inputs = scheduler_inputs(rng.uniform(0.05, 0.9, 500), rank, rng)
+    inputs[:, 9:18] = rng.uniform(-1.0, 1.0, (500, 9))
+    return inputs
+
+
+def test_zeros_are_the_constructed_weights(start):
+    """Bit by bit in a run, with every number there is."""
+    zeros = dict.fromkeys([*NAMES, "fac_g[0]", "p[0]", "fac_m[0]"], 0.0)
+    leaves = head.head_leaves(start, zeros)
+    task = tasks.named("functions_mlp")
+    runs = [evaluate.learned(task, "velo", weights, 30, 2).losses for weights in (start, leaves)]
+    assert torch.equal(*runs)
+    for rank in (1, 2):
+        np.testing.assert_array_equal(of(leaves, random_inputs(rank)), of(start, random_inputs(rank)))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
+def test_numbers_are_logarithms_of_factors(start, rank):
+    """The factor by hand, from the input gate: sigmoid(i + s) / sigmoid(i), where i is log 1/255, or half of 1/256."""
+    numbers = {"time[1]": -0.2, "loss[3]": 0.3, "mean_v[0]": 0.1, "var_m[2]": 0.5, "vector": 0.25, "matrix": -0.4}
+    x = random_inputs(rank)
+    s = -0.2 * (x[:, 1] + 1) / 2 + 0.3 * (x[:, 12] + 1) / 2 + (0.1 * (x[:, 18] + 2.5) + 0.5 * (x[:, 26] + 2.5)) / 5
+    s = s + (0.25 if rank < 2 else -0.4)
+    gate = 1 / 256 if rank < 2 else 1 / 512
+    factor = np.exp(s) / (1 + gate * (np.exp(s) - 1))
+    ratio = of(head.head_leaves(start, numbers), x) / of(start, x)
+    # Two roundings are in the way: that of the gate's bias, and the tanh after the cell.
+    np.testing.assert_allclose(ratio, factor, rtol=2e-3)
+    low, high = head.bounds(numbers)
+    assert (np.log(ratio) > low - 2e-3).all() and (np.log(ratio) < high + 2e-3).all()
+
+
+def test_numbers_of_the_direction(start):
+    """The network's first output, per column: constructed coefficients 1, 0.3, 0.1 times the factor."""
+    leaves = head.head_leaves(start, {"fac_g[0]": math.log(2.0), "p[0]": -math.log(4.0)})
+    first = torch.cat([leaves[f"ff_mod_stack/~/w0__{k}"] for k in range(14)], 1)[0]
+    columns = {name: column for column, name in zip((2, 11, 27), ("p", "fac_g", "fac_m"), strict=True)}
+    for name, wanted in (("p", 0.025), ("fac_g", 0.6), ("fac_m", 1.0)):
+        assert first[columns[name], 0].item() == pytest.approx(wanted), name
+    assert first.count_nonzero() == 6
+
+
+def test_the_factor_is_bounded_whatever_the_numbers(start):
+    """Extreme inputs and numbers far too large: between 1/64 and 64, and never a step uphill."""
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        numbers = dict(zip(NAMES, (20.0 * torch.randn(len(NAMES), generator=generator)).tolist(), strict=True))
+        leaves = head.head_leaves(start, numbers)
+        for rank in (1, 2):
+            x = random_inputs(rank, seed)
+            x[:, 9:18] = np.sign(x[:, 9:18])
+            x[:, [18, *range(24, 30)]] = 2.5 * np.sign(x[:, [18, *range(24, 30)]])
+            ratio = of(leaves, x) / of(start, x)
+            assert ratio.min() > 1 / 64.1 and ratio.max() < 64.1
+            assert ratio.max() / ratio.min() > 2.0  # the numbers still do something
+
+
+@pytest.mark.parametrize("name", ["loss[9]", "mean_v", "mean_v[1]", "rank", "m[0]", "p[1]"])
+def test_unknown_numbers(start, name):
+    with pytest.raises(ValueError, match="no input of VeLO's scheduler.*fac_g"):
+        head.head_leaves(start, {name: 1.0})
+
+
+def test_weights_without_a_free_channel(start):
+    full = start | {"rnn_params/linear_2/b": torch.ones_like(start["rnn_params/linear_2/b"])}
+    with pytest.raises(ValueError, match="constructed weights"):
+        head.head_leaves(full, {"matrix": 1.0})
+
+
+@pytest.mark.parametrize("method", ["pes", "cma_es"])
+def test_searches_move_the_numbers(method):
+    """Both searches train the numbers alone; the weights that come out are those of the head."""
+    found = search.search(config.from_dict(SETTINGS | {"perturbation": {"method": method, "std": 0.1}}))
+    for _ in range(2):
+        metrics = found.step()
+    assert math.isfinite(metrics["meta_loss"])
+    leaves = found.theta()
+    start = theta.starting_weights("velo", "constructed")
+    changed = {name for name, leaf in leaves.items() if not torch.equal(leaf, start[name])}
+    assert changed <= {f"rnn_params/{name}" for name in ("linear_2/w", "linear_2/b", "rnn/linear/w")} | {
+        "ff_mod_stack/~/w0__2"
+    }
+    number = (found.average if method == "pes" else found._mean())[1].item()
+    assert number != 1.0 and leaves["rnn_params/linear_2/w"][24].sum().item() == pytest.approx(number / 5, rel=1e-5)
+
+
+def test_balance_counts_every_task_alike():
+    """A task whose losses spread a hundred times as much must not decide alone."""
+    settings = SETTINGS | {"tasks": {"functions_mlp": 1, "digits_mlp": 1}, "balance": 1e-9}
+    found = search.search(config.from_dict(settings | {"perturbation": {"method": "cma_es", "std": 0.5}}))
+    found.step()
+    told = found.history[0]["values"]
+    # The mean of two series with mean 0 and variance 1.
+    assert told.mean().item() == pytest.approx(0.0, abs=1e-9) and 0.0 < told.var().item() <= 1.0 + 1e-9
