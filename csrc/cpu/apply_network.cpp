@@ -137,19 +137,16 @@ class Applier {
         for (int64_t r = 0; r < tile.rows; r += group) {
             const int count = (int)std::min<int64_t>(group, tile.rows - r);
             const auto line_of = [&](int i) { return tile.line + (r + i) * tile.line_step; };
+            for (int i = 0; i < count; i++) std::copy_n(net.bias, U, row_bias[i]);
+            if (shape.factored && shape.inner == 1) add_line_biases(x, line_of, count, w, buffers, row_bias);
             for (int i = 0; i < count; i++) {
                 const int64_t line = line_of(i);
                 Row& row = rows[i];
-                row = make_row(x, tile, line, i, buffers);
-                std::copy_n(net.bias, U, row_bias[i]);
+                make_row(x, tile, line, i, buffers, row);
                 row.row_bias = row_bias[i];
                 row.bias = buffers.bias;
                 row.bias_stride = buffers.stride;
-                if (shape.factored && shape.inner == 1) {
-                    add_line_bias(x, line, w, row_bias[i]);
-                } else if (shape.factored) {
-                    row.bias = inner_bias(x, tile, line, w, buffers);
-                }
+                if (shape.factored && shape.inner > 1) row.bias = inner_bias(x, tile, line, w, buffers);
                 if (!out_.empty()) {
                     float* buffer = buffers.step + i * tile.n;
                     row.step_out = out_[tile.tensor].read(line, tile.start, tile.n, shape.columns, buffer);
@@ -174,10 +171,19 @@ class Applier {
         }
     }
 
-    void add_line_bias(const Operands& x, int64_t line, const VectorWeights<U>& w, float* bias) const {
+    // What the features that are constant along a row add, for several rows at once.
+    template <class LineOf>
+    void add_line_biases(const Operands& x, const LineOf& line_of, int count, const VectorWeights<U>& w,
+                         Buffers& buffers, float (*bias)[U]) const {
+        const float* lines[kFactored];
         for (int k = 0; k < kFactored; k++) {
-            const float y = x.line[k * x.shape.line_length() + line], root = 1.0f / std::sqrt(y + kVectorEps);
-            for (int j = 0; j < U; j++) bias[j] += w.line[k][j] * y + w.rsqrt_line[k][j] * root;
+            float* line = buffers.expanded + k * buffers.stride;
+            for (int i = 0; i < count; i++) line[i] = x.line[k * x.shape.line_length() + line_of(i)];
+            lines[k] = line;
+        }
+        kernels().vector_bias(lines, w.line[0], w.rsqrt_line[0], U, count, buffers.line_bias, buffers.stride);
+        for (int i = 0; i < count; i++) {
+            for (int j = 0; j < U; j++) bias[i][j] += buffers.line_bias[j * buffers.stride + i];
         }
     }
 

@@ -122,10 +122,10 @@ void expand(const float* accumulator, const Shape& shape, const Tile& tile, int6
     }
 }
 
-Row make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers) {
+void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, Row& row) {
     const Shape& shape = x.shape;
     const int64_t offset = line * shape.columns + tile.start;
-    Row row{};
+    row.step_out = nullptr;
     row.n = tile.n;
     row.g = x.g.read(line, tile.start, tile.n, shape.columns, buffers.g + slot * tile.n);
     row.p = row.p_out = x.p.read(line, tile.start, tile.n, shape.columns, buffers.p + slot * tile.n);
@@ -133,7 +133,7 @@ Row make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffer
     row.v = x.v + offset;
     if (!shape.factored) {
         for (int k = 0; k < kFactored; k++) row.d[k] = x.d + k * shape.numel + offset;
-        return row;
+        return;
     }
     const bool inner = shape.inner > 1;
     if (inner) expand(x.line_factor, shape, tile, line, buffers.factor, buffers.stride);
@@ -147,7 +147,6 @@ Row make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffer
             row.factor[k] = product;
         }
     }
-    return row;
 }
 
 }  // namespace hf_lopt

@@ -28,6 +28,14 @@ RowShape row_shape(const Tensor& sums, int64_t row_axis, int64_t col_axis) {
 void row_factors(const float* row, const RowShape& s, double total, const float* means, float* out) {
     const bool whole = !means && s.outer == 1 && s.inner == 1;
     if (whole) return kernels().factors(row, s.b, (float)(total / (double)s.b) + kFactorEps, out);
+    if (!means && s.inner == 1) {  // a stack, each with a mean of its own
+        for (int64_t o = 0; o < s.outer; o++, row += s.b, out += s.b) {
+            double sum = 0.0;
+            for (int64_t b = 0; b < s.b; b++) sum += row[b];
+            kernels().factors(row, s.b, (float)(sum / (double)s.b) + kFactorEps, out);
+        }
+        return;
+    }
     std::vector<float> mean(s.inner), divided(s.inner);
     for (int64_t o = 0; o < s.outer; o++, row += s.b * s.inner, out += s.b * s.inner) {
         for (int64_t i = 0; i < s.inner; i++) {

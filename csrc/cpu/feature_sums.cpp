@@ -42,10 +42,14 @@ Tensor feature_sums(const Common& common) {
             const int count = (int)std::min<int64_t>(group, tile.rows - r);
             for (int i = 0; i < count; i++) {
                 const int64_t line = tile.line + (r + i) * tile.line_step;
-                rows[i] = make_row(x, tile, line, i, buffers[worker]);
-                if (!shape.factored || tile.chunk != 0) continue;
+                make_row(x, tile, line, i, buffers[worker], rows[i]);
+            }
+            // Lines beside each other are one piece of the accumulator.
+            const int together = tile.line_step == 1 ? count : 1;
+            for (int i = 0; shape.factored && tile.chunk == 0 && i < count; i += together) {
+                const int64_t line = tile.line + (r + i) * tile.line_step;
                 for (int k = 0; k < kFactored; k++) {
-                    vector_squares(x.line + k * shape.line_length() + line * shape.inner, shape.inner,
+                    vector_squares(x.line + k * shape.line_length() + line * shape.inner, together * shape.inner,
                                    &vectors[row ? kRow : kCol][k], &vectors[row ? kRsqrtRow : kRsqrtCol][k]);
                 }
             }

@@ -35,8 +35,9 @@ Tensor orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, std::vector<
     const bool wide = c > r;
     const int64_t rows = wide ? c : r, columns = wide ? r : c;
     const int64_t stride = (columns + kMatrixPad - 1) / kMatrixPad * kMatrixPad;
-    const NewtonSchulz constants{(float)coefficients[0], (float)coefficients[1], (float)coefficients[2],
-                                 (int)steps,             eps,                    norm_eps.value_or(-1.0)};
+    const NewtonSchulz constants{
+        (float)coefficients[0], (float)coefficients[1], (float)coefficients[2], (int)steps, eps,
+        norm_eps.value_or(-1.0)};
     const int64_t work = 2 * (rows + columns) * stride;
     torch::stable::parallel_for(0, x.numel() / (r * c), 1, [&](int64_t begin, int64_t end) {
         std::unique_ptr<float[]> memory(new float[work]());

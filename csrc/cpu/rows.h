@@ -1,9 +1,10 @@
-// The arithmetic of one row, for the instruction set that the including file is compiled for.
-//
-// That file defines HF_LOPT_KERNELS, the name of its table. Everything else here has internal linkage.
+// The arithmetic of one row but for the network, for the instruction set that the including file is compiled for.
+// Everything here has internal linkage.
+#pragma once
+
 #include "formats.h"
 #include "kernels.h"
-#include "matrices.h"
+#include "simd.h"
 
 namespace hf_lopt {
 namespace {
@@ -144,7 +145,7 @@ void feature_sums(const Row* rows, int count, const Constants& c, double* sums) 
     vf g2s = splat(0.0f), clip2 = g2s, v2 = g2s, p2 = g2s, q2 = g2s, gq2 = g2s;
     vf m2s[kMomenta] = {g2s, g2s, g2s}, mq2[kMomenta] = {g2s, g2s, g2s};
     vf fac_g2[kFactored], fac_m2[kMomenta];
-    double fac_g[kFactored] = {}, fac_m[kMomenta] = {};
+    vd fac_g[kFactored] = {}, fac_m[kMomenta] = {};
     for (int r = 0; r < count; r++) {
         const Row& row = rows[r];
         for (int j = 0; j < kFactored; j++) fac_g2[j] = fac_m2[j] = splat(0.0f);
@@ -175,8 +176,8 @@ void feature_sums(const Row* rows, int count, const Constants& c, double* sums) 
         });
         for (int j = 0; j < kFactored; j++) {
             double rho2 = (double)row.rho[j] * row.rho[j];
-            fac_g[j] += rho2 * sum(fac_g2[j]);
-            fac_m[j] += rho2 * sum(fac_m2[j]);
+            fac_g[j] += widen(fac_g2[j]) * rho2;
+            fac_m[j] += widen(fac_m2[j]) * rho2;
         }
     }
     sums[kG] += sum(g2s);
@@ -188,8 +189,8 @@ void feature_sums(const Row* rows, int count, const Constants& c, double* sums) 
     for (int j = 0; j < kMomenta; j++) {
         sums[kM + j] += sum(m2s[j]);
         sums[kMRsqrtV + j] += sum(mq2[j]);
-        sums[kFacG + j] += fac_g[j];
-        sums[kFacM + j] += fac_m[j];
+        sums[kFacG + j] += sum(fac_g[j]);
+        sums[kFacM + j] += sum(fac_m[j]);
     }
 }
 
@@ -209,210 +210,6 @@ void feature_sums_diagonal(const Row* rows, int count, const Constants& c, doubl
         });
     }
     for (int f = 0; f < kInputs; f++) sums[f] += sum(totals[f]);
-}
-
-// ---- pass 2 -------------------------------------------------------------------------------------------------------
-
-void vector_bias(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
-                 int64_t bias_stride) {
-    for_each_vector(n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
-        vf y[kFactored], r[kFactored];
-        for (int d = 0; d < kFactored; d++) {
-            y[d] = get(x[d] + i, k);
-            r[d] = rsqrt(y[d] + kVectorEps);
-        }
-        for (int j = 0; j < units; j++) {
-            vf z = splat(0.0f);
-            for (int d = 0; d < kFactored; d++) z += y[d] * w[d * units + j] + r[d] * u[d * units + j];
-            put(bias + j * bias_stride + i, z, k);
-        }
-    });
-}
-
-// Running statistics of an update.
-template <class S>
-struct Stats {
-    S step2{}, p2{}, v{}, v2{}, m[kMomenta]{}, m2[kMomenta]{};
-
-    HF_LOPT_MEMBER void add(vf step_, vf p_, vf v_, const vf* m_) {
-        S s = convert(step_, S{}), p = convert(p_, S{}), y = convert(v_, S{});
-        step2 += s * s;
-        p2 += p * p;
-        v += y;
-        v2 += y * y;
-        for (int d = 0; d < kMomenta; d++) {
-            S x = convert(m_[d], S{});
-            m[d] += x;
-            m2[d] += x * x;
-        }
-    }
-
-    HF_LOPT_MEMBER void flush(double* out) {
-        out[0] += sum(step2);
-        out[1] += sum(p2);
-        out[2] += sum(v);
-        out[3] += sum(v2);
-        for (int d = 0; d < kMomenta; d++) {
-            out[4 + 2 * d] += sum(m[d]);
-            out[5 + 2 * d] += sum(m2[d]);
-        }
-    }
-};
-
-// Stores what a vector of outputs decides, and adds to the statistics.
-template <class S>
-HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, vf direction, vf magnitude, int64_t i,
-                           int k, Stats<S>& stats) {
-    vf step = direction * exponential(magnitude), p = a.p;
-    for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
-    put(row.v + i, a.v, k);
-    if (row.step_out) {
-        put(row.step_out + i, step, k);
-    } else {
-        p = a.p - decay * a.p - step;
-        put(row.p_out + i, p, k);
-    }
-    stats.add(only(step, k), only(p, k), a.v, a.m);
-}
-
-// Few units: the layers stay in registers, and the features that are products with a row's or a column's factor are
-// never formed. With rho the factors of the row and kappa those of the column, unit j of the first layer is
-//   z = bias + g (a + Σ_k w_k rho_k kappa_k) + Σ_k m_k (a_k + u_k rho_k kappa_k) + q (h + b g + Σ_k b_k m_k) + ...
-template <int U>
-void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
-    float fac_g[kFactored][U], fac_m[kMomenta][U], g_and_clip_g[U];
-    for (int j = 0; j < U; j++) g_and_clip_g[j] = w.first[kG][j] + w.first[kClipG][j];
-    Stats<vf> stats;
-    for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
-        for (int k = 0; k < kFactored; k++) {
-            for (int j = 0; j < U; j++) {
-                fac_g[k][j] = w.first[kFacG + k][j] * row.rho[k];
-                fac_m[k][j] = w.first[kFacM + k][j] * row.rho[k];
-            }
-        }
-        for_each_vector(row.n, [&](int64_t i, int n) HF_LOPT_LAMBDA {
-            bool large;
-            Accumulators a = updated(row, c, i, n, &large);
-            vf q = rsqrt(a.v + c.second_eps);
-            const float* on_g_alone = large ? w.first[kG] : g_and_clip_g;
-            vf factor[kFactored], z[U];
-            for (int k = 0; k < kFactored; k++) factor[k] = get(row.factor[k] + i, n);
-#pragma GCC unroll 8
-            for (int j = 0; j < U; j++) {
-                vf zj = get(row.bias + j * row.bias_stride + i, n) + row.row_bias[j];
-                vf on_g = splat(on_g_alone[j]), on_q = splat(w.first[kRsqrtV][j]);
-                on_q = a.g * w.first[kGRsqrtV][j] + on_q;
-                zj = a.p * w.first[kP][j] + zj;
-                zj = a.v * w.first[kV][j] + zj;
-#pragma GCC unroll 3
-                for (int k = 0; k < kMomenta; k++) {
-                    on_g = factor[k] * fac_g[k][j] + on_g;
-                    on_q = a.m[k] * w.first[kMRsqrtV + k][j] + on_q;
-                    vf on_m = factor[k] * fac_m[k][j] + w.first[kM + k][j];
-                    zj = a.m[k] * on_m + zj;
-                }
-                zj = a.g * on_g + zj;
-                z[j] = q * on_q + zj;
-            }
-            if (large) {
-                vf clipped = clamp(a.g, kSmallClip);
-                for (int j = 0; j < U; j++) z[j] += clipped * w.first[kClipG][j];
-            }
-            vf direction, magnitude;
-            finish_network<U>(w, z, [](vf x) HF_LOPT_LAMBDA { return relu(x); }, &direction, &magnitude);
-            finish(row, w.decay, a, direction, magnitude, i, n, stats);
-        });
-    }
-    stats.flush(out);
-}
-
-// Many units, or rank < 2: all features of a block of kBlock vectors are formed, then each layer is a small matrix
-// product in tiles of kTile units by kBlock vectors.
-constexpr int kBlock = kRegisters == 32 ? 4 : 2, kTile = 4;
-
-template <int U, int kIn>
-HF_LOPT_INLINE void tile(const float* weights, int stride, const vf (*x)[kBlock], vf (&z)[kTile][kBlock]) {
-    for (int f = 0; f < kIn; f++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < kTile; j++) {
-#pragma GCC unroll 4
-            for (int b = 0; b < kBlock; b++) z[j][b] = x[f][b] * weights[f * stride + j] + z[j][b];
-        }
-    }
-}
-
-template <int U, bool kDiagonal, class S>
-void apply_blocks(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
-    // A matrix has no diagonal accumulators, and the networks with many units do not take clip_g and g_rsqrt_v.
-    constexpr int kMatrixInputs[] = {kG,        kP,           kM,           kM + 1,   kM + 2, kV,
-                                     kMRsqrtV,  kMRsqrtV + 1, kMRsqrtV + 2, kRsqrtV,  kFacG,  kFacG + 1,
-                                     kFacG + 2, kFacM,        kFacM + 1,    kFacM + 2};
-    constexpr int kIn = kDiagonal ? (int)kInputs : (int)(sizeof kMatrixInputs / sizeof(int));
-    float first[kIn][U];
-    for (int f = 0; f < kIn; f++)
-        __builtin_memcpy(first[f], w.first[kDiagonal ? f : kMatrixInputs[f]], sizeof first[f]);
-
-    Stats<S> stats;
-    for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
-        for (int64_t start = 0; start < row.n; start += kBlock * kWidth) {
-            vf x[kIn][kBlock], h1[U][kBlock], d[kBlock][kFactored];
-            Accumulators a[kBlock];
-            int lanes[kBlock];
-            for (int b = 0; b < kBlock; b++) {
-                int64_t i = start + b * kWidth, left = row.n - i;
-                lanes[b] = left >= kWidth ? kWidth : left > 0 ? (int)left : 0;
-                i = left > 0 ? i : start;  // an address to form, which nothing is read from
-                bool large;
-                a[b] = updated(row, c, i, lanes[b], &large);
-                vf all[kInputs];
-                features<kDiagonal>(row, c, a[b], i, lanes[b], all, d[b]);
-                for (int f = 0; f < kIn; f++) x[f][b] = all[kDiagonal ? f : kMatrixInputs[f]];
-            }
-            for (int j0 = 0; j0 < U; j0 += kTile) {
-                vf z[kTile][kBlock];
-                for (int j = 0; j < kTile; j++) {
-                    for (int b = 0; b < kBlock; b++) {
-                        z[j][b] = splat(kDiagonal ? w.bias[j0 + j] : row.row_bias[j0 + j]);
-                        if (!kDiagonal && lanes[b]) {
-                            z[j][b] += get(row.bias + (j0 + j) * row.bias_stride + start + b * kWidth, lanes[b]);
-                        }
-                    }
-                }
-                tile<U, kIn>(&first[0][j0], U, x, z);
-                for (int j = 0; j < kTile; j++) {
-                    for (int b = 0; b < kBlock; b++) h1[j0 + j][b] = relu(z[j][b]);
-                }
-            }
-            vf direction[kBlock], magnitude[kBlock];
-            for (int b = 0; b < kBlock; b++) {
-                direction[b] = splat(w.last_bias[0]);
-                magnitude[b] = splat(w.last_bias[1]);
-            }
-            for (int j0 = 0; j0 < U; j0 += kTile) {
-                vf z[kTile][kBlock];
-                for (int j = 0; j < kTile; j++) {
-                    for (int b = 0; b < kBlock; b++) z[j][b] = splat(w.second_bias[j0 + j]);
-                }
-                tile<U, U>(&w.second[0][j0], U, h1, z);
-                for (int j = 0; j < kTile; j++) {
-                    for (int b = 0; b < kBlock; b++) {
-                        vf y = relu(z[j][b]);
-                        direction[b] = y * w.last[j0 + j][0] + direction[b];
-                        magnitude[b] = y * w.last[j0 + j][1] + magnitude[b];
-                    }
-                }
-            }
-            for (int b = 0; b < kBlock; b++) {
-                if (!lanes[b]) continue;
-                int64_t i = start + b * kWidth;
-                finish(row, w.decay, a[b], direction[b], magnitude[b], i, lanes[b], stats);
-                for (int k = 0; kDiagonal && k < kFactored; k++) put(row.d[k] + i, d[b][k], lanes[b]);
-            }
-        }
-    }
-    stats.flush(out);
 }
 
 // ---- Adam ---------------------------------------------------------------------------------------------------------
@@ -464,31 +261,4 @@ void factors(const float* x, int64_t n, float divisor, float* out) {
 }
 
 }  // namespace
-
-extern const Kernels HF_LOPT_KERNELS;
-const Kernels HF_LOPT_KERNELS = {
-    HF_LOPT_ISA,
-    from_half,
-    to_half,
-    from_bfloat16,
-    to_bfloat16,
-    moments<vf>,
-    moments<vd>,
-    gradient_sums,
-    feature_sums,
-    feature_sums_diagonal,
-    vector_bias,
-    apply<4>,
-    apply<8>,
-    apply_blocks<32, false, vf>,
-    apply_blocks<4, true, vd>,
-    apply_blocks<8, true, vd>,
-    apply_blocks<32, true, vd>,
-    adam,
-    descend,
-    ema_of_means,
-    factors,
-    newton_schulz,
-};
-
 }  // namespace hf_lopt

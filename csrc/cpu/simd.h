@@ -33,7 +33,12 @@ constexpr int kRegisters = 16;
 typedef float vf __attribute__((vector_size(16)));
 #endif
 typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
-typedef double vd __attribute__((vector_size(8 * kWidth)));
+typedef double vh __attribute__((vector_size(4 * kWidth)));  // of half the lanes
+
+// A double for every lane, in two registers: wider vectors than those of the processor would go through memory.
+struct vd {
+    vh low, high;
+};
 
 HF_LOPT_INLINE vf splat(float x) {
 #if defined(__AVX512F__)
@@ -176,11 +181,28 @@ HF_LOPT_INLINE bool any_not_below(vf x, float bound) {  // true for NaN
 #endif
 }
 
-HF_LOPT_INLINE vd widen(vf x) { return __builtin_convertvector(x, vd); }
+HF_LOPT_INLINE vd widen(vf x) {
+#if defined(__AVX512F__)
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))};
+#elif defined(__AVX2__)
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+#else
+    return {vh{x[0], x[1]}, vh{x[2], x[3]}};
+#endif
+}
+
+HF_LOPT_INLINE vd operator*(vd a, vd b) { return {a.low * b.low, a.high * b.high}; }
+HF_LOPT_INLINE vd operator*(vd a, double b) { return {a.low * b, a.high * b}; }
+HF_LOPT_INLINE vd& operator+=(vd& a, vd b) {
+    a.low += b.low;
+    a.high += b.high;
+    return a;
+}
 
 HF_LOPT_INLINE double sum(vd x) {
+    const vh y = x.low + x.high;
     double s = 0.0;
-    for (int i = 0; i < kWidth; i++) s += x[i];
+    for (int i = 0; i < kWidth / 2; i++) s += y[i];
     return s;
 }
 

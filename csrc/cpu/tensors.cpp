@@ -96,9 +96,7 @@ void Array::walk(int64_t first, int64_t n, F f) const {
     }
 }
 
-float* Array::read(int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const {
-    const int64_t first = line * columns + start;
-    if (in_place()) return reinterpret_cast<float*>(data_) + first;
+float* Array::converted(int64_t first, int64_t n, float* buffer) const {
     if (type_ == Type::kFloat) {
         walk<float>(first, n, [&](const float* x, int64_t i) { buffer[i] = *x; });
         return buffer;

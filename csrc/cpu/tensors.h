@@ -39,13 +39,17 @@ class Array {
     Array() = default;
     explicit Array(const Tensor& x);
     // `n` numbers from column `start` of line `line`; `buffer` is used unless they can be read in place.
-    float* read(int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const;
+    float* read(int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const {
+        const int64_t first = line * columns + start;
+        return in_place() ? reinterpret_cast<float*>(data_) + first : converted(first, n, buffer);
+    }
     // Writes back what `read` returned; rounds the numbers in the buffer as they were stored.
     void write(float* values, int64_t line, int64_t start, int64_t n, int64_t columns) const;
     bool in_place() const { return dense_ && type_ == Type::kFloat; }
 
   private:
     enum class Type { kFloat, kBFloat16, kHalf };
+    float* converted(int64_t first, int64_t n, float* buffer) const;
     template <class T, class F>
     void walk(int64_t first, int64_t n, F f) const;
 

@@ -1,0 +1,257 @@
+// Pass 2 over rows: the network and what it decides, for the instruction set that the including file is compiled for.
+// Everything here has internal linkage.
+#pragma once
+
+#include "rows.h"
+
+namespace hf_lopt {
+namespace {
+
+void vector_bias(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
+                 int64_t bias_stride) {
+    for_each_vector(n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
+        vf y[kFactored], r[kFactored];
+        for (int d = 0; d < kFactored; d++) {
+            y[d] = get(x[d] + i, k);
+            r[d] = rsqrt(y[d] + kVectorEps);
+        }
+        for (int j = 0; j < units; j++) {
+            vf z = splat(0.0f);
+            for (int d = 0; d < kFactored; d++) z += y[d] * w[d * units + j] + r[d] * u[d * units + j];
+            put(bias + j * bias_stride + i, z, k);
+        }
+    });
+}
+
+// Running statistics of an update.
+template <class S>
+struct Stats {
+    S step2{}, p2{}, v{}, v2{}, m[kMomenta]{}, m2[kMomenta]{};
+
+    HF_LOPT_MEMBER void add(vf step_, vf p_, vf v_, const vf* m_) {
+        S s = convert(step_, S{}), p = convert(p_, S{}), y = convert(v_, S{});
+        step2 += s * s;
+        p2 += p * p;
+        v += y;
+        v2 += y * y;
+        for (int d = 0; d < kMomenta; d++) {
+            S x = convert(m_[d], S{});
+            m[d] += x;
+            m2[d] += x * x;
+        }
+    }
+
+    HF_LOPT_MEMBER void flush(double* out) {
+        out[0] += sum(step2);
+        out[1] += sum(p2);
+        out[2] += sum(v);
+        out[3] += sum(v2);
+        for (int d = 0; d < kMomenta; d++) {
+            out[4 + 2 * d] += sum(m[d]);
+            out[5 + 2 * d] += sum(m2[d]);
+        }
+    }
+};
+
+// Stores what a vector of outputs decides, and adds to the statistics.
+template <class S>
+HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, vf direction, vf magnitude, int64_t i,
+                           int k, Stats<S>& stats) {
+    vf step = direction * exponential(magnitude), p = a.p;
+    for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
+    put(row.v + i, a.v, k);
+    if (row.step_out) {
+        put(row.step_out + i, step, k);
+    } else {
+        p = a.p - decay * a.p - step;
+        put(row.p_out + i, p, k);
+    }
+    stats.add(only(step, k), only(p, k), a.v, a.m);
+}
+
+// Few units: the layers stay in registers, and the features that are products with a row's or a column's factor are
+// never formed. With rho the factors of the row and kappa those of the column, unit j of the first layer is
+//   z = bias + g (a + Σ_k w_k rho_k kappa_k) + Σ_k m_k (a_k + u_k rho_k kappa_k) + q (h + b g + Σ_k b_k m_k) + ...
+template <int U>
+void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+    float fac_g[kFactored][U], fac_m[kMomenta][U], g_and_clip_g[U];
+    for (int j = 0; j < U; j++) g_and_clip_g[j] = w.first[kG][j] + w.first[kClipG][j];
+    Stats<vf> stats;
+    for (int r = 0; r < count; r++) {
+        const Row& row = rows[r];
+        for (int k = 0; k < kFactored; k++) {
+            for (int j = 0; j < U; j++) {
+                fac_g[k][j] = w.first[kFacG + k][j] * row.rho[k];
+                fac_m[k][j] = w.first[kFacM + k][j] * row.rho[k];
+            }
+        }
+        for_each_vector(row.n, [&](int64_t i, int n) HF_LOPT_LAMBDA {
+            // Each use reads one number for all lanes; vectors of them would first have to be made, for every row.
+            asm("" : "+m"(fac_g), "+m"(fac_m));
+            bool large;
+            Accumulators a = updated(row, c, i, n, &large);
+            vf q = rsqrt(a.v + c.second_eps);
+            const float* on_g_alone = large ? w.first[kG] : g_and_clip_g;
+            vf factor[kFactored], z[U];
+            for (int k = 0; k < kFactored; k++) factor[k] = get(row.factor[k] + i, n);
+#pragma GCC unroll 8
+            for (int j = 0; j < U; j++) {
+                vf zj = get(row.bias + j * row.bias_stride + i, n) + row.row_bias[j];
+                vf on_g = splat(on_g_alone[j]), on_q = splat(w.first[kRsqrtV][j]);
+                on_q = a.g * w.first[kGRsqrtV][j] + on_q;
+                zj = a.p * w.first[kP][j] + zj;
+                zj = a.v * w.first[kV][j] + zj;
+#pragma GCC unroll 3
+                for (int k = 0; k < kMomenta; k++) {
+                    on_g = factor[k] * fac_g[k][j] + on_g;
+                    on_q = a.m[k] * w.first[kMRsqrtV + k][j] + on_q;
+                    vf on_m = factor[k] * fac_m[k][j] + w.first[kM + k][j];
+                    zj = a.m[k] * on_m + zj;
+                }
+                zj = a.g * on_g + zj;
+                z[j] = q * on_q + zj;
+            }
+            if (large) {
+                vf clipped = clamp(a.g, kSmallClip);
+                for (int j = 0; j < U; j++) z[j] += clipped * w.first[kClipG][j];
+            }
+            vf direction, magnitude;
+            finish_network<U>(w, z, [](vf x) HF_LOPT_LAMBDA { return relu(x); }, &direction, &magnitude);
+            finish(row, w.decay, a, direction, magnitude, i, n, stats);
+        });
+    }
+    stats.flush(out);
+}
+
+// Many units, or rank < 2: all features of a block of kBlock vectors are formed, then each layer is a small matrix
+// product in tiles of kTile units by kBlock vectors.
+constexpr int kBlock = kRegisters == 32 ? 4 : 2, kTile = 4;
+
+template <int U, int kIn>
+HF_LOPT_INLINE void tile(const float* weights, int stride, const vf (*x)[kBlock], vf (&z)[kTile][kBlock]) {
+    for (int f = 0; f < kIn; f++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kTile; j++) {
+#pragma GCC unroll 4
+            for (int b = 0; b < kBlock; b++) z[j][b] = x[f][b] * weights[f * stride + j] + z[j][b];
+        }
+    }
+}
+
+// A matrix has no diagonal accumulators, and the networks with many units do not take clip_g and g_rsqrt_v.
+constexpr int kMatrixInputs[] = {kG,           kP,      kM,    kM + 1,    kM + 2,    kV,    kMRsqrtV,  kMRsqrtV + 1,
+                                 kMRsqrtV + 2, kRsqrtV, kFacG, kFacG + 1, kFacG + 2, kFacM, kFacM + 1, kFacM + 2};
+
+template <bool kDiagonal>
+constexpr int kBlockInputs = kDiagonal ? (int)kInputs : (int)(sizeof kMatrixInputs / sizeof(int));
+
+// Where the vectors of a block are: all in one row, or each in any.
+template <bool kOneRow>
+struct Places {
+    const Row* row[kBlock];
+    int64_t start[kBlock];
+    int lanes[kBlock];  // 0: none; `row` and `start` are those of another one then
+
+    HF_LOPT_MEMBER const Row& row_of(int b) const { return *row[kOneRow ? 0 : b]; }
+};
+
+template <int U, bool kDiagonal, bool kOneRow, class S>
+HF_LOPT_INLINE void apply_block(const Places<kOneRow>& at, const Constants& c, const Network<U>& w,
+                                const float (&first)[kBlockInputs<kDiagonal>][U], Stats<S>& stats) {
+    constexpr int kIn = kBlockInputs<kDiagonal>;
+    vf x[kIn][kBlock], h1[U][kBlock], d[kBlock][kFactored];
+    Accumulators a[kBlock];
+    for (int b = 0; b < kBlock; b++) {
+        bool large;
+        a[b] = updated(at.row_of(b), c, at.start[b], at.lanes[b], &large);
+        vf all[kInputs];
+        features<kDiagonal>(at.row_of(b), c, a[b], at.start[b], at.lanes[b], all, d[b]);
+        for (int f = 0; f < kIn; f++) x[f][b] = all[kDiagonal ? f : kMatrixInputs[f]];
+    }
+    for (int j0 = 0; j0 < U; j0 += kTile) {
+        vf z[kTile][kBlock];
+        for (int j = 0; j < kTile; j++) {
+            for (int b = 0; b < kBlock; b++) {
+                const Row& row = at.row_of(b);
+                z[j][b] = splat(kDiagonal ? w.bias[j0 + j] : row.row_bias[j0 + j]);
+                if (!kDiagonal && at.lanes[b]) {
+                    z[j][b] += get(row.bias + (j0 + j) * row.bias_stride + at.start[b], at.lanes[b]);
+                }
+            }
+        }
+        tile<U, kIn>(&first[0][j0], U, x, z);
+        for (int j = 0; j < kTile; j++) {
+            for (int b = 0; b < kBlock; b++) h1[j0 + j][b] = relu(z[j][b]);
+        }
+    }
+    vf direction[kBlock], magnitude[kBlock];
+    for (int b = 0; b < kBlock; b++) {
+        direction[b] = splat(w.last_bias[0]);
+        magnitude[b] = splat(w.last_bias[1]);
+    }
+    for (int j0 = 0; j0 < U; j0 += kTile) {
+        vf z[kTile][kBlock];
+        for (int j = 0; j < kTile; j++) {
+            for (int b = 0; b < kBlock; b++) z[j][b] = splat(w.second_bias[j0 + j]);
+        }
+        tile<U, U>(&w.second[0][j0], U, h1, z);
+        for (int j = 0; j < kTile; j++) {
+            for (int b = 0; b < kBlock; b++) {
+                vf y = relu(z[j][b]);
+                direction[b] = y * w.last[j0 + j][0] + direction[b];
+                magnitude[b] = y * w.last[j0 + j][1] + magnitude[b];
+            }
+        }
+    }
+    for (int b = 0; b < kBlock; b++) {
+        if (!at.lanes[b]) continue;
+        const Row& row = at.row_of(b);
+        finish(row, w.decay, a[b], direction[b], magnitude[b], at.start[b], at.lanes[b], stats);
+        for (int k = 0; kDiagonal && k < kFactored; k++) put(row.d[k] + at.start[b], d[b][k], at.lanes[b]);
+    }
+}
+
+template <int U, bool kDiagonal, class S>
+void apply_blocks(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+    float first[kBlockInputs<kDiagonal>][U];
+    for (int f = 0; f < kBlockInputs<kDiagonal>; f++) {
+        __builtin_memcpy(first[f], w.first[kDiagonal ? f : kMatrixInputs[f]], sizeof first[f]);
+    }
+    Stats<S> stats;
+    const int64_t n = rows[0].n;  // of all of them
+    const auto lanes = [&](int64_t i) { return n - i >= kWidth ? kWidth : n > i ? (int)(n - i) : 0; };
+    if (count == 1 || n > (kBlock - 1) * kWidth) {
+        for (int r = 0; r < count; r++) {
+            for (int64_t start = 0; start < n; start += kBlock * kWidth) {
+                Places<true> at;
+                at.row[0] = rows + r;
+                for (int b = 0; b < kBlock; b++) {
+                    at.lanes[b] = lanes(start + b * kWidth);
+                    at.start[b] = at.lanes[b] ? start + b * kWidth : start;
+                }
+                apply_block<U, kDiagonal>(at, c, w, first, stats);
+            }
+        }
+    } else {  // short rows share a block
+        int64_t i = 0;
+        for (int r = 0; r < count;) {
+            Places<false> at;
+            for (int b = 0; b < kBlock; b++) {
+                const bool any = r < count;
+                at.row[b] = any ? rows + r : at.row[0];
+                at.start[b] = any ? i : at.start[0];
+                at.lanes[b] = any ? lanes(i) : 0;
+                i += kWidth;
+                if (i >= n) {
+                    i = 0;
+                    r++;
+                }
+            }
+            apply_block<U, kDiagonal>(at, c, w, first, stats);
+        }
+    }
+    stats.flush(out);
+}
+
+}  // namespace
+}  // namespace hf_lopt
