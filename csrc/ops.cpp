@@ -3,9 +3,10 @@
 // hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels;
 // hf_lopt/_plain.py and _plain_scheduler.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
 #include <Python.h>
-#include <torch/csrc/stable/library.h>
 
-#include "cpu/phases.h"
+#include "boxed.h"
+#include "cpu/orthogonalize.h"
+#include "cpu/tensors.h"
 
 #define HF_LOPT_COMMON(p, m, v, d)                                                                       \
     "str[] features, Tensor" p "[] params, Tensor[] grads, Tensor" m "[] momenta, Tensor" v              \
@@ -32,10 +33,12 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
         "float momentum_decay, float second_decay, float clip, Tensor scale, Tensor decay, Tensor "
         "momentum_correction, "
         "Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) -> Tensor");
-    m.def("descend(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()");
+    m.def(
+        "descend(Tensor(a!)[] params, Tensor[] steps, Tensor lr, Tensor weight_decay, Tensor? squares, Tensor? numel, "
+        "float norm_eps, int[] slice_axes, Tensor skip) -> ()");
     m.def(
         "orthogonalize(Tensor x, ScalarType dtype, float[] coefficients, int steps, float eps, float? norm_eps) "
-        "-> Tensor");
+        "-> (Tensor, Tensor)");
     m.def(
         "advance(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, "
         "Tensor(b!)[] loss_buffer, float horizon, float[] corrected, Tensor[] own, int p_column, int rows) "
@@ -57,34 +60,6 @@ STABLE_TORCH_LIBRARY(hf_lopt, m) {
 namespace hf_lopt {
 namespace {
 
-using Ints = std::vector<int64_t>;
-using Floats = std::vector<double>;
-
-#define HF_LOPT_COMMON_PARAMETERS                                                                              \
-    Names features, Tensors params, Tensors grads, Tensors momenta, Tensors second_moments, Tensors diagonals, \
-        Tensors rows, Tensors cols, Tensors row_factors, Tensors col_factors, Ints row_axes, Ints col_axes,    \
-        Ints slice_axes, Floats momentum_decays, Floats second_decays, Floats factored_decays, double clip,    \
-        double second_eps, double diagonal_eps
-#define HF_LOPT_COMMON_ARGUMENTS                                                                           \
-    {features,      params,          grads,       momenta,    second_moments, diagonals,  rows,            \
-     cols,          row_factors,     col_factors, row_axes,   col_axes,       slice_axes, momentum_decays, \
-     second_decays, factored_decays, clip,        second_eps, diagonal_eps}
-
-Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sums(HF_LOPT_COMMON_ARGUMENTS); }
-
-std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
-                                               Tensor scale, Tensor decay, double exp_mult, Tensor skip, Tensors out) {
-    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out});
-}
-
-Tensor boxed_adam_step(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments, double momentum_decay,
-                       double second_decay, double clip, Tensor scale, Tensor decay, Tensor momentum_correction,
-                       Tensor second_correction, double inner_eps, double outer_eps, Tensor skip) {
-    return adam_step(params, grads, momenta, second_moments,
-                     {momentum_decay, second_decay, clip, scale, decay, momentum_correction, second_correction,
-                      inner_eps, outer_eps, skip});
-}
-
 std::string cpu_kernels(std::string name) {
     STD_TORCH_CHECK(name.empty() || use_kernels(name), "this processor or this build has no kernels '", name,
                     "'; choose avx512, avx2 or portable");
@@ -95,12 +70,7 @@ std::string cpu_kernels(std::string name) {
 }  // namespace hf_lopt
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
-    m.impl("sums", TORCH_BOX(&hf_lopt::sums));
-    m.impl("update_factored", TORCH_BOX(&hf_lopt::update_factored));
-    m.impl("feature_sums", TORCH_BOX(&hf_lopt::boxed_feature_sums));
-    m.impl("apply_network", TORCH_BOX(&hf_lopt::boxed_apply_network));
-    m.impl("adam_step", TORCH_BOX(&hf_lopt::boxed_adam_step));
-    m.impl("descend", TORCH_BOX(&hf_lopt::descend));
+    hf_lopt::implement_passes(m);
     m.impl("orthogonalize", TORCH_BOX(&hf_lopt::orthogonalize));
 }
 

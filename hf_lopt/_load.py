@@ -103,15 +103,14 @@ def operator(name: str, kernel: Callable) -> Callable:
     if not _loaded:
         return overload
     position, covers, mutated = CALLS[name]
-    on_cpu = name not in ONLY_CUDA
 
     def call(*args: Any) -> Any:
         first = args[position]
         device = (first if isinstance(first, Tensor) else first[0]).device.type
         if device != "cpu" and device not in _loaded:
             return overload(*args)  # a device without kernels of its own, or a fake tensor
-        here = on_cpu if device == "cpu" else covers_on_cuda(name, *args)
-        if not (_enabled and here and covers(*args)):
+        here = covers_on_cpu if device == "cpu" else covers_on_cuda
+        if not (_enabled and covers(*args) and here(name, *args)):
             return kernel(*args)
         if mutated:
             lists = (args[i] if isinstance(args[i], (list, tuple)) else [args[i]] for i in mutated)
@@ -132,40 +131,47 @@ def _covers_factored(rows: Sequence[Tensor], *args: Any) -> bool:
 
 def _covers_features(features: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], *args: Any) -> bool:
     decays = args[10:13]
-    return (
-        _FEATURES.issuperset(features)
-        and tuple(map(len, decays)) == _DECAYS
-        and _covers_slices(params, *args[7:10])
-        and _covers_sums(params, grads)
-    )
+    return _FEATURES.issuperset(features) and tuple(map(len, decays)) == _DECAYS and _covers_sums(params, grads)
 
 
 def _covers_slices(
-    params: Sequence[Tensor], row_axes: Sequence[int], col_axes: Sequence[int], slice_axes: Sequence[int]
+    params: Sequence[Tensor],
+    row_axes: Sequence[int],
+    col_axes: Sequence[int],
+    slice_axes: Sequence[int],
+    anywhere: bool,
 ) -> bool:
-    """Slices over the last two axes, which are the factored ones, or over the last axis of vectors."""
+    """Slices over the last axis of vectors, and of larger tensors over the last two axes (or ``anywhere``), which have
+    to be the factored ones."""
     pairs = zip(slice_axes[::2], slice_axes[1::2], strict=True) if slice_axes else ()
     for p, a, b, pair in zip(params, row_axes, col_axes, pairs, strict=bool(slice_axes)):
         n = p.dim()
-        if n > 2 and not {a, b} == set(pair) == {n - 2, n - 1}:
-            return False
         if n == 2 and pair[0] == pair[1] and not (a < 0 and pair[0] == 1):
+            return False
+        if n > 2 and not anywhere and not (set(pair) == {n - 2, n - 1} and (a < 0 or {a, b} == set(pair))):
             return False
     return True
 
 
-def covers_on_cuda(name: str, *args: Any) -> bool:
-    """Whether the CUDA kernels, too, take a call that ``CALLS`` says the compiled kernels cover: not for slices."""
+def _covers_slices_of(name: str, args: Sequence[Any], anywhere: bool) -> bool:
     if name in ("feature_sums", "apply_network"):
-        params, slice_axes = args[1], args[12]
-        pairs = zip(slice_axes[::2], slice_axes[1::2], strict=True) if slice_axes else ()
-        return all(
-            p.dim() < 2 or (p.dim() == 2 and a != b) for p, (a, b) in zip(params, pairs, strict=bool(slice_axes))
-        )
-    if name in ("descend", "adam_step"):
-        scales = args[2:4] if name == "descend" else args[7:9]
-        return all(x.numel() in (1, len(args[0])) for x in scales)
-    return name not in ONLY_CPU and (name != "update_factored" or len(args[9]) == 3)
+        return _covers_slices(args[1], *args[10:13], anywhere)
+    if name == "descend":
+        none = [-1] * len(args[0])
+        return _covers_slices(args[0], none, none, args[7], anywhere)
+    return True
+
+
+def covers_on_cpu(name: str, *args: Any) -> bool:
+    """Whether the CPU kernels, too, take a call that ``CALLS`` says the compiled kernels cover."""
+    return name not in ONLY_CUDA and _covers_slices_of(name, args, False)
+
+
+def covers_on_cuda(name: str, *args: Any) -> bool:
+    """Whether the CUDA kernels, too, take a call that ``CALLS`` says the compiled kernels cover."""
+    if name in ONLY_CPU:
+        return False
+    return _covers_slices_of(name, args, True) and (name != "update_factored" or len(args[9]) == 3)
 
 
 def _covers_network(features: Sequence[str], *args: Any) -> bool:

@@ -10,8 +10,8 @@ a sharded tensor are reduced:
 * :func:`apply_network`    evaluates the network on the scaled features, stores the accumulators and the parameter.
 
 Three more stand beside them: :func:`adam_step`, a whole step of Adam, :func:`orthogonalize`, what may be done to a
-network's output before it is applied, and :func:`descend`, which applies it. What lies between the passes is small, but on an accelerator every
-call of PyTorch is a launch. So it has operators, too:
+network's output before it is applied, and :func:`descend`, which applies it. What lies between the passes is small,
+but on an accelerator every call of PyTorch is a launch. So it has operators, too:
 
 * :func:`advance`       decides about the step, counts it, and forms the inputs of the scheduler;
 * :func:`pool`, :func:`lstm_step`  are the scheduler around its two matrix products;
@@ -62,9 +62,12 @@ SCHEMAS = {
         "Tensor momentum_correction, Tensor second_correction, float inner_eps, float outer_eps, Tensor skip) "
         "-> Tensor"
     ),
-    "descend": "(Tensor(a!)[] params, Tensor[] steps, Tensor scale, Tensor decay, Tensor skip) -> ()",
+    "descend": (
+        "(Tensor(a!)[] params, Tensor[] steps, Tensor lr, Tensor weight_decay, Tensor? squares, Tensor? numel, "
+        "float norm_eps, int[] slice_axes, Tensor skip) -> ()"
+    ),
     "orthogonalize": (
-        "(Tensor x, ScalarType dtype, float[] coefficients, int steps, float eps, float? norm_eps) -> Tensor"
+        "(Tensor x, ScalarType dtype, float[] coefficients, int steps, float eps, float? norm_eps) -> (Tensor, Tensor)"
     ),
     "advance": (
         "(Tensor[] stats, Tensor[] sums, Tensor? bad, Tensor? loss, Tensor(a!) counters, Tensor(b!)[] loss_buffer, "
@@ -136,7 +139,7 @@ def _fake_descend(params, steps, *args):
 
 def _fake_orthogonalize(x, *args):
     torch._check(x.dim() >= 2, lambda: f"there must be matrices, got a tensor of shape {tuple(x.shape)}")
-    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape, dtype=torch.float32), x.new_empty(x.shape[:-2], dtype=torch.float32)
 
 
 def _fake_advance(stats, sums, bad, loss, counters, loss_buffer, horizon, corrected, own, p_column, rows):

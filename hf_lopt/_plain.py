@@ -402,37 +402,53 @@ def update_factored(rows, cols, row_sums, col_sums, row_means, row_sizes, col_si
     return out
 
 
-def descend(params, steps, scale, decay, skip):
-    """p <- p - decay[t] * p - scale[t] * step, rounded once; ``steps`` float32, shaped like the parameters.
+def descend(params, steps, lr, weight_decay, squares, numel, norm_eps, slice_axes, skip):
+    """p <- p - lr (step / rms + weight_decay p), rounded once; ``steps`` float32, shaped like the parameters.
 
-    ``scale`` and ``decay`` (T,), or (T S,) for numbers of each of the S slices of a tensor along its first axis.
-    Nothing is changed where ``skip`` (bool, 0-d) is true."""
+    rms = sqrt(squares / numel + norm_eps), of float64 (T,); 1 without ``squares``. With ``slice_axes`` each slice is a
+    tensor of its own, in the order of :func:`apply_network`'s results; then ``lr`` and ``weight_decay`` are (T,) or
+    have a number for each slice. Nothing is changed where ``skip`` (bool, 0-d) is true."""
     store = _store_unless(skip)
     if store is None:
         return
-    for t, (p, step) in enumerate(zip(params, steps, strict=True)):
+    indices = [((),)] * len(params)
+    if slice_axes:
+        indices = [slice_indices(p.shape, slice_axes[2 * t : 2 * t + 2]) for t, p in enumerate(params)]
+    unit = None if squares is None else (squares / numel + norm_eps).rsqrt().float()
+    slices = [(t, i) for t, own in enumerate(indices) for i in own]
+
+    def of(x: Tensor, t: int, number: int) -> Tensor:
+        return x[0 if len(x) == 1 else number if len(x) == len(slices) else t]
+
+    for number, (t, i) in enumerate(slices):
+        p, step, rate = params[t][i], steps[t][i], of(lr, t, number)
+        shrink = rate * of(weight_decay, t, number)
+        rate = rate if unit is None else rate * unit[number]
         for index in _blocks(p.shape, _limit(p)):
-            value, (rate, shrink) = p[index].float(), (_slice_numbers(x, t, params, index) for x in (scale, decay))
+            value = p[index].float()
             store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
 
 
 def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
     """Matrices (..., R, C) with their singular values moved to about 1, float32, by a quintic iteration in ``dtype``.
 
-    x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side. At the
-    end each matrix gets a mean square of 1 (``norm_eps`` is added to it) unless ``norm_eps`` is None.
+    x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side: three
+    batched matrix products. At the end each matrix gets a mean square of 1 (``norm_eps`` is added to what it was),
+    unless ``norm_eps`` is None. Returns the matrices, contiguous, and what their mean squares were, (...).
     """
-    transposed = x.shape[-2] > x.shape[-1]
+    shape, transposed = x.shape, x.shape[-2] > x.shape[-1]
+    x = x.reshape(-1, *shape[-2:])
     x = x.mT if transposed else x
-    x = (x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)).to(dtype)
+    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + eps)).to(dtype)
     c0, c1, c2 = coefficients
     for _ in range(steps):
         a = x @ x.mT
-        x = c0 * x + (c1 * a + c2 * (a @ a)) @ x
+        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=c1, alpha=c2), x, beta=c0)
     x = x.float()
+    mean_squares = x.square().mean((1, 2))
     if norm_eps is not None:
-        x = x * (x.square().mean((-2, -1), keepdim=True) + norm_eps).rsqrt()
-    return (x.mT if transposed else x).contiguous()
+        x = x * (mean_squares + norm_eps).rsqrt()[:, None, None]
+    return (x.mT if transposed else x).reshape(shape).contiguous(), mean_squares.view(shape[:-2])
 
 
 def _slice_numbers(x: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
@@ -463,8 +479,8 @@ def adam_step(
     """One pass of Adam with the variations of the learned rules, momenta and second moments of shape (1, *s) in place.
 
     step = scale[t] * momentum_correction * m / (sqrt(second_correction * v + inner_eps) + outer_eps),
-    p <- p - decay[t] * p - step. Corrections are 0-d; ``scale`` and ``decay`` as in :func:`descend`. Returns Σ step²,
-    (T,) float64. Nothing changes where ``skip``.
+    p <- p - decay[t] * p - step. Corrections are 0-d. ``scale`` and ``decay`` (T,), or (T S,) for numbers of each of
+    the S slices of a tensor along its first axis. Returns Σ step², (T,) float64. Nothing changes where ``skip``.
     """
     out = torch.zeros(len(params), dtype=torch.float64, device=scale.device)
     store = _store_unless(skip)

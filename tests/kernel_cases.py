@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_lopt import _load, _ops
+from hf_lopt._plain import slice_indices
 from hf_lopt.accumulators import factored_axes, update_factored
 from hf_lopt.features import VELO, ElementFeatures
+from hf_lopt.rules.batches import matrix_axes
 
 
 SMALL_FC = ElementFeatures(
@@ -87,6 +89,14 @@ class Case:
     cols: list[Tensor]
     axes: list[tuple[int, int]]
     generator: torch.Generator
+    slice_axes: tuple[int, ...] = ()
+
+    def slices(self, xs: list[Tensor]) -> list[Tensor]:
+        """The parts of parameter-shaped tensors that have results of their own."""
+        if not self.slice_axes:
+            return xs
+        pairs = [self.slice_axes[2 * t : 2 * t + 2] for t in range(len(xs))]
+        return [x[i] for x, pair in zip(xs, pairs, strict=True) for i in slice_indices(x.shape, pair)]
 
     @property
     def device(self) -> torch.device:
@@ -112,15 +122,15 @@ class Case:
         a, b = zip(*self.axes, strict=True)
         return (
             *(self.features.names, self.params, self.grads, self.momenta, self.second_moments, self.diagonals),
-            *(f.rows, f.cols, f.row_factors, f.col_factors, a, b, ()),
+            *(f.rows, f.cols, f.row_factors, f.col_factors, a, b, self.slice_axes),
             *(DECAYS.momentum, DECAYS.second_moment, DECAYS.factored),
             *(self.features.clip, self.features.second_eps, self.features.diagonal_eps),
         )
 
     def network(self, sums: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Weights of a size that a trained network has, with the scales folded in."""
-        count, sizes = len(self.params), (sum(self.features.widths()), self.units, self.units, 2)
-        numel = torch.tensor([max(p.numel(), 1) for p in self.params], device=self.device)
+        params, sizes = self.slices(self.params), (sum(self.features.widths()), self.units, self.units, 2)
+        count, numel = len(params), torch.tensor([max(p.numel(), 1) for p in params], device=self.device)
         scale = (sums / numel.unsqueeze(1) + self.features.norm_eps).rsqrt().float()
         weights = [
             torch.randn(count, n_in, n_out, generator=self.generator) / math.sqrt(n_in)
@@ -141,7 +151,9 @@ def case(
     size: float = 1.0,
     seed: int = 0,
     order: str = "torch",
+    sliced: bool = False,
 ) -> Case:
+    """Random arguments; ``sliced``: tensors of more than two axes are stacks of matrices, as Celo2 takes them."""
     features, units = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
 
@@ -171,6 +183,7 @@ def case(
         cols=[vector(s, b) for s, (_, b) in zip(shapes, axes, strict=True)],
         axes=axes,
         generator=generator,
+        slice_axes=tuple(axis for s in shapes for axis in matrix_axes(len(s), order)) if sliced else (),
     )
 
 

@@ -68,6 +68,31 @@ def test_extreme_gradients(emulated, family, size):
     test_kernels.compare(case([(), (7,), (5, 9), (33, 70)], family, size=size))
 
 
+# Slices over the last axes and over others, factored over the same axes and over others, transposed and not.
+STACKS = [*SHAPES, (4, 33, 20), (33, 70, 2), (3, 3, 20, 36), (40, 6, 3, 3), (6, 3, 7, 7), (2, 3, 2, 5, 4), (130,)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("order", ["torch", "jax", "torch_transposed", "torch_stacked"])
+def test_stacks_of_matrices(emulated, family, order):
+    before = emulated.launches
+    test_kernels.compare(case(STACKS, family, order=order, sliced=True))
+    assert emulated.launches >= before + 4
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stacks_in_half_precision(emulated, dtype):
+    test_kernels.compare(case([*STACKS, (0, 3, 2, 2), (3, 4, 0)], "celo2", dtype, dtype, sliced=True))
+
+
+@pytest.mark.parametrize("order", ["torch", "jax", "torch_stacked"])
+@pytest.mark.parametrize("numbers", ["tensor", "slice"])
+def test_descend_brings_slices_to_a_mean_square_of_one(emulated, order, numbers):
+    before = emulated.launches
+    test_kernels.descend_by_slices(order, numbers)
+    assert emulated.launches == before + 1
+
+
 def test_empty_tensors(emulated):
     for shapes in ([(0,), (5, 9)], [(0, 4), (4, 0), (7,)], [(0,), (3, 0)]):
         test_kernels.compare(case(shapes))
@@ -139,7 +164,8 @@ def test_adam_and_descend(emulated):
                 *(y.params, y.grads, y.momenta, y.second_moments, 0.9, 0.95, 1000.0, scale, decay),
                 *(torch.tensor(1.5), torch.tensor(2.5), 1e-10, 1e-8, skip),
             )
-            descend(y.params, [g.float() for g in y.grads], scale * 1e-3, decay, skip)
+            steps = [g.float() for g in y.grads]
+            descend(y.params, steps, scale * 1e-3, decay, None, None, 0.0, (), skip)
             results.append((sums, *y.params, *y.momenta, *y.second_moments))
         for got, want in zip(*results, strict=True):
             test_kernels.close(got, want, max(torch.finfo(got.dtype).eps, 1e-6) * 2, "Adam")
@@ -156,7 +182,7 @@ def test_skip_changes_nothing(emulated):
     before = copy.deepcopy((x.params, x.momenta, x.second_moments, x.diagonals))
     one, skip = torch.ones(len(x.params)), torch.tensor(True)
     _ops.apply_network(*x.common(f), weights, biases, one, one, 1e-3, skip, ())
-    _ops.descend(x.params, [torch.ones_like(p) for p in x.params], one, one, skip)
+    _ops.descend(x.params, [torch.ones_like(p) for p in x.params], one, one, None, None, 0.0, (), skip)
     _ops.assign(x.momenta, [torch.ones_like(m) for m in x.momenta], skip)
     for old, new in zip(before, (x.params, x.momenta, x.second_moments, x.diagonals), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))

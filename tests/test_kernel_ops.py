@@ -52,7 +52,8 @@ def test_opcheck(family):
     moments = [m[:1].clone() for m in x.momenta]
     adam = (x.params, x.grads, moments, x.second_moments, 0.9, 0.95, 1000.0, one, one, one[0], one[0], 1e-8, 0.0, no)
     torch.library.opcheck(torch.ops.hf_lopt.adam_step.default, adam, test_utils=tests)
-    descend = (x.params, out, one, one, no)
+    numbers = torch.ones(3, dtype=torch.float64)
+    descend = (x.params, out, one, one, numbers, numbers, 1e-9, [], no)
     torch.library.opcheck(torch.ops.hf_lopt.descend.default, descend, test_utils=tests)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -70,7 +71,7 @@ def compare(x: Case) -> None:
     sums = _ops.feature_sums(*x.common(f))
     with _ops.plain():
         plain_sums = _ops.feature_sums(*x.common(f))
-    for t, p in enumerate(x.params):
+    for t, p in enumerate(x.slices(x.params)):
         assert not plain_sums[t].isfinite().all() or sums[t].isfinite().all()
         # The sums matter as mean squares beside the normaliser's epsilon.
         size = plain_sums[t] + max(p.numel(), 1) * x.features.norm_eps
@@ -81,7 +82,7 @@ def compare(x: Case) -> None:
         return  # such a step is skipped
 
     weights, biases = x.network(plain_sums)
-    count = len(x.params)
+    count = len(x.slices(x.params))
     scale = torch.full((count,), 1e-3, device=x.device)
     arguments = (weights, biases, scale, scale * 0.1, 1e-3, torch.tensor(False, device=x.device))
     for into_out in (True, False):
@@ -93,9 +94,10 @@ def compare(x: Case) -> None:
             with context:
                 results.append((*_ops.apply_network(*z.common(f), *arguments, out), out, before))
         (sums, stats, steps, before), (plain_sums, plain_stats, plain_steps, _) = results
-        for t in range(count):
-            close(sums[t], plain_sums[t], rounding(x.params[t], 1e-4), "Σ step²")
+        for t, p in enumerate(x.slices(x.params)):
+            close(sums[t], plain_sums[t], rounding(p, 1e-4), "Σ step²")
             close(stats[t, :4], plain_stats[t, :4], 1e-5, "new statistics")
+        for t in range(len(x.params)):
             for name in ("momenta", "second_moments", "diagonals"):
                 close(getattr(x, name)[t], getattr(y, name)[t], 1e-6, name)
             if into_out:
@@ -340,17 +342,50 @@ def test_descend_follows_the_plain_one(kernels, dtype, layout):
     x = case([*SHAPES, (70, 333), (0, 3)], p_dtype=dtype, layout=layout)
     steps = [strided(torch.randn(p.shape, generator=x.generator), layout) for p in x.params]
     count = len(steps)
-    scale, decay = torch.linspace(0.1, 0.2, count), torch.linspace(0.3, 0.01, count)
-    want = [p.double() * (1 - decay[t].double()) - steps[t].double() * scale[t] for t, p in enumerate(x.params)]
+    lr, decay = torch.linspace(0.1, 0.2, count), torch.linspace(3.0, 0.1, count)
+    want = [
+        p.double() * (1 - lr[t].double() * decay[t].double()) - steps[t].double() * lr[t]
+        for t, p in enumerate(x.params)
+    ]
     before = [p.clone() for p in x.params]
-    _ops.descend(x.params, steps, scale, decay, torch.tensor(True))
+    _ops.descend(x.params, steps, lr, decay, None, None, 0.0, (), torch.tensor(True))
     assert all(torch.equal(p, q) for p, q in zip(x.params, before, strict=True))
-    _ops.descend(x.params, steps, scale, decay, torch.tensor(False))
+    _ops.descend(x.params, steps, lr, decay, None, None, 0.0, (), torch.tensor(False))
     for p, w in zip(x.params, want, strict=True):
         torch.testing.assert_close(p.double(), w, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 # ---- factored accumulators --------------------
+
+
+@pytest.mark.parametrize("order", ["torch", "jax"])
+@pytest.mark.parametrize("numbers", ["tensor", "slice"])
+def test_descend_brings_slices_to_a_mean_square_of_one(kernels, order, numbers):
+    descend_by_slices(order, numbers)
+
+
+def descend_by_slices(order: str, numbers: str) -> None:
+    """Against float64; for several implementations."""
+    x = case([*SHAPES, (70, 33), (2, 3, 20, 9)], order=order, sliced=True)
+    steps = [torch.randn(p.shape, generator=x.generator) for p in x.params]
+    parts = x.slices(steps)
+    squares = torch.stack([p.double().square().sum() for p in parts])
+    numel = torch.tensor([p.numel() for p in parts], dtype=torch.float64)
+    count = len(parts) if numbers == "slice" else len(steps)
+    lr, decay = torch.linspace(0.1, 0.2, count), torch.linspace(3.0, 0.1, count)
+    tensor_of = [t for t, p in enumerate(x.params) for _ in range(len(Case.slices(only(x, t), [p])))]
+    want = []
+    for i, (p, step) in enumerate(zip(x.slices(x.params), parts, strict=True)):
+        place = i if numbers == "slice" else tensor_of[i]
+        unit = step.double() / (squares[i] / numel[i] + 1e-3).sqrt()
+        want.append(p.double() - lr[place].double() * (unit + decay[place].double() * p.double()))
+    _ops.descend(x.params, steps, lr, decay, squares, numel, 1e-3, x.slice_axes, torch.tensor(False))
+    for p, w in zip(x.slices(x.params), want, strict=True):
+        torch.testing.assert_close(p.double(), w, rtol=1e-6, atol=1e-6)
+
+
+def only(x: Case, t: int) -> Case:
+    return dataclasses.replace(x, slice_axes=x.slice_axes[2 * t : 2 * t + 2])
 
 
 @pytest.mark.parametrize("order", ["torch", "jax"])

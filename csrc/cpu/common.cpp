@@ -15,16 +15,16 @@ void set_decays(const std::vector<double>& decays, int count, float* keep, float
     }
 }
 
-int64_t slices(const Common& x, size_t t) {
-    if (x.slice_axes.empty()) return 1;
-    STD_TORCH_CHECK(x.slice_axes.size() == 2 * x.params.size(), "slice axes must have two entries per parameter");
-    const Tensor& p = x.params[t];
-    const int64_t a = x.slice_axes[2 * t], b = x.slice_axes[2 * t + 1];
+}  // namespace
+
+int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
+    if (slice_axes.empty()) return 1;
+    STD_TORCH_CHECK(slice_axes.size() == 2 * params.size(), "slice axes must have two entries per parameter");
+    const Tensor& p = params[t];
+    const int64_t a = slice_axes[2 * t], b = slice_axes[2 * t + 1];
     if (p.dim() < 2 || p.numel() == 0) return 1;
     return p.numel() / (a == b ? p.size(a) : p.size(a) * p.size(b));
 }
-
-}  // namespace
 
 const float* Copies::readable(const Tensor& x) {
     if (x.is_contiguous()) return float_data(x, "accumulators");
@@ -63,7 +63,7 @@ Problem::Problem(const Common& x) : columns(columns_of(x.features)) {
     shapes.reserve(count);
     for (size_t t = 0; t < count; t++) {
         Operands& o = tensors[t];
-        o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices(x, t));
+        o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices_of(x.params, x.slice_axes, t));
         shapes.push_back(o.shape);
         const int64_t n = o.shape.numel;
         STD_TORCH_CHECK(

@@ -1,7 +1,7 @@
 // What the second and the third pass share: the column of each feature, and the data of each tensor.
 #pragma once
 
-#include "phases.h"
+#include "tensors.h"
 
 namespace hf_lopt {
 
@@ -14,6 +14,9 @@ struct Operands {
     // The accumulators without L (a number per line) and without K (a vector along the line), and their factors.
     const float *line, *line_factor, *vector, *vector_factor;
 };
+
+// How many slices tensor `t` has, over two axes each; no axes: one.
+int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t);
 
 // Contiguous float32 data of accumulators; those that are not contiguous are worked on as copies.
 class Copies {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "phases.h"
+#include "tensors.h"
 
 namespace hf_lopt {
 
@@ -55,14 +55,14 @@ void row_factors(const float* row, const RowShape& s, double total, const float*
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
-                                                               Tensors col_sums, Tensors row_means, Sizes row_sizes,
-                                                               Sizes col_sizes, Sizes row_axes, Sizes col_axes,
+                                                               Tensors col_sums, Tensors row_means, Ints row_sizes,
+                                                               Ints col_sizes, Ints row_axes, Ints col_axes,
                                                                std::vector<double> decays) {
     const size_t count = rows.size();
     for (const Tensors* list : {&cols, &row_sums, &col_sums, &row_means}) {
         STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
     }
-    for (const Sizes* list : {&row_sizes, &col_sizes, &row_axes, &col_axes}) {
+    for (const Ints* list : {&row_sizes, &col_sizes, &row_axes, &col_axes}) {
         STD_TORCH_CHECK(list->size() == count, "axes and sizes must have one entry per parameter");
     }
     const int64_t depth = (int64_t)decays.size();

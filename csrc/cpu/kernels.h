@@ -97,8 +97,9 @@ struct Kernels {
     // out = 1 / sqrt(max(x / divisor, 1e-9)).
     void (*factors)(const float* x, int64_t n, float divisor, float* out);
     // In place or in `work`, (rows + 2 columns) * stride numbers; returns where. rows >= columns.
+    // The mean square is the one before the last division.
     float* (*newton_schulz)(float* y, float* work, int64_t rows, int64_t columns, int64_t stride,
-                            const NewtonSchulz& constants);
+                            const NewtonSchulz& constants, float* mean_square);
 };
 
 extern const Kernels kPortableKernels;

@@ -94,9 +94,10 @@ void scale_by(float* x, int64_t n, float factor) {
 }
 
 // Newton-Schulz on `y` (rows, stride), rows >= columns: y <- y (c0 + c1 y'y + c2 (y'y)²). With a norm_eps of at least
-// zero the result is scaled to a mean square of 1. `work` has (rows + 2 columns) * stride numbers; which of the two
-// holds the result is returned.
-float* newton_schulz(float* y, float* work, int64_t rows, int64_t columns, int64_t stride, const NewtonSchulz& c) {
+// zero the result is scaled to a mean square of 1, from `mean_square`. `work` has (rows + 2 columns) * stride numbers;
+// which of the two holds the result is returned.
+float* newton_schulz(float* y, float* work, int64_t rows, int64_t columns, int64_t stride, const NewtonSchulz& c,
+                     float* mean_square) {
     const int64_t size = rows * stride;
     float *square = work + size, *polynomial = square + columns * stride;
     scale_by(y, size, (float)(1.0 / (__builtin_sqrt(sum_of_squares(y, size)) + c.eps)));
@@ -108,10 +109,9 @@ float* newton_schulz(float* y, float* work, int64_t rows, int64_t columns, int64
         y = work;
         work = last;
     }
-    if (c.norm_eps >= 0.0) {
-        const double mean = sum_of_squares(y, size) / ((double)rows * (double)columns);
-        scale_by(y, size, (float)(1.0 / __builtin_sqrt(mean + c.norm_eps)));
-    }
+    const double mean = sum_of_squares(y, size) / ((double)rows * (double)columns);
+    *mean_square = (float)mean;
+    if (c.norm_eps >= 0.0) scale_by(y, size, (float)(1.0 / __builtin_sqrt(mean + c.norm_eps)));
     return y;
 }
 

@@ -1,8 +1,11 @@
 // Newton-Schulz iterations on batches of small matrices, each of which stays in the cache of one core.
+#include "orthogonalize.h"
+
 #include <algorithm>
 #include <cstring>
 
-#include "phases.h"
+#include "kernels.h"
+#include "tensors.h"
 
 namespace hf_lopt {
 
@@ -21,15 +24,19 @@ void transpose(const float* x, int64_t rows, int64_t columns, int64_t x_stride, 
 
 }  // namespace
 
-Tensor orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, std::vector<double> coefficients, int64_t steps,
-                     double eps, std::optional<double> norm_eps) {
+std::tuple<Tensor, Tensor> orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, Floats coefficients,
+                                         int64_t steps, double eps, std::optional<double> norm_eps) {
     STD_TORCH_CHECK(x.dim() >= 2, "there must be matrices, got a tensor of rank ", x.dim());
     STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float, "the fused kernel iterates in float32");
     STD_TORCH_CHECK(coefficients.size() == 3, "there must be three coefficients, got ", coefficients.size());
     x = torch::stable::contiguous(x);
     Tensor result = torch::stable::empty_like(x);
     const int64_t r = x.size(x.dim() - 2), c = x.size(x.dim() - 1);
-    if (x.numel() == 0) return result;
+    std::vector<int64_t> batch;
+    for (int64_t axis = 0; axis + 2 < x.dim(); axis++) batch.push_back(x.size(axis));
+    Tensor mean_squares = torch::stable::new_zeros(x, batch);
+    if (x.numel() == 0) return {result, mean_squares};
+    float* found = float_data(mean_squares, "mean squares");
     const float* in = float_data(x, "matrices");
     float* out = float_data(result, "matrices");
     const bool wide = c > r;
@@ -49,7 +56,8 @@ Tensor orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, std::vector<
             } else {
                 for (int64_t k = 0; k < rows; k++) std::memcpy(y + k * stride, from + k * c, c * sizeof(float));
             }
-            const float* z = kernels().newton_schulz(y, y + rows * stride, rows, columns, stride, constants);
+            const float* z =
+                kernels().newton_schulz(y, y + rows * stride, rows, columns, stride, constants, found + i);
             if (wide) {
                 transpose(z, c, r, stride, to, c);
             } else {
@@ -57,7 +65,7 @@ Tensor orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, std::vector<
             }
         }
     });
-    return result;
+    return {result, mean_squares};
 }
 
 }  // namespace hf_lopt

@@ -1,4 +1,6 @@
 // Steps of one pass: Adam with the variations of the learned rules, and a step that is already there.
+#include <cmath>
+
 #include "common.h"
 
 namespace hf_lopt {
@@ -7,8 +9,14 @@ namespace {
 
 float number(const Tensor& x, int64_t i = 0) {
     STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float && i < x.numel(),
-                    "scale, decay and corrections must be float32, with a number per parameter or one for all");
+                    "step sizes, decays and corrections must be float32, with a number per parameter or one for all");
     return static_cast<const float*>(x.data_ptr())[i * (x.dim() > 0 ? x.stride(0) : 0)];
+}
+
+double large_number(const Tensor& x, int64_t i, int64_t count) {
+    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Double && x.dim() == 1 && x.size(0) == count,
+                    "squares and sizes must be float64, with a number for each slice");
+    return static_cast<const double*>(x.data_ptr())[i * x.stride(0)];
 }
 
 // Slices of each of `count` tensors, for which there are numbers of their own.
@@ -84,7 +92,8 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     return result;
 }
 
-void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip) {
+void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
+             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip) {
     const size_t count = params.size();
     STD_TORCH_CHECK(steps.size() == count, "all lists must have one tensor per parameter");
     STD_TORCH_CHECK(skip.scalar_type() == torch::headeronly::ScalarType::Bool, "skip must be a bool tensor");
@@ -96,19 +105,32 @@ void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor s
     std::vector<Shape> shapes;
     for (size_t t = 0; t < count; t++) {
         STD_TORCH_CHECK(steps[t].numel() == params[t].numel(), "a step has another shape than its parameter");
-        shapes.emplace_back(params[t], -1, -1, slices(scale, count));
+        shapes.emplace_back(params[t], -1, -1, slices_of(params, slice_axes, t));
         pairs.push_back({Array(params[t]), Array(steps[t])});
     }
+    const int64_t total = slice_count(shapes);
+    const auto unit = [&](int64_t slice) {
+        return squares ? (float)(1.0 /
+                                 std::sqrt(large_number(*squares, slice, total) / large_number(*numel, slice, total) +
+                                           norm_eps))
+                       : 1.0f;
+    };
+    // Of a slice or of its tensor.
+    const auto place = [&](const Tensor& x, const Tile& tile) {
+        return x.numel() == total ? tile.slice : x.numel() == 1 ? 0 : tile.tensor;
+    };
     const std::vector<Tile> tiles = make_tiles(shapes);
     std::vector<Buffers> buffers;
     for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
     for_each_tile(tiles, [&](int64_t i, int64_t worker) {
         const Tile& tile = tiles[i];
+        const float rate = number(lr, place(lr, tile));
         const Pair& x = pairs[tile.tensor];
         const int64_t columns = shapes[tile.tensor].columns;
         float* p = x.p.read(tile.line, tile.start, tile.n, columns, buffers[worker].p);
         const float* step = x.step.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);
-        kernels().descend(p, step, tile.n, number(scale, tile.slice), number(decay, tile.slice));
+        kernels().descend(p, step, tile.n, rate * unit(tile.slice),
+                          rate * number(weight_decay, place(weight_decay, tile)));
         x.p.write(p, tile.line, tile.start, tile.n, columns);
     });
 }

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "phases.h"
+#include "tensors.h"
 
 namespace hf_lopt {
 
@@ -52,7 +52,7 @@ void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          std::vector<int64_t> row_axes, std::vector<int64_t> col_axes, double clip,
+                                          Ints row_axes, Ints col_axes, double clip,
                                           bool moments) {
     const size_t count = params.size();
     STD_TORCH_CHECK(count > 0, "there must be at least one parameter");

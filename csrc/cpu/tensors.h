@@ -21,12 +21,10 @@
 #include <string>
 #include <vector>
 
+#include "../passes.h"
 #include "kernels.h"
 
 namespace hf_lopt {
-
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 // The kernels for this processor, or those chosen by `use_kernels`.
 const Kernels& kernels();

@@ -69,7 +69,7 @@ HF_LOPT_DEVICE void set_column_bias(const ApplyArgs& a, const Place& at, Shared<
         float y[kFactored], root[kFactored];
 #pragma unroll
         for (int k = 0; k < kFactored; k++) {
-            y[k] = c < at.width ? x[k * t.vector_length() + c] : 0.0f;
+            y[k] = c < at.width ? x[k * t.vector_decay + c] : 0.0f;
             root[k] = inverse_root(y[k] + kVectorEps);
         }
         for (int j = 0; j < U; j++) {
@@ -98,7 +98,7 @@ struct UpdateSums {
 };
 
 // Stores what the outputs decide, and adds to the statistics.
-template <class T>
+template <bool strided = false, class T>
 HF_LOPT_DEVICE void finish(const ApplyArgs& a, const Place& at, const Row& row, const Updated& u, float decay,
                            const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
     const Entry& t = *at.entry;
@@ -115,17 +115,17 @@ HF_LOPT_DEVICE void finish(const ApplyArgs& a, const Place& at, const Row& row, 
 #pragma unroll
     for (int k = 0; k < kMomenta; k++) {
         y = u.m[k];
-        store(m + k * t.numel, kFloat32, at, row, y);
+        store<strided>(m + k * t.decay, kFloat32, at, row, y);
         sums.m[k].add(y, live);
     }
     y = u.v;
-    store(v, kFloat32, at, row, y);
+    store<strided>(v, kFloat32, at, row, y);
     sums.v.add(y, live);
     if (a.into_out) {
-        store(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
+        store<strided>(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
         sums.p.add(u.p, live);
     } else {
-        store(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
+        store<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
         sums.p.add(p, live);
     }
 }
@@ -166,7 +166,7 @@ HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const Row& row
     Lane y[kFactored], root[kFactored];
 #pragma unroll
     for (int k = 0; k < kFactored; k++) {
-        y[k] = load_line<kind>(x + k * t.line_length(), at, row);
+        y[k] = load_line<kind>(x + k * t.line_decay, at, row);
         root[k] = map(y[k], [](float r) { return inverse_root(r + kVectorEps); });
     }
 #pragma unroll
@@ -211,7 +211,7 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
 }
 
 template <int U>
-HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, Place at, const Shared<U>& s, double* out) {
     apply_rows<U, kInner>(a, at, s, out);
 }
 
@@ -221,19 +221,20 @@ HF_LOPT_DEVICE void finish_element(const Network<U>& w, float (&z)[U], float* di
     finish_network<U>(w, z, [](float x) { return relu(x); }, direction, magnitude);
 }
 
-// Tensors of rank < 2, and of any kind where there are many units: element by element.
+// Any kind of tensors, element by element: those of rank < 2, strided slices, and all where there are many units.
 template <int U, Kind kind>
-HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, Place at, const Shared<U>& s, double* out) {
     using T = std::conditional_t<kind == kFlat, double, float>;
+    constexpr bool strided = kind == kStrided, columns = kind == kMatrix || kind == kInner;
     const Entry& t = *at.entry;
     Lane along[kFactored];
-    if (kind != kFlat) load_vector_factors(a.table, at, along);
+    if constexpr (columns) load_vector_factors(a.table, at, along);
     UpdateSums<T> sums;
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
-        const Updated u = update(a.table, a.constants, at, row);
+        const Updated u = update<strided>(a.table, a.constants, at, row);
         Lane direction = splat(0.0f), magnitude = splat(0.0f), d[kFactored], factor[kFactored];
-        if (kind == kFlat) {
+        if constexpr (kind == kFlat) {
             load_diagonals(a.table, at, row, d);
         } else {
             load_factors<kind>(a.table, at, row, along, factor);
@@ -241,8 +242,11 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Place& at, con
 #pragma unroll 1
         for (int e = 0; e < kLane; e++) {
             if (!at.live(row, e)) continue;
+            forget_loads();  // all weights do not fit into registers
             float x[kInputs] = {}, z[U];
-            if (kind == kFlat) {
+#pragma unroll
+            for (int j = 0; j < U; j++) z[j] = s.net.bias[j];
+            if constexpr (kind == kFlat) {
                 flat_features(u, a.constants, d, e, x, d);
             } else {
                 const float g = u.g.x[e], q = inverse_root(u.v.x[e] + a.constants.second_eps);
@@ -261,18 +265,30 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Place& at, con
                     x[kFacM + k] = m * f;
                 }
                 // Not features of the element, but added like them: the line's accumulator and its inverse root.
-                const float* line = pointer<float>(a.table, t, sLine) + row.line * t.inner;
-                const int64_t place = kind == kMatrix ? 0 : (at.start + at.column[e]) % t.inner;
+                const float* line = pointer<float>(a.table, t, sLine);
+                line += strided           ? strided_place(t.line_step, at, row, e)
+                        : kind == kMatrix ? row.line
+                                          : row.line * t.inner + (at.start + at.column[e]) % t.inner;
 #pragma unroll
                 for (int k = 0; k < kFactored; k++) {
-                    x[kD + k] = line[k * t.line_length() + place];
+                    x[kD + k] = line[k * t.line_decay];
                     x[kRsqrtD + k] = inverse_root(x[kD + k] + kVectorEps);
                 }
             }
+            if constexpr (columns) {
 #pragma unroll
-            for (int j = 0; j < U; j++) {
-                z[j] = s.net.bias[j];
-                if (kind != kFlat) z[j] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
+                for (int j = 0; j < U; j++) z[j] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
+            }
+            if constexpr (strided) {
+                const float* vector = pointer<float>(a.table, t, sVector) + strided_place(t.vector_step, at, row, e);
+#pragma unroll
+                for (int k = 0; k < kFactored; k++) {
+                    const float y = vector[k * t.vector_decay], root = inverse_root(y + kVectorEps);
+#pragma unroll
+                    for (int j = 0; j < U; j++) {
+                        z[j] += y * s.vectors.vector[k][j] + root * s.vectors.rsqrt_vector[k][j];
+                    }
+                }
             }
 #pragma unroll
             for (int f = 0; f < kInputs; f++) {
@@ -285,11 +301,11 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Place& at, con
             }
             finish_element<U>(s.net, z, &direction.x[e], &magnitude.x[e]);
         }
-        finish(a, at, row, u, s.net.decay, direction, magnitude, sums);
-        if (kind == kFlat) {
+        finish<strided>(a, at, row, u, s.net.decay, direction, magnitude, sums);
+        if constexpr (kind == kFlat) {
             float* x = pointer<float>(a.table, t, sD);
 #pragma unroll
-            for (int k = 0; k < kFactored; k++) store(x + k * t.numel, kFloat32, at, row, d[k]);
+            for (int k = 0; k < kFactored; k++) store(x + k * t.decay, kFloat32, at, row, d[k]);
         }
     }
     sums.flush(out);
@@ -316,6 +332,39 @@ HF_LOPT_DEVICE void clear_results(const ApplyArgs& a, const Place& at) {
     if (at.tile != 0) return;
     if (thread() == 0) a.sums[at.tensor] = 0.0;
     if (thread() < kUpdateStats + 1) a.stats[(int64_t)at.tensor * (kUpdateStats + 1) + thread()] = 0.0;
+}
+
+// A tile of a kernel. `apply_matrix` does those of factored tensors that are not strided.
+template <int U, class F>
+HF_LOPT_DEVICE void apply_tile(const ApplyArgs& a, Shared<U>& s, F apply_matrix) {
+    const Place at = place(a.table);
+    if (*a.skip) {
+        clear_results(a, at);
+        return;
+    }
+    load_network(a, at, s);
+    double* partial = a.partial + (int64_t)block() * kUpdateStats;
+    if (!at.entry->factored) {
+        apply_elements<U, kFlat>(a, at, s, partial);
+    } else if (at.entry->strided) {
+        apply_elements<U, kStrided>(a, at, s, partial);
+    } else {
+        set_column_bias(a, at, s);
+        apply_matrix(at, partial);
+    }
+    finish_tile(a, at);
+}
+
+// The same for few units.
+template <int U>
+HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s) {
+    apply_tile<U>(a, s, [&](const Place& at, double* partial) {
+        if (at.entry->inner > 1) {
+            apply_inner_rows(a, at, s, partial);
+        } else {
+            apply_rows<U, kMatrix>(a, at, s, partial);
+        }
+    });
 }
 
 }  // namespace hf_lopt

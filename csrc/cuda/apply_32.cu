@@ -7,28 +7,16 @@ namespace {
 HF_LOPT_KERNEL(kThreads, 2) apply_32_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     HF_LOPT_SHARED Shared<kUnits> shared;
     HF_LOPT_SHARED Fragments fragments;
-    const Place at = place(a.table);
-    const Entry& t = *at.entry;
-    if (*a.skip) {
-        clear_results(a, at);
-        return;
-    }
-    load_network(a, at, shared);
-    double* partial = a.partial + (int64_t)block() * kUpdateStats;
-    if (!t.factored) {
-        apply_elements<kUnits, kFlat>(a, at, shared, partial);
-    } else {
-        set_column_bias(a, at, shared);
-        if (t.inner > 1) {
+    apply_tile<kUnits>(a, shared, [&](const Place& at, double* partial) {
+        if (at.entry->inner > 1) {
             apply_elements<kUnits, kInner>(a, at, shared, partial);
-        } else if (t.lanes < kWarpSize) {
+        } else if (at.entry->lanes < kWarpSize) {
             apply_elements<kUnits, kMatrix>(a, at, shared, partial);
         } else {
             load_fragments(shared.net, fragments);
             apply_on_tensor_cores(a, at, shared, fragments, partial);
         }
-    }
-    finish_tile(a, at);
+    });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Pass 2 for networks of 4 hidden units.
+// Pass 2 for networks of 4 hidden units; a file of its own, so that both are compiled at the same time.
 #include "apply.cuh"
 
 namespace hf_lopt {
@@ -6,24 +6,7 @@ namespace {
 
 HF_LOPT_KERNEL(kThreads, 2) apply_4_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     HF_LOPT_SHARED Shared<4> shared;
-    const Place at = place(a.table);
-    if (*a.skip) {
-        clear_results(a, at);
-        return;
-    }
-    load_network(a, at, shared);
-    double* partial = a.partial + (int64_t)block() * kUpdateStats;
-    if (!at.entry->factored) {
-        apply_elements<4, kFlat>(a, at, shared, partial);
-    } else {
-        set_column_bias(a, at, shared);
-        if (at.entry->inner > 1) {
-            apply_inner_rows(a, at, shared, partial);
-        } else {
-            apply_rows<4, kMatrix>(a, at, shared, partial);
-        }
-    }
-    finish_tile(a, at);
+    apply_tile_of_few(a, shared);
 }
 
 }  // namespace

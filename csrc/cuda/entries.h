@@ -8,6 +8,10 @@
 // A line is one row of it. The factored accumulator without the second axis has `inner` numbers per line, the one
 // without the first axis is a vector along the line, one for each of the pre * mid groups of lines. Everything else is
 // flat: lines of kStrip numbers, the last of which may be shorter.
+//
+// A tensor may be a stack of slices, each with a network and results of its own: then every slice has an entry. Slices
+// over the last axes are matrices or vectors like others. Those over other axes, of a convolution for example, have
+// distances from row to row and from column to column.
 #pragma once
 
 #include <stdint.h>
@@ -35,10 +39,16 @@ enum Type : int32_t { kFloat32, kBFloat16, kFloat16 };
 struct Entry {
     int64_t at[kSlots];  // bytes from the base of the slot
     int64_t numel, rows, mid, groups, columns, inner;
+    int64_t decay, line_decay, vector_decay;  // numbers from one decay to the next: of elements, of lines, of vectors
+    // Of a strided slice: numbers from row to row and from column to column, of the tensor and of its row and column
+    // accumulators, which are in the places of line and vector.
+    int64_t step[2], line_step[2], vector_step[2];
     int64_t line_part, vector_part;  // where partial sums of the lines and of the vectors begin
     int32_t strips, row_tiles, lanes;
     int32_t first_ticket;  // of the tensor, of its (group, strip)s, of its (group, row tile)s
     int32_t p_type, g_type;
+    int32_t tensor;  // of the list that it is a slice of
+    bool strided;
     bool factored, row_is_line;  // whether the row accumulator is the one with a number per line
     bool wide;                   // rows begin at multiples of kLane numbers and everything is aligned for them
 
@@ -112,6 +122,7 @@ struct ApplyArgs {
 // p <- p - decay p - step,  step = scale m / (sqrt(second_correction v + inner_eps) + outer_eps).
 struct AdamArgs {
     Table table;
+    int32_t slices;  // of each tensor
     float keep_m, add_m, keep_v, add_v, clip, inner_eps, outer_eps;
     Strided scale, decay;
     const float *momentum_correction, *second_correction;
@@ -120,10 +131,13 @@ struct AdamArgs {
     double* sums;     // (count,)
 };
 
-// p <- p - decay p - scale g
+// p <- p - rate (g / sqrt(squares / numel + norm_eps) + weight_decay p); no squares: rate (g + weight_decay p)
 struct DescendArgs {
     Table table;
-    Strided scale, decay;
+    Strided rate, weight_decay;
+    bool rate_of_slice, weight_decay_of_slice;  // rather than of the tensor
+    const double *squares, *numel;
+    double norm_eps;
     const bool* skip;
 };
 

@@ -8,12 +8,12 @@ namespace {
 template <Kind kind>
 HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
     Lane along[kFactored];
-    load_vector_factors(a.table, at, along);
+    if constexpr (kind != kStrided) load_vector_factors(a.table, at, along);
     float g2 = 0, clip2 = 0, p2 = 0, v2 = 0, q2 = 0, gq2 = 0;
     float m2[kMomenta] = {}, mq2[kMomenta] = {}, fac_g2[kFactored] = {}, fac_m2[kMomenta] = {};
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
-        const Updated u = update(a.table, a.constants, at, row);
+        const Updated u = update<kind == kStrided>(a.table, a.constants, at, row);
         Lane factor[kFactored];
         load_factors<kind>(a.table, at, row, along, factor);
         HF_LOPT_EACH(e) {
@@ -52,7 +52,7 @@ HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (
     }
 }
 
-HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
+HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, Place at, double (&sums)[kInputs]) {
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
         const Updated u = update(a.table, a.constants, at, row);
@@ -75,7 +75,7 @@ HF_LOPT_DEVICE void add_number(float x, double& square, double& inverse) {
 }
 
 // The vector features: those of lines by the tiles of the first strip, the others by those of the first rows.
-HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, const Place& at, double* out) {
+HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, Place at, double* out) {
     const Entry& t = *at.entry;
     double sums[kVectorSums] = {};
     const auto of = [&](int feature, int k) -> double& { return sums[feature * kFactored + k]; };
@@ -85,7 +85,7 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, const Place& at, 
             const int64_t number = at.line_of(i / t.inner) * t.inner + i % t.inner;
 #pragma unroll
             for (int k = 0; k < kFactored; k++) {
-                const float y = x[k * t.line_length() + number];
+                const float y = x[k * t.line_decay + number];
                 if (t.row_is_line) {
                     add_number(y, of(kRow, k), of(kRsqrtRow, k));
                 } else {
@@ -99,12 +99,38 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, const Place& at, 
         for (int c = thread(); c < at.width; c += kThreads) {
 #pragma unroll
             for (int k = 0; k < kFactored; k++) {
-                const float y = x[k * t.vector_length() + at.vector() + c];
+                const float y = x[k * t.vector_decay + at.vector() + c];
                 if (t.row_is_line) {
                     add_number(y, of(kCol, k), of(kRsqrtCol, k));
                 } else {
                     add_number(y, of(kRow, k), of(kRsqrtRow, k));
                 }
+            }
+        }
+    }
+    block_sums(sums, kVectorSums, out);
+}
+
+HF_LOPT_OUT_OF_LINE void add_strided_rows(const FeatureSumsArgs& a, Place at, double (&sums)[kInputs]) {
+    add_rows<kStrided>(a, at, sums);
+}
+
+// The vector features of a strided slice, which may differ from element to element.
+HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, Place at, double* out) {
+    const Entry& t = *at.entry;
+    double sums[kVectorSums] = {};
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) {
+            const float* rows = pointer<float>(a.table, t, sLine) + k * t.line_decay;
+            const float* cols = pointer<float>(a.table, t, sVector) + k * t.vector_decay;
+            HF_LOPT_EACH(e) {
+                if (!at.live(row, e)) continue;
+                add_number(rows[strided_place(t.line_step, at, row, e)], sums[kRow * kFactored + k],
+                           sums[kRsqrtRow * kFactored + k]);
+                add_number(cols[strided_place(t.vector_step, at, row, e)], sums[kCol * kFactored + k],
+                           sums[kRsqrtCol * kFactored + k]);
             }
         }
     }
@@ -118,6 +144,10 @@ HF_LOPT_DEVICE void store_total(const FeatureSumsArgs& a, const Place& at, int j
     if (j >= kInputs) {
         const int vector = (j - kInputs) / kFactored, column = a.columns.vector[vector][(j - kInputs) % kFactored];
         if (column < 0 || !t.factored) return;
+        if (t.strided) {
+            out[column] = total;
+            return;
+        }
         const bool of_line = t.row_is_line == (vector == kRow || vector == kRsqrtRow);
         // A vector feature is constant along the axis that its accumulator averages over.
         out[column] = total * ((double)t.numel / (double)(of_line ? t.line_length() : t.vector_length()));
@@ -139,6 +169,8 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     double sums[kInputs] = {};
     if (!t.factored) {
         add_flat(a, at, sums);
+    } else if (t.strided) {
+        add_strided_rows(a, at, sums);
     } else if (t.inner > 1) {
         add_rows<kInner>(a, at, sums);
     } else {
@@ -146,7 +178,9 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     }
     double* partial = a.partial + (int64_t)block() * kSums;
     block_sums(sums, kInputs, partial);
-    if (t.factored && (at.strip == 0 || at.row_tile == 0)) {
+    if (t.strided) {
+        strided_vector_sums(a, at, partial + kInputs);
+    } else if (t.factored && (at.strip == 0 || at.row_tile == 0)) {
         vector_sums(a, at, partial + kInputs);
     } else {
         for (int j = thread(); j < kVectorSums; j += kThreads) partial[kInputs + j] = 0.0;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "operators.h"
@@ -26,7 +27,8 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
     Pieces pieces;
     std::vector<int64_t> places;
     for (size_t t = 0; t < count; t++) {
-        Entry& e = builder.add(grads[t], row_axes[t], col_axes[t]);
+        builder.add(grads[t], row_axes[t], col_axes[t]);
+        const Entry& e = builder.entry(t);
         builder.set_any(sG, t, copies.readable(grads[t]));
         if (moments) {
             builder.set_any(sP, t, copies.readable(params[t]));
@@ -152,6 +154,13 @@ Constants constants_of(const Common& x) {
     return c;
 }
 
+// The two axes of a slice of tensor `t`; null where tensors are not sliced.
+const int64_t* slice_of(const Ints& slice_axes, size_t t, size_t count) {
+    if (slice_axes.empty()) return nullptr;
+    STD_TORCH_CHECK(slice_axes.size() == 2 * count, "slice axes must have two entries per parameter");
+    return &slice_axes[2 * t];
+}
+
 // Entries for both later passes; `change`: params and accumulators are written.
 void add_entries(const Common& x, TableBuilder& builder, Copies& copies, bool change) {
     const size_t count = x.params.size();
@@ -163,10 +172,9 @@ void add_entries(const Common& x, TableBuilder& builder, Copies& copies, bool ch
     STD_TORCH_CHECK(x.row_axes.size() == count && x.col_axes.size() == count,
                     "axes must have one entry per parameter");
     for (size_t t = 0; t < count; t++) {
-        STD_TORCH_CHECK(x.slice_axes.empty() || x.params[t].dim() <= 2,
-                        "the fused kernels do not normalise the slices of a tensor one by one");
         const auto take = [&](const Tensor& y) { return change ? copies.writable(y) : copies.readable(y); };
-        const Entry e = builder.add(x.params[t], x.row_axes[t], x.col_axes[t]);
+        builder.add(x.params[t], x.row_axes[t], x.col_axes[t], slice_of(x.slice_axes, t, count));
+        const TableBuilder::Whole& e = builder.whole(t);
         STD_TORCH_CHECK(x.grads[t].numel() == e.numel && x.momenta[t].numel() == kMomenta * e.numel &&
                             x.second_moments[t].numel() == e.numel,
                         "a gradient or an accumulator has another shape than its parameter");
@@ -186,7 +194,7 @@ void add_entries(const Common& x, TableBuilder& builder, Copies& copies, bool ch
                                                         {sVector, row ? x.cols[t] : x.rows[t]},
                                                         {sVectorFactor, row ? x.col_factors[t] : x.row_factors[t]}};
         for (const auto& [slot, y] : parts) {
-            const int64_t length = slot == sLine || slot == sLineFactor ? e.line_length() : e.vector_length();
+            const int64_t length = slot == sLine || slot == sLineFactor ? e.lines : e.vectors;
             STD_TORCH_CHECK(y.numel() == kFactored * length && y.scalar_type() == ScalarType::Float,
                             "a factored accumulator or its factors have the wrong shape");
             builder.set(slot, t, copies.readable(y).data_ptr());
@@ -206,7 +214,7 @@ Tensor feature_sums(const Common& common) {
     Copies copies;
     add_entries(common, builder, copies, false);
     args.table = builder.build(common.params[0], device.stream());
-    const Tensor sums = doubles(common.params[0], {(int64_t)builder.size(), args.columns.count}, builder.any_empty());
+    const Tensor sums = doubles(common.params[0], {builder.entries(), args.columns.count}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor partial = doubles(common.params[0], {builder.tiles(), kSums});
         args.partial = double_data(partial);
@@ -220,7 +228,6 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
     STD_TORCH_CHECK(!common.params.empty(), "there must be at least one parameter");
     const Tensor& like = common.params[0];
     const Device device(like);
-    const int64_t count = (int64_t)common.params.size();
     STD_TORCH_CHECK(w.weights.size() == 3 && w.biases.size() == 3 && w.weights[2].size(2) == 2,
                     "the fused kernels are for networks of two hidden layers and two outputs");
     const int64_t units = w.weights[0].size(2);
@@ -232,22 +239,23 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
     args.columns = columns_of(common.features);
     STD_TORCH_CHECK(w.weights[0].size(1) == args.columns.count, "the first layer has ", w.weights[0].size(1),
                     " inputs, the features have ", args.columns.count, " columns");
-    for (int i = 0; i < 3; i++) {
-        args.weights[i] = strided(w.weights[i], count, "the network");
-        args.biases[i] = strided(w.biases[i], count, "the network");
-    }
-    args.scale = strided(w.scale, count, "the scale of the network");
-    args.decay = strided(w.decay, count, "the decay");
     args.skip = flag(w.skip);
     args.exp_mult = (float)w.exp_mult;
     args.into_out = !w.out.empty();
     TableBuilder builder;
     Copies copies;
     add_entries(common, builder, copies, true);
-    STD_TORCH_CHECK(w.out.empty() || (int64_t)w.out.size() == count,
+    const int64_t count = builder.entries();
+    for (int i = 0; i < 3; i++) {
+        args.weights[i] = strided(w.weights[i], count, "the network");
+        args.biases[i] = strided(w.biases[i], count, "the network");
+    }
+    args.scale = strided(w.scale, count, "the scale of the network");
+    args.decay = strided(w.decay, count, "the decay");
+    STD_TORCH_CHECK(w.out.empty() || w.out.size() == common.params.size(),
                     "out must be empty or have one tensor per parameter");
     for (size_t t = 0; t < w.out.size(); t++) {
-        STD_TORCH_CHECK(w.out[t].numel() == builder.entry(t).numel, "out has another shape than its parameter");
+        STD_TORCH_CHECK(w.out[t].numel() == builder.whole(t).numel, "out has another shape than its parameter");
         builder.set_float(sOut, t, copies.writable(w.out[t]), "out");
     }
     args.table = builder.build(like, device.stream());
@@ -280,15 +288,19 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     args.clip = (float)step.clip;
     args.inner_eps = (float)step.inner_eps;
     args.outer_eps = (float)step.outer_eps;
-    args.scale = strided(step.scale, (int64_t)count, "the scale");
-    args.decay = strided(step.decay, (int64_t)count, "the decay");
+    STD_TORCH_CHECK(step.scale.numel() == 1 || step.scale.numel() % (int64_t)count == 0, "there are ",
+                    step.scale.numel(), " scales for ", count, " tensors");
+    args.slices = (int32_t)std::max<int64_t>(step.scale.numel() / (int64_t)count, 1);
+    args.scale = strided(step.scale, (int64_t)count * args.slices, "the scale");
+    args.decay = strided(step.decay, (int64_t)count * args.slices, "the decay");
     args.momentum_correction = strided(step.momentum_correction, 1, "the correction of the momentum").data;
     args.second_correction = strided(step.second_correction, 1, "the correction of the second moment").data;
     args.skip = flag(step.skip);
     TableBuilder builder;
     Copies copies;
     for (size_t t = 0; t < count; t++) {
-        const int64_t n = builder.add(params[t], -1, -1).numel;
+        builder.add_flat(params[t], args.slices);
+        const int64_t n = params[t].numel();
         STD_TORCH_CHECK(momenta[t].numel() == n && second_moments[t].numel() == n,
                         "a gradient or an accumulator has another shape than its parameter");
         builder.set_any(sP, t, copies.writable(params[t]));
@@ -311,12 +323,12 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
 namespace {
 
 // A table of pairs: what is written and what is read.
-Table pairs(const Tensors& targets, const Tensors& values, const Device& device, TableBuilder& builder,
-            Copies& copies) {
+Table pairs(const Tensors& targets, const Tensors& values, const Ints& slice_axes, const Device& device,
+            TableBuilder& builder, Copies& copies) {
     STD_TORCH_CHECK(!targets.empty() && values.size() == targets.size(),
                     "both lists must have one tensor per parameter");
     for (size_t t = 0; t < targets.size(); t++) {
-        builder.add(targets[t], -1, -1);
+        builder.add(targets[t], -1, -1, slice_of(slice_axes, t, targets.size()));
         builder.set_any(sP, t, copies.writable(targets[t]));
         builder.set_any(sG, t, copies.readable(values[t]));
     }
@@ -325,17 +337,33 @@ Table pairs(const Tensors& targets, const Tensors& values, const Device& device,
 
 }  // namespace
 
-void descend(Tensors params, Tensors steps, Tensor scale, Tensor decay, Tensor skip) {
+void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
+             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip) {
     STD_TORCH_CHECK(!params.empty(), "there must be at least one parameter");
     const Device device(params[0]);
-    const int64_t count = (int64_t)params.size();
     DescendArgs args{};
-    args.scale = strided(scale, count, "the scale");
-    args.decay = strided(decay, count, "the decay");
-    args.skip = flag(skip);
     TableBuilder builder;
     Copies copies;
-    args.table = pairs(params, steps, device, builder, copies);
+    args.table = pairs(params, steps, slice_axes, device, builder, copies);
+    const int64_t count = (int64_t)params.size(), slices = builder.entries();
+    const auto numbers = [&](const Tensor& x, const char* what, bool& of_slice) {
+        of_slice = x.numel() == slices;
+        return strided(x, of_slice ? slices : count, what);
+    };
+    args.rate = numbers(lr, "lr", args.rate_of_slice);
+    args.weight_decay = numbers(weight_decay, "the weight decay", args.weight_decay_of_slice);
+    args.skip = flag(skip);
+    args.norm_eps = norm_eps;
+    Tensors kept;
+    if (squares) {
+        STD_TORCH_CHECK(numel && squares->numel() == slices && numel->numel() == slices,
+                        "there must be a sum of squares and a size for each slice");
+        for (const auto& [x, data] : {std::pair{&*squares, &args.squares}, std::pair{&*numel, &args.numel}}) {
+            STD_TORCH_CHECK(x->scalar_type() == ScalarType::Double, "sums of squares and sizes must be float64");
+            kept.push_back(x->is_contiguous() ? *x : torch::stable::contiguous(*x));
+            *data = double_data(kept.back());
+        }
+    }
     if (builder.tiles() > 0) launch_descend(args, builder.tiles(), device.stream());
     copies.store();
 }
@@ -347,7 +375,7 @@ void assign(Tensors targets, Tensors values, Tensor skip) {
     args.skip = flag(skip);
     TableBuilder builder;
     Copies copies;
-    args.table = pairs(targets, values, device, builder, copies);
+    args.table = pairs(targets, values, {}, device, builder, copies);
     if (builder.tiles() > 0) launch_assign(args, builder.tiles(), device.stream());
     copies.store();
 }
@@ -358,7 +386,7 @@ void zero_nan(Tensors tensors) {
     AssignArgs args{};
     TableBuilder builder;
     Copies copies;
-    args.table = pairs(tensors, tensors, device, builder, copies);
+    args.table = pairs(tensors, tensors, {}, device, builder, copies);
     if (builder.tiles() > 0) launch_zero_nan(args, builder.tiles(), device.stream());
     copies.store();
 }

@@ -36,6 +36,8 @@ template <class T>
 HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);
 }
+// What has been read from memory is read again afterwards, rather than kept in registers.
+HF_LOPT_DEVICE void forget_loads() { asm volatile("" ::: "memory"); }
 HF_LOPT_DEVICE void fence() { __threadfence(); }
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return atomicAdd(ticket, 1u); }
 // Reads what other blocks of the same launch have written: past the first-level cache.

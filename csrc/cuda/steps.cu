@@ -8,7 +8,7 @@ HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
     const Place at = place(a.table);
     const Entry& t = *at.entry;
     if (*a.skip) {
-        if (at.tile == 0 && thread() == 0) a.sums[at.tensor] = 0.0;
+        if (at.tile == 0 && thread() == 0) a.sums[t.tensor] = 0.0;
         return;
     }
     const float scale = *a.momentum_correction * a.scale(at.tensor), decay = a.decay(at.tensor);
@@ -33,23 +33,37 @@ HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
     }
     const double sums[1] = {step2};
     block_sums(sums, 1, a.partial + block());
-    if (last_to_arrive(a.table.tickets + t.first_ticket, t.tiles())) {
-        const double* first = a.partial + a.table.first_tile[at.tensor];
-        total_of_tiles(first, t.tiles(), 1, 1, [&](int, double total) { a.sums[at.tensor] = total; });
+    // The tiles of all slices of the tensor are added up.
+    const int32_t first_slice = t.tensor * a.slices, first_tile = a.table.first_tile[first_slice];
+    const int32_t tiles = a.table.first_tile[first_slice + a.slices] - first_tile;
+    if (last_to_arrive(a.table.tickets + a.table.entries[first_slice].first_ticket, tiles)) {
+        total_of_tiles(a.partial + first_tile, tiles, 1, 1, [&](int, double total) { a.sums[t.tensor] = total; });
+    }
+}
+
+template <bool strided>
+HF_LOPT_DEVICE void descend_rows(const DescendArgs& a, const Place& at) {
+    const Entry& t = *at.entry;
+    const float rate = a.rate(a.rate_of_slice ? at.tensor : t.tensor);
+    const float decay = rate * a.weight_decay(a.weight_decay_of_slice ? at.tensor : t.tensor);
+    float scale = rate;
+    if (a.squares) scale *= (float)(1.0 / sqrt(a.squares[at.tensor] / a.numel[at.tensor] + a.norm_eps));
+    for (int turn = 0; turn < at.turns(); turn++) {
+        const Row row = at.row(turn);
+        const Lane step = load<strided>(pointer<void>(a.table, t, sG), t.g_type, at, row);
+        Lane p = load<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row);
+        HF_LOPT_EACH(e) p.x[e] = p.x[e] - decay * p.x[e] - scale * step.x[e];
+        store<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
     }
 }
 
 HF_LOPT_KERNEL(kThreads, 2) descend_kernel(HF_LOPT_ARGUMENT DescendArgs a) {
     if (*a.skip) return;
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
-    const float scale = a.scale(at.tensor), decay = a.decay(at.tensor);
-    for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
-        const Lane step = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
-        Lane p = load(pointer<void>(a.table, t, sP), t.p_type, at, row);
-        HF_LOPT_EACH(e) p.x[e] = p.x[e] - decay * p.x[e] - scale * step.x[e];
-        store(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
+    if (at.entry->strided) {
+        descend_rows<true>(a, at);
+    } else {
+        descend_rows<false>(a, at);
     }
 }
 

@@ -57,7 +57,7 @@ HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const Row& ro
 }
 
 template <class T>
-HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, const Place& at, double* stats) {
+HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, Place at, double* stats) {
     const Entry& t = *at.entry;
     MomentSums<T> p, others[1 + kMomenta];
     const float* v = pointer<float>(a.table, t, sV);

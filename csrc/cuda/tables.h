@@ -10,15 +10,12 @@
 #include <utility>
 #include <vector>
 
+#include "../passes.h"
 #include "entries.h"
 #include "runtime.h"
 
 namespace hf_lopt {
 
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
-using Floats = std::vector<double>;
 using torch::headeronly::ScalarType;
 
 // The stream to launch on, with its device made the current one.
@@ -66,11 +63,21 @@ class Pieces {
 
 class TableBuilder {
   public:
-    // Adds a tensor of `numel` elements as rows and columns; axes of -1: flat.
-    Entry& add(const Tensor& shape, int64_t row_axis, int64_t col_axis);
-    Entry& entry(size_t t) { return entries_[t]; }
-    size_t size() const { return entries_.size(); }
-    void set(Slot slot, size_t t, const void* data);
+    struct Whole {
+        int64_t numel, lines, vectors;  // the latter of accumulators
+        bool factored, row_is_line;
+    };
+    // Adds a tensor as rows and columns; axes of -1: flat. `slice`: two axes, and an entry for each slice over them;
+    // the same one twice: for each vector along it.
+    void add(const Tensor& shape, int64_t row_axis, int64_t col_axis, const int64_t* slice = nullptr);
+    // Adds a flat tensor in so many equal slices.
+    void add_flat(const Tensor& shape, int64_t slices);
+    // Of a tensor that is not sliced.
+    const Entry& entry(size_t t) const { return entries_[first_[t]]; }
+    const Whole& whole(size_t t) const { return tensors_[t]; }
+    int64_t entries() const { return (int64_t)entries_.size(); }
+    // Where a tensor's data are, of numbers of `size` bytes.
+    void set(Slot slot, size_t t, const void* data, size_t size = sizeof(float));
     // A parameter-shaped tensor of any supported type.
     void set_any(Slot slot, size_t t, const Tensor& x);
     void set_float(Slot slot, size_t t, const Tensor& x, const char* what);
@@ -79,10 +86,23 @@ class TableBuilder {
     Table build(const Tensor& like, void* stream, bool sums = false);
     int tiles() const { return first_tile_.back(); }
     int64_t parts() const { return parts_; }
+    // Whether there is an entry without elements, whose results no block writes.
     bool any_empty() const { return any_empty_; }
 
   private:
+    // Where a slice begins, in numbers: in the tensor, in the accumulators of lines and of vectors.
+    struct Start {
+        int64_t element, line, vector;
+    };
+    size_t end(size_t t) const { return t + 1 < first_.size() ? first_[t + 1] : entries_.size(); }
+    void push(Entry e, Start start);
+    void add_strided(const Tensor& shape, Entry e, int64_t row_axis, int64_t col_axis, int64_t a, int64_t b);
+    void set_elements(Slot slot, size_t t, const void* data, size_t size);
+
     std::vector<Entry> entries_;
+    std::vector<Start> starts_;
+    std::vector<size_t> first_;  // the first entry of each tensor
+    std::vector<Whole> tensors_;
     std::vector<int32_t> first_tile_;
     const char* base_[kSlots] = {};
     int64_t parts_ = 0;

@@ -90,7 +90,7 @@ HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const Row& row,
     Raw r;
     r.g = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
     r.v = load(pointer<float>(a.table, t, sV), kFloat32, at, row);
-    const float* m = pointer<float>(a.table, t, sM) + (q - 1) * t.numel;
+    const float* m = pointer<float>(a.table, t, sM) + (q - 1) * t.decay;
     r.own = q == 0 ? load(pointer<void>(a.table, t, sP), t.p_type, at, row) : load(m, kFloat32, at, row);
     return r;
 }
@@ -166,7 +166,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
 HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const Row& row, int q, Raw& r, Lane step) {
     const Entry& t = *at.entry;
     if (q > 0) {
-        store(pointer<float>(a.table, t, sM) + (q - 1) * t.numel, kFloat32, at, row, r.own);
+        store(pointer<float>(a.table, t, sM) + (q - 1) * t.decay, kFloat32, at, row, r.own);
         return;
     }
     store(pointer<float>(a.table, t, sV), kFloat32, at, row, r.v);
@@ -182,8 +182,8 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
     const Entry& t = *tile.entry;
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
-    const float* along = pointer<float>(a.table, t, sVectorFactor) + k * t.vector_length() + tile.vector();
-    const float* line_factor = pointer<float>(a.table, t, sLineFactor) + k * t.line_length();
+    const float* along = pointer<float>(a.table, t, sVectorFactor) + k * t.vector_decay + tile.vector();
+    const float* line_factor = pointer<float>(a.table, t, sLineFactor) + k * t.line_decay;
     const float* line = pointer<float>(a.table, t, sLine);
     const int batches = (tile.width + kBatchColumns - 1) / kBatchColumns, turns = tile.turns();
     MomentSums<float> own, second;
@@ -200,7 +200,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
         }
 #pragma unroll
         for (int d = 0; d < kFactored; d++) {
-            const float y = line[d * t.line_length() + row.line], root = inverse_root(y + kVectorEps);
+            const float y = line[d * t.line_decay + row.line], root = inverse_root(y + kVectorEps);
 #pragma unroll
             for (int i = 0; i < 2 * kBlocksOfUnits; i++) {
                 const int unit = i / 2 * 8 + 2 * q + i % 2;

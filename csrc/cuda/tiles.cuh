@@ -130,10 +130,23 @@ HF_LOPT_DEVICE Place place(const Table& table) {
 HF_LOPT_DEVICE float decode(uint16_t x, int32_t type) { return type == kBFloat16 ? from_bfloat16(x) : from_half(x); }
 HF_LOPT_DEVICE uint16_t encode(float x, int32_t type) { return type == kBFloat16 ? to_bfloat16(x) : to_half(x); }
 
+// Where element e of the thread's columns is, with the steps of a strided slice.
+HF_LOPT_DEVICE int64_t strided_place(const int64_t (&step)[2], const Place& at, const Row& row, int e) {
+    return row.line * step[0] + (at.start + at.column[e]) * step[1];
+}
+
 // The thread's numbers of a row, zero where there are none.
+template <bool strided = false>
 HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const Row& row) {
     Lane y = splat(0.0f);
-    if (type == kFloat32) {
+    if constexpr (strided) {
+        HF_LOPT_EACH(e) {
+            if (!at.live(row, e)) continue;
+            const int64_t i = strided_place(at.entry->step, at, row, e);
+            y.x[e] = type == kFloat32 ? static_cast<const float*>(data)[i]
+                                      : decode(static_cast<const uint16_t*>(data)[i], type);
+        }
+    } else if (type == kFloat32) {
         const float* x = static_cast<const float*>(data) + row.offset;
         if (at.entry->wide) {
             if (at.live(row, 0)) {
@@ -158,8 +171,21 @@ HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const 
 }
 
 // Writes them; `y` becomes what was stored, rounded.
+template <bool strided = false>
 HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const Row& row, Lane& y) {
-    if (type == kFloat32) {
+    if constexpr (strided) {
+        HF_LOPT_EACH(e) {
+            const uint16_t z = type == kFloat32 ? 0 : encode(y.x[e], type);
+            const int64_t i = strided_place(at.entry->step, at, row, e);
+            if (type != kFloat32) y.x[e] = decode(z, type);
+            if (!at.live(row, e)) continue;
+            if (type == kFloat32) {
+                static_cast<float*>(data)[i] = y.x[e];
+            } else {
+                static_cast<uint16_t*>(data)[i] = z;
+            }
+        }
+    } else if (type == kFloat32) {
         float* x = static_cast<float*>(data) + row.offset;
         if (at.entry->wide) {
             if (!at.live(row, 0)) return;

@@ -5,24 +5,26 @@
 
 namespace hf_lopt {
 
-// The three kinds of tensors: matrices; tensors whose factored axes are not the last ones, so that the accumulator
-// with a number per line has `inner` of them; and tensors of rank < 2, whose accumulator is of their own shape.
-enum Kind { kMatrix, kInner, kFlat };
+// The kinds of tensors: matrices; tensors whose factored axes are not the last ones, so that the accumulator with a
+// number per line has `inner` of them; tensors of rank < 2, whose accumulator is of their own shape; and matrices
+// whose numbers are not neighbours, with accumulators that may vary along a row and along a column.
+enum Kind { kMatrix, kInner, kFlat, kStrided };
 
 struct Updated {
     Lane g, p, m[kMomenta], v;
     bool large;  // some gradient may be beyond kSmallClip
 };
 
+template <bool strided = false>
 HF_LOPT_DEVICE Updated update(const Table& table, const Constants& c, const Place& at, const Row& row) {
     const Entry& t = *at.entry;
     Updated u;
-    u.g = load(pointer<void>(table, t, sG), t.g_type, at, row);
-    u.p = load(pointer<void>(table, t, sP), t.p_type, at, row);
+    u.g = load<strided>(pointer<void>(table, t, sG), t.g_type, at, row);
+    u.p = load<strided>(pointer<void>(table, t, sP), t.p_type, at, row);
     const float *m = pointer<float>(table, t, sM), *v = pointer<float>(table, t, sV);
 #pragma unroll
-    for (int k = 0; k < kMomenta; k++) u.m[k] = load(m + k * t.numel, kFloat32, at, row);
-    u.v = load(v, kFloat32, at, row);
+    for (int k = 0; k < kMomenta; k++) u.m[k] = load<strided>(m + k * t.decay, kFloat32, at, row);
+    u.v = load<strided>(v, kFloat32, at, row);
     u.g = map(u.g, [&](float x) { return clamp(x, c.clip); });
 #pragma unroll
     for (int k = 0; k < kMomenta; k++) u.m[k] = ema(u.m[k], u.g, c.keep_m[k], c.add_m[k]);
@@ -52,6 +54,13 @@ HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const Row& row) {
     }
 }
 
+// The numbers of an accumulator of a strided slice in the thread's columns of a row.
+HF_LOPT_DEVICE Lane load_strided(const float* x, const int64_t (&step)[2], const Place& at, const Row& row) {
+    Lane y;
+    HF_LOPT_EACH(e) y.x[e] = at.live(row, e) ? x[strided_place(step, at, row, e)] : 0.0f;
+    return y;
+}
+
 // row factor x column factor, for each decay
 template <Kind kind>
 HF_LOPT_DEVICE void load_factors(const Table& table, const Place& at, const Row& row, const Lane (&along)[kFactored],
@@ -60,7 +69,13 @@ HF_LOPT_DEVICE void load_factors(const Table& table, const Place& at, const Row&
     const float* line = pointer<float>(table, t, sLineFactor);
 #pragma unroll
     for (int k = 0; k < kFactored; k++) {
-        factor[k] = load_line<kind>(line + k * t.line_length(), at, row) * along[k];
+        if constexpr (kind == kStrided) {
+            const float* vector = pointer<float>(table, t, sVectorFactor);
+            factor[k] = load_strided(line + k * t.line_decay, t.line_step, at, row) *
+                        load_strided(vector + k * t.vector_decay, t.vector_step, at, row);
+        } else {
+            factor[k] = load_line<kind>(line + k * t.line_decay, at, row) * along[k];
+        }
     }
 }
 
@@ -68,7 +83,7 @@ HF_LOPT_DEVICE void load_vector_factors(const Table& table, const Place& at, Lan
     const Entry& t = *at.entry;
     const float* x = pointer<float>(table, t, sVectorFactor);
 #pragma unroll
-    for (int k = 0; k < kFactored; k++) along[k] = load_vector(x + k * t.vector_length(), at);
+    for (int k = 0; k < kFactored; k++) along[k] = load_vector(x + k * t.vector_decay, at);
 }
 
 // All features of element e of a tensor of rank < 2, and its new accumulators. Without an epsilon in fac_m the
@@ -102,7 +117,7 @@ HF_LOPT_DEVICE void flat_features(const Updated& u, const Constants& c, const La
 HF_LOPT_DEVICE void load_diagonals(const Table& table, const Place& at, const Row& row, Lane (&d)[kFactored]) {
     const float* x = pointer<float>(table, *at.entry, sD);
 #pragma unroll
-    for (int k = 0; k < kFactored; k++) d[k] = load(x + k * at.entry->numel, kFloat32, at, row);
+    for (int k = 0; k < kFactored; k++) d[k] = load(x + k * at.entry->decay, kFloat32, at, row);
 }
 
 }  // namespace hf_lopt

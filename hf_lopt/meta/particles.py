@@ -259,7 +259,7 @@ def _side_by_side(theta: Theta) -> dict[str, Tensor]:
         own = name.startswith(NETWORKS)
         if not own and not (leaf == leaf[:1]).all():
             raise ValueError(
-                f"{name} differs between particles, which one call cannot take; leave the decays out of what is trained"
+                f"{name} differs between particles, which one call cannot take; leave decays out of what is trained"
             )
         out[name] = leaf if own else leaf[0]
     return out

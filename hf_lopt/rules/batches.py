@@ -49,10 +49,13 @@ class Layout:
             self.slice_axes = [axis for pair in pairs for axis in pair]
             local_shapes = [distributed.local(p).shape for p in params]
             self.slices = [
-                math.prod(n for axis, n in enumerate(shape) if axis not in pair)
+                math.prod(n for axis, n in enumerate(shape) if axis not in pair) if len(shape) > 1 else 1
                 for shape, pair in zip(local_shapes, pairs, strict=True)
             ]
-            sizes = [[s[a] * s[b]] * count for s, (a, b), count in zip(self.shapes, pairs, self.slices, strict=True)]
+            sizes = [
+                [s[a] * s[b] if len(s) > 1 else math.prod(s)] * count
+                for s, (a, b), count in zip(self.shapes, pairs, self.slices, strict=True)
+            ]
             self.slice_numel = torch.tensor([n for ns in sizes for n in ns], dtype=torch.float64, device=self.device)
         self.nothing = torch.empty(0, device=self.device)
         self.one = torch.ones(1, device=self.device)
@@ -132,6 +135,18 @@ def matrix_axes(rank: int, axis_order: str) -> tuple[int, int]:
     return (axes[-2], axes[-1]) if rank >= 2 else (-1, -1)
 
 
+class _Picked(dict):
+    """Settings of some of the parameters, picked when they are asked for: each is a launch."""
+
+    def __init__(self, source: Mapping[str, Tensor], count: int, index: Tensor):
+        super().__init__()
+        self.source, self.count, self.places = source, count, index
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self.source[name].unflatten(0, (self.count, -1))[self.places].flatten()
+        return self[name]
+
+
 @dataclass
 class Batch:
     """All tensors of one step. Lists have one entry per parameter; ``(T,)`` tensors one element."""
@@ -150,23 +165,28 @@ class Batch:
     def subset(self, key: Any, indices: Sequence[int], sliced: bool = False) -> Batch:
         """The batch of some of the parameters; ``key`` names the selection, whose layout is kept."""
 
+        everything = list(indices) == list(range(len(self.params)))
+        if everything and sliced == bool(self.layout.slice_axes and not self.layout.runs):
+            return self
+
         def pick(xs: Sequence) -> list:
             return [xs[i] for i in indices]
 
         if key not in self.layout.cache:
-            index = torch.tensor(indices, device=self.layout.device)
             wholes, orders = pick(self.layout.wholes), pick(self.layout.axis_orders)
-            self.layout.cache[key] = Layout(wholes, orders, sliced, self.layout.runs), index
-            self.layout.cache[key][0].root = self.layout.root
-        layout, index = self.layout.cache[key]
+            layout = Layout(wholes, orders, sliced, self.layout.runs)
+            layout.root = self.layout.root
+            index = torch.tensor(indices, device=self.layout.device)
+            self.layout.cache[key] = layout, index, index if self.index is None else self.index[index]
+        layout, index, places = self.layout.cache[key]
         return Batch(
             layout,
             pick(self.params),
             pick(self.grads),
             {name: pick(xs) for name, xs in self.state.items()},
-            {name: x.unflatten(0, (len(self.params), -1))[index].flatten() for name, x in self.settings.items()},
+            self.settings if everything else _Picked(self.settings, len(self.params), index),
             {name: pick(xs) for name, xs in self.labels.items()},
-            index if self.index is None else self.index[index],
+            self.index if everything else places,
         )
 
     def tensors(self, key: str) -> list[Tensor]:

@@ -217,7 +217,8 @@ def _reduce(
         layout = batch.layout
         rows = f.split(layout.slices)
         for t, cut in enumerate(layout.cuts):
-            pair = layout.slice_axes[2 * t : 2 * t + 2] or None
+            pair = layout.slice_axes[2 * t : 2 * t + 2] if len(layout.shapes[t]) > 1 else None
+            pair = pair or None
             items += [(s[t], cut.groups() if cut else ()), (rows[t], cut.groups(pair) if cut else ())]
     shared, *rest = distributed.sum_over(items)
     root.cache["whole_update"] = shared[2]
@@ -256,32 +257,35 @@ def fold(
     constants: Tensor | None = None,
     outputs: int = 2,
     factors: Sequence[Tensor] = (),
-    step_mult: float = 1.0,
+    step_mult: float | None = 1.0,
     p_scale: bool = False,
 ) -> Folded:
     """Networks for features that are not normalised, their step sizes and decays; see the operator ``fold_network``.
 
     ``networks`` (T or 1, P) are flat, of widths ``sizes``; a step is lr * factors * step_mult times the output, with
-    ``p_scale`` also times the root mean square of the parameter. Weight decay is decoupled and scaled by lr.
+    ``p_scale`` also times the root mean square of the parameter. Weight decay is decoupled and scaled by lr. A
+    ``step_mult`` of None leaves all this out: the step is made of the outputs later.
     """
     layout = batch.layout
-    lr, weight_decay = batch["lr"], batch["weight_decay"]
-    if layout.slice_axes and not layout.runs:
-        lr, weight_decay = (torch.ones_like(layout.slice_numel, dtype=torch.float32) for _ in range(2))
+    if step_mult is None:
+        lr = weight_decay = layout.one.expand(len(reading.numel))
+    else:
+        lr, weight_decay = batch["lr"], batch["weight_decay"]
     if layout.runs:
         # Those of the runs, for each tensor in turn.
         networks, constants = (
-            x if x is None or x.dim() < 2 or len(x) == 1 else x.repeat(len(batch.params), 1)
+            x.repeat(len(batch.params), 1) if x is not None and x.dim() > 1 and len(x) == layout.runs > 1 else x
             for x in (networks, constants)
         )
     flat, scale, decay = _ops.fold_network(
         *(networks, sizes, outputs, constants),
         *(
-            (layout.nothing, layout.numel, 0.0)
+            (layout.nothing, layout.slice_numel, 0.0)
             if reading is None
             else (reading.sums, reading.numel, features.norm_eps)
         ),
-        *(lr, weight_decay, factors, batch["min_param_scale"] if p_scale else None, step_mult),
+        *(lr, weight_decay, factors, batch["min_param_scale"] if p_scale else None),
+        *(1.0 if step_mult is None else step_mult,),
         features.column("p") if p_scale else -1,
     )
     inputs = sizes[0] - (0 if constants is None else constants.shape[-1]) if sizes else 0
@@ -321,7 +325,7 @@ def network_outputs(
     Returns o0, float32, shaped like the local parameters, and its sums of squares, float64: one for each tensor, or
     for each matrix of a sliced batch.
     """
-    network = fold(batch, features, reading, networks, sizes)
+    network = fold(batch, features, reading, networks, sizes, step_mult=None)
     out = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in batch.params]
     one = batch.layout.one.expand(len(network.scale))
     arguments = (*network.layers(), one, one, 0.0, skip, out)
@@ -348,24 +352,40 @@ def chunks(batch: Batch, reading: Reading, elements: int) -> Iterator[tuple[Batc
         yield part, reading.of(batch, start, stop)
 
 
-def descend(batch: Batch, steps: Sequence[Tensor], scale: Tensor, skip: Tensor) -> None:
-    """p <- p - lr (scale[t] step + weight_decay p), rounded once; ``steps`` and ``scale`` (T,) float32."""
-    _ops.descend(batch.params, steps, batch["lr"] * scale, batch["lr"] * batch["weight_decay"], skip)
+def descend(
+    batch: Batch, features: ElementFeatures, steps: Sequence[Tensor], squares: Tensor | None, skip: Tensor
+) -> None:
+    """p <- p - lr (step + weight_decay p), rounded once; ``steps`` float32.
+
+    With ``squares``, sums of squares of the whole tensors or of the matrices of a sliced batch, float64, each step is
+    first brought to a mean square of 1.
+    """
+    layout = batch.layout
+    size = None if squares is None else layout.slice_numel
+    # Without squares slices differ in their settings at most, which are those of runs.
+    axes = layout.slice_axes if layout.runs or squares is not None else []
+    _ops.descend(
+        *(batch.params, steps, batch["lr"], batch["weight_decay"], squares, size, features.norm_eps, axes, skip)
+    )
 
 
-def update_rms(batch: Batch, sums_of_squares: Tensor) -> Callable[[], Tensor]:
-    """Root mean square of the step over all elements of all tensors, 0-d, from the sums of squares of shards (T,).
+def update_rms(batch: Batch, sums_of_squares: Tensor | Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Root mean square of the step over all elements of all tensors, 0-d, from the sums of squares of shards (T,) or
+    from a function that returns them.
 
     Computed when it is asked for. With several ranks it is that of the step before.
     """
     cache, layout = batch.layout.cache, batch.layout
 
+    def sums() -> Tensor:
+        return sums_of_squares() if callable(sums_of_squares) else sums_of_squares
+
     def root(total: Tensor) -> Tensor:
         return (total / layout.numel.sum()).sqrt()
 
     if distributed.world_size() == 1:
-        return lambda: root(sums_of_squares.sum())
-    total = (sums_of_squares / layout.replicas).sum()
+        return lambda: root(sums().sum())
+    total = (sums() / layout.replicas).sum()
     # Summed over ranks in the next step's reduction rather than in one of its own: the value is one step late.
     cache["local_update"], total = total, cache.get("whole_update", total * distributed.world_size())
     return lambda: root(total)

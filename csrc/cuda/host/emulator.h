@@ -201,6 +201,7 @@ HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
     return Emulator::get().read<T>((thread() % Emulator::kWarp) ^ mask);
 }
 HF_LOPT_DEVICE void warp_barrier() { shuffle_xor(0, 1); }
+HF_LOPT_DEVICE void forget_loads() {}
 HF_LOPT_DEVICE void fence() {}
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return (*ticket)++; }
 template <class T>

@@ -1,0 +1,50 @@
+// Puts the operators of passes.h behind their schemas: a library registers them for its device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "passes.h"
+
+namespace hf_lopt {
+
+#define HF_LOPT_COMMON_PARAMETERS                                                                              \
+    Names features, Tensors params, Tensors grads, Tensors momenta, Tensors second_moments, Tensors diagonals, \
+        Tensors rows, Tensors cols, Tensors row_factors, Tensors col_factors, Ints row_axes, Ints col_axes,    \
+        Ints slice_axes, Floats momentum_decays, Floats second_decays, Floats factored_decays, double clip,    \
+        double second_eps, double diagonal_eps
+#define HF_LOPT_COMMON_ARGUMENTS                                                                           \
+    {features,      params,          grads,       momenta,    second_moments, diagonals,  rows,            \
+     cols,          row_factors,     col_factors, row_axes,   col_axes,       slice_axes, momentum_decays, \
+     second_decays, factored_decays, clip,        second_eps, diagonal_eps}
+
+inline Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sums(HF_LOPT_COMMON_ARGUMENTS); }
+
+inline std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
+                                                      Tensor scale, Tensor decay, double exp_mult, Tensor skip,
+                                                      Tensors out) {
+    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out});
+}
+
+#undef HF_LOPT_COMMON_PARAMETERS
+#undef HF_LOPT_COMMON_ARGUMENTS
+
+inline Tensor boxed_adam_step(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
+                              double momentum_decay, double second_decay, double clip, Tensor scale, Tensor decay,
+                              Tensor momentum_correction, Tensor second_correction, double inner_eps, double outer_eps,
+                              Tensor skip) {
+    return adam_step(params, grads, momenta, second_moments,
+                     {momentum_decay, second_decay, clip, scale, decay, momentum_correction, second_correction,
+                      inner_eps, outer_eps, skip});
+}
+
+template <class Library>
+void implement_passes(Library& m) {
+    m.impl("sums", TORCH_BOX(&sums));
+    m.impl("update_factored", TORCH_BOX(&update_factored));
+    m.impl("feature_sums", TORCH_BOX(&boxed_feature_sums));
+    m.impl("apply_network", TORCH_BOX(&boxed_apply_network));
+    m.impl("adam_step", TORCH_BOX(&boxed_adam_step));
+    m.impl("descend", TORCH_BOX(&descend));
+}
+
+}  // namespace hf_lopt
