@@ -3,10 +3,20 @@
 There, unit j of the LSTM is sigmoid(i) tanh(g_j), all with the same input gate, sigmoid(i) = 1/256 or half that, where
 the sigmoid is nearly an exponential. What is added to i multiplies lr_mult by about its exponential:
 
-    lr_mult = constructed(time, rank) · exp(s)        s = Σ number · (input - low) / (high - low)
+    lr_mult = constructed(time, rank) · exp(s)        s = Σ number · input
 
-for inputs between ``low`` and ``high``, which all of them are by their formulas. A number is thus the logarithm of the
-factor at the upper limit of its input; zeros give the constructed weights back. Since s is bounded, so is the factor,
+with inputs between 0 and 1, or -1 and 1:
+
+    "matrix", "vector"   1 for tensors of this kind, by the number of axes longer than 1
+    "time[k]"            (1 + tanh(10 (x - τ_k))) / 2 at the fraction x of the run
+    "loss[k]"            (1 + loss feature k) / 2: 0 while the loss falls steadily, 1 when it rises
+    "small[k]"           (L(var m_k) - L(mean v)) / 5, about log(mean m² / (mean g² rms p)) / 10: large for tensors that
+                         are still near zero, as new biases are
+    "steady[k]"          (L(var m_k) - L(var m_0)) / 5: how much of the gradient is left in longer means
+
+A number is thus the logarithm of a factor; zeros give the constructed weights back. Of VeLO's statistics only those
+differences are used, since each alone would tie the size of a step to that of the gradients: where L, which is half a
+logarithm between -2.5 and 2.5, does not end at its limits, their scale cancels. Since s is bounded, so is the factor,
 and it keeps its sign: the schedule still ends at 0. Numbers of the same kind stand for the coefficients of the
 direction.
 """
@@ -28,32 +38,30 @@ from hf_lopt.networks import Theta
 
 RULES = ("velo", "velo_s")
 # Largest factor, and the inverse of the smallest, that the numbers may add up to; beyond it all of them shrink.
-LARGEST = 64.0
-# Groups of scheduler inputs: first input, how many, lower and upper limit.
-GROUPS = {
-    "time": (0, 9, -1.0, 1.0),
-    "loss": (9, 9, -1.0, 1.0),
-    "mean_v": (18, 1, -2.5, 2.5),
-    "var_m": (24, 3, -2.5, 2.5),
-    "var_v": (27, 3, -2.5, 2.5),
-}
+LARGEST = 128.0
 KINDS = ("matrix", "vector")
+GROUPS = {"time": range(9), "loss": range(9), "small": range(3), "steady": range(1, 3)}
+TIME, LOSS, MEAN_V, VAR_M = 0, 9, 18, 24  # places of VeLO's scheduler inputs
+SPAN = 5.0  # of the statistics L
 NAME = re.compile(r"(\w+)\[(\d+)\]")
 
 
 def _form(name: str) -> tuple[Tensor, float] | None:
-    """Coefficients (30,) and offset that bring an input to 0 ... 1; None for a name that is no input."""
+    """Coefficients (30,) of the scheduler's inputs and an offset; None for a name that is no input of a head."""
     form = torch.zeros(INPUTS, dtype=torch.float64)
     if name in KINDS:
         ranks = [RANK_INPUT + rank for rank in VECTOR_RANKS]
         form[ranks] = 1.0 if name == "vector" else -1.0  # an empty one-hot, of more than four axes, is a matrix
         return form, 0.0 if name == "vector" else 1.0
     match = NAME.fullmatch(name)
-    first, count, low, high = GROUPS.get(match[1], (0, 0, 0.0, 1.0)) if match else (0, 0, 0.0, 1.0)
-    if not match or int(match[2]) >= count:
+    if not match or int(match[2]) not in GROUPS.get(match[1], ()):
         return None
-    form[first + int(match[2])] = 1.0 / (high - low)
-    return form, -low / (high - low)
+    group, k = match[1], int(match[2])
+    if group in ("small", "steady"):
+        form[VAR_M + k], form[MEAN_V if group == "small" else VAR_M] = 1.0 / SPAN, -1.0 / SPAN
+        return form, 0.0
+    form[(TIME if group == "time" else LOSS) + k] = 0.5
+    return form, 0.5
 
 
 def _split(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[tuple[str, int], float]]:
@@ -67,11 +75,11 @@ def _split(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[tuple[s
         elif _form(name) is not None:
             head[name] = number
         else:
-            own = [f"{group}[0 to {count - 1}]" for group, (_, count, _, _) in GROUPS.items()]
+            own = [f"{group}[{places[0]} to {places[-1]}]" for group, places in GROUPS.items()]
             features = [f"{group}[{column}]" for group, column in DIRECTION]
             raise ValueError(
-                f"{name!r} is no input of VeLO's scheduler ({', '.join([*own, *KINDS])}) and no feature of the "
-                f"constructed direction ({', '.join(features)})"
+                f"{name!r} is no input of a head on VeLO's scheduler ({', '.join([*KINDS, *own])}) and no feature of "
+                f"the constructed direction ({', '.join(features)})"
             )
     return head, direction
 
@@ -80,8 +88,12 @@ def bounds(numbers: Mapping[str, float]) -> tuple[float, float]:
     """Smallest and largest value that s can have."""
     own = _split(numbers)[0]
     kinds = [own.get(kind, 0.0) for kind in KINDS]  # one of the two
-    rest = [x for name, x in own.items() if name not in KINDS]
-    return sum(min(x, 0.0) for x in rest) + min(kinds), sum(max(x, 0.0) for x in rest) + max(kinds)
+    low, high = min(kinds), max(kinds)
+    for name, number in own.items():
+        if name not in KINDS:
+            least = -1.0 if name.startswith(("small", "steady")) else 0.0
+            low, high = low + min(number, least * number), high + max(number, least * number)
+    return low, high
 
 
 def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]:
@@ -89,9 +101,8 @@ def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]
 
     Args:
         theta: constructed weights of VeLO, or others with a channel of the mixing layer that nothing uses.
-        numbers: logarithms of factors. "time[k]", "loss[k]", "mean_v[0]", "var_m[k]", "var_v[k]", "matrix", "vector":
-            on lr_mult, all of them scaled down where they exceed ``LARGEST``; "fac_m[0]", "fac_g[0]", "p[0]": on the
-            coefficients of the constructed direction.
+        numbers: logarithms of factors: of lr_mult, by the names above, all of them scaled down where they exceed
+            ``LARGEST``; "fac_m[0]", "fac_g[0]", "p[0]": of the coefficients of the constructed direction.
 
     Raises:
         ValueError: an unknown name, or no unused channel.
