@@ -10,8 +10,8 @@ with inputs between 0 and 1, or -1 and 1:
     "matrix", "vector"   1 for tensors of this kind, by the number of axes longer than 1
     "time[k]"            (1 + tanh(10 (x - τ_k))) / 2 at the fraction x of the run
     "loss[k]"            (1 + loss feature k) / 2: 0 while the loss falls steadily, 1 when it rises
-    "small[k]"           (L(var m_k) - L(mean v)) / 5, about log(mean m² / (mean g² rms p)) / 10: large for tensors that
-                         are still near zero, as new biases are
+    "small[k]"           (L(var m_k) - L(mean v)) / 5, about log(mean m² / (mean g² rms p)) / 10: large for tensors
+                         that are still near zero, as new biases are
     "steady[k]"          (L(var m_k) - L(var m_0)) / 5: how much of the gradient is left in longer means
 
 A number is thus the logarithm of a factor; zeros give the constructed weights back. Of VeLO's statistics only those
