@@ -71,6 +71,7 @@ std::string cpu_kernels(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
     hf_lopt::implement_passes(m);
+    m.impl("fold_network", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("orthogonalize", TORCH_BOX(&hf_lopt::orthogonalize));
 }
 

@@ -229,6 +229,6 @@ CALLS: dict[str, tuple[int, Callable[..., bool], tuple[int, ...]]] = {
     "zero_nan": (0, lambda tensors: _DTYPES.issuperset(x.dtype for x in tensors), (0,)),
 }
 # A few calls of PyTorch on the CPU, but launches on a GPU.
-ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "fold_network", "assign", "zero_nan"))
+ONLY_CUDA = frozenset(("advance", "pool", "lstm_step", "assign", "zero_nan"))
 # Matrix products of a library on a GPU.
 ONLY_CPU = frozenset(("orthogonalize",))

@@ -11,18 +11,28 @@ namespace {
 // A float32 tensor of up to three axes with any strides; the first may have size 1 for all tensors.
 class Table {
   public:
-    Table(const Tensor& x, int64_t count) : data_(static_cast<const float*>(x.data_ptr())), size_(x.size(0)) {
+    Table(const Tensor& x, int64_t count)
+        : data_(static_cast<const float*>(x.data_ptr())), size_(x.size(0)), last_((int)x.dim() - 1) {
         STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, "the network must be float32");
         STD_TORCH_CHECK(size_ == 1 || size_ == count, "the network is for ", size_, " tensors, there are ", count);
         for (int64_t i = 0; i < x.dim() && i < 3; i++) stride_[i] = x.stride(i);
     }
-    float operator()(int64_t t, int64_t i = 0, int64_t j = 0) const {
-        return data_[(size_ > 1 ? t : 0) * stride_[0] + i * stride_[1] + j * stride_[2]];
+    float operator()(int64_t t, int64_t i = 0, int64_t j = 0) const { return *at(t, i, j); }
+    // A row of a matrix, or a vector (i = 0).
+    template <int N>
+    void copy(int64_t t, int64_t i, float* out) const {
+        const float* x = at(t, i, 0);
+        for (int j = 0; j < N; j++) out[j] = x[j * stride_[last_]];
     }
 
   private:
+    const float* at(int64_t t, int64_t i, int64_t j) const {
+        return data_ + (size_ > 1 ? t : 0) * stride_[0] + i * stride_[1] + j * stride_[2];
+    }
+
     const float* data_;
     int64_t size_, stride_[3] = {0, 0, 0};
+    int last_;
 };
 
 // What the vector features of a tensor contribute to the first layer.
@@ -83,21 +93,21 @@ class Applier {
     Network<U> network(int64_t t) const {
         Network<U> net;
         const Columns& columns = problem_.columns;
+        for (int f = 0; f < kInputs; f++) first(t, columns.element[f], net.first[f]);
+        for (int k = 0; k < kFactored; k++) {
+            // For rank < 2 the row and the column accumulator are the same one.
+            first(t, columns.vector[kRow][k], net.first[kD + k], columns.vector[kCol][k]);
+            first(t, columns.vector[kRsqrtRow][k], net.first[kRsqrtD + k], columns.vector[kRsqrtCol][k]);
+        }
+        biases_[0].copy<U>(t, 0, net.bias);
+        for (int i = 0; i < U; i++) weights_[1].copy<U>(t, i, net.second[i]);
+        biases_[1].copy<U>(t, 0, net.second_bias);
+        const float scale = scale_(t);
         for (int j = 0; j < U; j++) {
-            for (int f = 0; f < kInputs; f++) net.first[f][j] = first(t, columns.element[f], j);
-            for (int k = 0; k < kFactored; k++) {
-                // For rank < 2 the row and the column accumulator are the same one.
-                net.first[kD + k][j] = first(t, columns.vector[kRow][k], j) + first(t, columns.vector[kCol][k], j);
-                net.first[kRsqrtD + k][j] =
-                    first(t, columns.vector[kRsqrtRow][k], j) + first(t, columns.vector[kRsqrtCol][k], j);
-            }
-            net.bias[j] = biases_[0](t, j);
-            for (int i = 0; i < U; i++) net.second[i][j] = weights_[1](t, i, j);
-            net.second_bias[j] = biases_[1](t, j);
-            net.last[j][0] = weights_[2](t, j, 0) * scale_(t);
+            net.last[j][0] = weights_[2](t, j, 0) * scale;
             net.last[j][1] = weights_[2](t, j, 1) * exp_mult_;
         }
-        net.last_bias[0] = biases_[2](t, 0) * scale_(t);
+        net.last_bias[0] = biases_[2](t, 0) * scale;
         net.last_bias[1] = biases_[2](t, 1) * exp_mult_;
         net.decay = decay_(t);
         return net;
@@ -107,17 +117,24 @@ class Applier {
         VectorWeights<U> w;
         const auto& columns = problem_.columns.vector;
         for (int k = 0; k < kFactored; k++) {
-            for (int j = 0; j < U; j++) {
-                w.line[k][j] = first(t, columns[row ? kRow : kCol][k], j);
-                w.rsqrt_line[k][j] = first(t, columns[row ? kRsqrtRow : kRsqrtCol][k], j);
-                w.vector[k][j] = first(t, columns[row ? kCol : kRow][k], j);
-                w.rsqrt_vector[k][j] = first(t, columns[row ? kRsqrtCol : kRsqrtRow][k], j);
-            }
+            first(t, columns[row ? kRow : kCol][k], w.line[k]);
+            first(t, columns[row ? kRsqrtRow : kRsqrtCol][k], w.rsqrt_line[k]);
+            first(t, columns[row ? kCol : kRow][k], w.vector[k]);
+            first(t, columns[row ? kRsqrtCol : kRsqrtRow][k], w.rsqrt_vector[k]);
         }
         return w;
     }
 
-    float first(int64_t t, int column, int j) const { return column < 0 ? 0.0f : weights_[0](t, column, j); }
+    // The weights of a column of features in the first layer, or the sum of those of two; zeros for -1.
+    void first(int64_t t, int column, float* out, int other = -1) const {
+        std::fill_n(out, U, 0.0f);
+        float own[U];
+        for (int c : {column, other}) {
+            if (c < 0) continue;
+            weights_[0].copy<U>(t, c, own);
+            for (int j = 0; j < U; j++) out[j] += own[j];
+        }
+    }
 
     void apply(const Tile& tile, Buffers& buffers, double* stats) const {
         const Kernels& kernel = kernels();

@@ -127,13 +127,13 @@ void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, 
 // product in tiles of kTile units by kBlock vectors.
 constexpr int kBlock = kRegisters == 32 ? 4 : 2, kTile = 4;
 
-template <int U, int kIn>
-HF_LOPT_INLINE void tile(const float* weights, int stride, const vf (*x)[kBlock], vf (&z)[kTile][kBlock]) {
+template <int B, int kIn>
+HF_LOPT_INLINE void tile(const float* weights, int stride, const vf (*x)[B], vf (&z)[kTile][B]) {
     for (int f = 0; f < kIn; f++) {
 #pragma GCC unroll 4
         for (int j = 0; j < kTile; j++) {
 #pragma GCC unroll 4
-            for (int b = 0; b < kBlock; b++) z[j][b] = x[f][b] * weights[f * stride + j] + z[j][b];
+            for (int b = 0; b < B; b++) z[j][b] = x[f][b] * weights[f * stride + j] + z[j][b];
         }
     }
 }
@@ -146,22 +146,22 @@ template <bool kDiagonal>
 constexpr int kBlockInputs = kDiagonal ? (int)kInputs : (int)(sizeof kMatrixInputs / sizeof(int));
 
 // Where the vectors of a block are: all in one row, or each in any.
-template <bool kOneRow>
+template <int B, bool kOneRow>
 struct Places {
-    const Row* row[kBlock];
-    int64_t start[kBlock];
-    int lanes[kBlock];  // 0: none; `row` and `start` are those of another one then
+    const Row* row[B];
+    int64_t start[B];
+    int lanes[B];  // 0: none; `row` and `start` are those of another one then
 
     HF_LOPT_MEMBER const Row& row_of(int b) const { return *row[kOneRow ? 0 : b]; }
 };
 
-template <int U, bool kDiagonal, bool kOneRow, class S>
-HF_LOPT_INLINE void apply_block(const Places<kOneRow>& at, const Constants& c, const Network<U>& w,
+template <int U, bool kDiagonal, int B, bool kOneRow, class S>
+HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c, const Network<U>& w,
                                 const float (&first)[kBlockInputs<kDiagonal>][U], Stats<S>& stats) {
     constexpr int kIn = kBlockInputs<kDiagonal>;
-    vf x[kIn][kBlock], h1[U][kBlock], d[kBlock][kFactored];
-    Accumulators a[kBlock];
-    for (int b = 0; b < kBlock; b++) {
+    vf x[kIn][B], h1[U][B], d[B][kFactored];
+    Accumulators a[B];
+    for (int b = 0; b < B; b++) {
         bool large;
         a[b] = updated(at.row_of(b), c, at.start[b], at.lanes[b], &large);
         vf all[kInputs];
@@ -169,9 +169,9 @@ HF_LOPT_INLINE void apply_block(const Places<kOneRow>& at, const Constants& c, c
         for (int f = 0; f < kIn; f++) x[f][b] = all[kDiagonal ? f : kMatrixInputs[f]];
     }
     for (int j0 = 0; j0 < U; j0 += kTile) {
-        vf z[kTile][kBlock];
+        vf z[kTile][B];
         for (int j = 0; j < kTile; j++) {
-            for (int b = 0; b < kBlock; b++) {
+            for (int b = 0; b < B; b++) {
                 const Row& row = at.row_of(b);
                 z[j][b] = splat(kDiagonal ? w.bias[j0 + j] : row.row_bias[j0 + j]);
                 if (!kDiagonal && at.lanes[b]) {
@@ -179,31 +179,31 @@ HF_LOPT_INLINE void apply_block(const Places<kOneRow>& at, const Constants& c, c
                 }
             }
         }
-        tile<U, kIn>(&first[0][j0], U, x, z);
+        tile<B, kIn>(&first[0][j0], U, x, z);
         for (int j = 0; j < kTile; j++) {
-            for (int b = 0; b < kBlock; b++) h1[j0 + j][b] = relu(z[j][b]);
+            for (int b = 0; b < B; b++) h1[j0 + j][b] = relu(z[j][b]);
         }
     }
-    vf direction[kBlock], magnitude[kBlock];
-    for (int b = 0; b < kBlock; b++) {
+    vf direction[B], magnitude[B];
+    for (int b = 0; b < B; b++) {
         direction[b] = splat(w.last_bias[0]);
         magnitude[b] = splat(w.last_bias[1]);
     }
     for (int j0 = 0; j0 < U; j0 += kTile) {
-        vf z[kTile][kBlock];
+        vf z[kTile][B];
         for (int j = 0; j < kTile; j++) {
-            for (int b = 0; b < kBlock; b++) z[j][b] = splat(w.second_bias[j0 + j]);
+            for (int b = 0; b < B; b++) z[j][b] = splat(w.second_bias[j0 + j]);
         }
-        tile<U, U>(&w.second[0][j0], U, h1, z);
+        tile<B, U>(&w.second[0][j0], U, h1, z);
         for (int j = 0; j < kTile; j++) {
-            for (int b = 0; b < kBlock; b++) {
+            for (int b = 0; b < B; b++) {
                 vf y = relu(z[j][b]);
                 direction[b] = y * w.last[j0 + j][0] + direction[b];
                 magnitude[b] = y * w.last[j0 + j][1] + magnitude[b];
             }
         }
     }
-    for (int b = 0; b < kBlock; b++) {
+    for (int b = 0; b < B; b++) {
         if (!at.lanes[b]) continue;
         const Row& row = at.row_of(b);
         finish(row, w.decay, a[b], direction[b], magnitude[b], at.start[b], at.lanes[b], stats);
@@ -220,10 +220,12 @@ void apply_blocks(const Row* rows, int count, const Constants& c, const Network<
     Stats<S> stats;
     const int64_t n = rows[0].n;  // of all of them
     const auto lanes = [&](int64_t i) { return n - i >= kWidth ? kWidth : n > i ? (int)(n - i) : 0; };
-    if (count == 1 || n > (kBlock - 1) * kWidth) {
+    if (count == 1 && n <= kWidth) {
+        apply_block<U, kDiagonal>(Places<1, true>{{rows}, {0}, {(int)n}}, c, w, first, stats);
+    } else if (count == 1 || n > (kBlock - 1) * kWidth) {
         for (int r = 0; r < count; r++) {
             for (int64_t start = 0; start < n; start += kBlock * kWidth) {
-                Places<true> at;
+                Places<kBlock, true> at;
                 at.row[0] = rows + r;
                 for (int b = 0; b < kBlock; b++) {
                     at.lanes[b] = lanes(start + b * kWidth);
@@ -235,7 +237,7 @@ void apply_blocks(const Row* rows, int count, const Constants& c, const Network<
     } else {  // short rows share a block
         int64_t i = 0;
         for (int r = 0; r < count;) {
-            Places<false> at;
+            Places<kBlock, false> at;
             for (int b = 0; b < kBlock; b++) {
                 const bool any = r < count;
                 at.row[b] = any ? rows + r : at.row[0];

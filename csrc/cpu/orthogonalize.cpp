@@ -47,10 +47,12 @@ std::tuple<Tensor, Tensor> orthogonalize(Tensor x, torch::headeronly::ScalarType
         norm_eps.value_or(-1.0)};
     const int64_t work = 2 * (rows + columns) * stride;
     torch::stable::parallel_for(0, x.numel() / (r * c), 1, [&](int64_t begin, int64_t end) {
-        std::unique_ptr<float[]> memory(new float[work]());
+        std::unique_ptr<float[]> memory(new float[work]);
         for (int64_t i = begin; i < end; i++) {
             const float* from = in + i * r * c;
             float *y = memory.get(), *to = out + i * r * c;
+            // Anew for each: what is not finite spreads to the padding, too.
+            for (int64_t k = 0; k < rows; k++) std::fill(y + k * stride + columns, y + (k + 1) * stride, 0.0f);
             if (wide) {
                 transpose(from, r, c, c, y, stride);
             } else {

@@ -52,8 +52,7 @@ void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          Ints row_axes, Ints col_axes, double clip,
-                                          bool moments) {
+                                          Ints row_axes, Ints col_axes, double clip, bool moments) {
     const size_t count = params.size();
     STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
     STD_TORCH_CHECK(grads.size() == count && momenta.size() == count && second_moments.size() == count &&

@@ -170,11 +170,17 @@ class Particles:
         """Particles with values that are not finite are zeroed: a rule skips the step of all it is given together."""
         sums = torch.stack([g.flatten(1).sum(1) for g in grads.values()])
         self.failed |= ~(losses.isfinite() & sums.isfinite().all(0))
-        if self.device.type == "cpu" and not self.failed.any():
+        state = [x for own in self.state.values() for x in own.values()]
+        if self.device.type == "cpu":
+            places = self.failed.nonzero().flatten()
+            for x in (*grads.values(), *self.params.values()) if len(places) else ():
+                x.index_fill_(0, places, 0.0)
+            for x in state if len(places) else ():
+                x.index_fill_(self._axis, places, 0.0)
             return
         for x in (*grads.values(), *self.params.values()):
             x.masked_fill_(self.failed.view(-1, *[1] * (x.dim() - 1)), 0.0)
-        for x in (y for own in self.state.values() for y in own.values()):
+        for x in state:
             x.movedim(self._axis, -1).masked_fill_(self.failed, 0.0)
 
     def _batch(self, params: list[Tensor], states: list[dict[str, Tensor]], runs: int) -> Batch:
