@@ -38,7 +38,7 @@ from hf_lopt.networks import Theta
 
 RULES = ("velo", "velo_s")
 # Largest factor, and the inverse of the smallest, that the numbers may add up to; beyond it all of them shrink.
-LARGEST = 128.0
+LARGEST = 512.0
 KINDS = ("matrix", "vector")
 GROUPS = {"time": range(9), "loss": range(9), "small": range(3), "steady": range(1, 3)}
 TIME, LOSS, MEAN_V, VAR_M = 0, 9, 18, 24  # places of VeLO's scheduler inputs

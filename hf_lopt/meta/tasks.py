@@ -285,6 +285,7 @@ def _all() -> dict[str, Task]:
     functions = [partial(data.functions, seed=seed) for seed in range(4)]
     regions = [partial(data.regions, seed=seed) for seed in range(4, 8)]
     ce, mse = cross_entropy, squared_error
+    capitals = transformer("capitals", 20, 1, 12, samples=partial(data.text, capitals=True))
     train = [
         mlp("digits_mlp", (64, 16, 10), digits, ce),
         mlp("digits_mlp3", (64, 24, 24, 10), digits, ce, "gelu"),
@@ -293,6 +294,7 @@ def _all() -> dict[str, Task]:
         mlp("regions_mlp", (8, 24, 24, 6), regions[0], ce),
         mlp("autoencoder", (64, 16, 6, 16, 64), images, mse, "tanh"),
         conv("digits_conv", (6, 8), digits, batch=16),
+        lora("adapters", capitals, partial(data.text, window=12), rank=2),
         transformer("characters", 16, 1, 16),
     ]
     validation = [
@@ -312,7 +314,7 @@ def _all() -> dict[str, Task]:
         mlp("digits_mlp_deep", (64, 32, 32, 32, 32, 32, 10), digits, ce, batch=64),
         mlp("functions_large", (8, 64, 64, 4), functions[3], mse, "gelu", batch=64),
         lora("char_lora", train[-1], partial(data.text, window=16, capitals=True), rank=4),
-        # Data and kinds of model that training and validation have nothing of.
+        # Data that training and validation have nothing of, and mostly other kinds of model.
         transformer("code_lm", 40, 3, 24, heads=4, samples=data.code),
         gru("names_gru", 40, 16, data.character_names, batch=16),
         lora("names_lora", coder, partial(data.character_names, window=20), rank=3),
