@@ -419,6 +419,10 @@ def test_a_folder_belongs_to_one_configuration(tmp_path):
     with pytest.raises(ValueError, match="differs in outer"):
         Trainer(settings(outer={"steps": 7}), tmp_path)
     assert (tmp_path / CHECKPOINT).is_file() and not list(tmp_path.glob(".*"))
+    saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del saved["config"]["units"]  # as before there was this setting
+    torch.save(saved, tmp_path / CHECKPOINT)
+    assert Trainer(settings(), tmp_path).steps == 1
 
 
 def test_yaml_without_a_point_is_a_number(tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_lopt import rules
 from hf_lopt.meta import atomic, evaluate, tasks
-from hf_lopt.meta.config import Config, to_dict
+from hf_lopt.meta.config import Config, from_dict, to_dict
 from hf_lopt.meta.search import processes, search
 
 
@@ -77,8 +77,9 @@ class Trainer:
     def _load(self) -> None:
         path = self.folder / CHECKPOINT
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        ours = json.loads(json.dumps(to_dict(self.config)))
-        differing = [key for key in ours if saved["config"].get(key) != ours[key]]
+        # Settings that are newer than the checkpoint had their defaults.
+        ours, theirs = (to_dict(config) for config in (self.config, from_dict(saved["config"])))
+        differing = [key for key in ours if theirs[key] != ours[key]]
         if saved["format"] != FORMAT or differing:
             raise ValueError(
                 f"{path} was written by another configuration (it differs in {', '.join(differing) or 'its format'}): "
