@@ -27,14 +27,23 @@ SHARED_INPUTS = 18
 LR_MULT = 0.1  # of Celo's exponential
 
 
+def _filled(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.cat([torch.full((1,), x, dtype=torch.float32, device=like.device) for x in values])
+
+
+def _constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """Float32 numbers on the device of ``like``; on an accelerator made there, since a copy would wait."""
+    return like.new_tensor(values, dtype=torch.float32) if like.device.type == "cpu" else _filled(values, like)
+
+
 def step_features(step: Tensor) -> Tensor:
     """tanh(step / tau - 1), shape (11,), or (T, 11) for a step of each tensor; it counts those done, from 0."""
-    return torch.tanh(step.to(torch.float32).unsqueeze(-1) / step.new_tensor(STEP_SCALES, dtype=torch.float32) - 1.0)
+    return torch.tanh(step.to(torch.float32).unsqueeze(-1) / _constant(STEP_SCALES, step) - 1.0)
 
 
 def time_features(step: Tensor, num_training_steps: float) -> Tensor:
     """tanh(10 (step / num_training_steps - tau)), shape (9,); ``step`` counts the steps done, 0 at the first."""
-    fractions = step.new_tensor(TIME_FRACTIONS, dtype=torch.float32)
+    fractions = _constant(TIME_FRACTIONS, step)
     return torch.tanh(10.0 * (step.to(torch.float32) / num_training_steps - fractions))
 
 

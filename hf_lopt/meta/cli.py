@@ -25,6 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, required=True, help="YAML file")
     train.add_argument("--output", type=Path, required=True, help="folder of checkpoint, log and TensorBoard files")
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    train.add_argument(
+        "--graphs", action=argparse.BooleanOptionalAction, default=True, help="CUDA graphs, on a CUDA device"
+    )
     train.add_argument("--until", type=int, help="outer step to stop at; default: the end")
 
     evaluate = commands.add_parser("evaluate", help="compare weights with AdamW and with each other")
@@ -54,7 +57,7 @@ def _train(args: argparse.Namespace) -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        trainer = Trainer(settings, args.output, device)
+        trainer = Trainer(settings, args.output, device, args.graphs)
         if processes()[0] > 0:
             trainer.run(args.until)
             return

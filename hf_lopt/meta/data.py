@@ -47,9 +47,17 @@ class Data:
 
         ``copies``: all streams so many times over, (copies G, B, ...).
         """
+        index = self.places(streams, size, generator, fresh)
+        return self.at(index.to(self.inputs.device, non_blocking=True), copies)
+
+    def places(self, streams: int, size: int, generator: torch.Generator, fresh: bool = False) -> Tensor:
+        """Where the samples of a :meth:`batch` are, (G, B), drawn on the CPU."""
         low, high = (self.fresh, len(self.inputs)) if fresh else (0, self.fresh)
-        index = torch.randint(low, high - self.window, (streams, size), generator=generator)
-        index = index.to(self.inputs.device, non_blocking=True).repeat(copies, 1)
+        return torch.randint(low, high - self.window, (streams, size), generator=generator)
+
+    def at(self, index: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
+        """The samples at places (G, B) on the device of the data."""
+        index = index.repeat(copies, 1)
         if self.targets is not None:
             # Row by row; indexing with a matrix goes number by number.
             picked = (x.index_select(0, index.flatten()) for x in (self.inputs, self.targets))

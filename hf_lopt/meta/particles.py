@@ -61,6 +61,7 @@ class Particles:
         steps: (P,) int64, updates since each particle's start.
         failed: (P,) bool: a loss or gradient was not finite since then. Such a particle is set to zero before every
             step.
+        together: whether all particles are stacks in one call, which depends on nothing but tensors.
     """
 
     def __init__(
@@ -82,10 +83,12 @@ class Particles:
         self.steps = torch.zeros(count, dtype=torch.int64, device=self.device)
         self.failed = torch.zeros(count, dtype=torch.bool, device=self.device)
         self._at_once = rule in AT_ONCE
-        self._together = rule in TOGETHER and all(len(shape) in (1, 2) for shape in shapes.values())
+        self.together = rule in TOGETHER and all(len(shape) in (1, 2) for shape in shapes.values())
         # Accumulators have their decays first; the particles come next where a rule is to see stacks.
-        self._axis = int(self._together)
+        self._axis = int(self.together)
+        self._waits = self.device.type == "cpu"  # asking for values costs nothing there
         self._batches: list[Batch] = []
+        self._weights: list[dict[str, Any]] = []
 
     def set_weights(self, theta: Theta) -> None:
         """Give every particle its weights: leaves (P, *leaf shape).
@@ -94,8 +97,8 @@ class Particles:
             ValueError: if learned decays differ between particles of a rule that takes them in one call.
         """
         self._theta = {name: leaf.to(self.device) for name, leaf in theta.items()}
-        if self._together:
-            self._weights = [self.rule.prepare(_side_by_side(self._theta), self.group)]
+        if self.together:
+            self._set_network(self.rule.prepare(_side_by_side(theta), self.group))
         else:
             prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
             if self._at_once:
@@ -103,6 +106,17 @@ class Particles:
             self._weights = prepared
         if not self.state:
             self._create_state()
+
+    def _set_network(self, prepared: Mapping[str, Any]) -> None:
+        """Tensors stay where they are: graphs of the step read them."""
+        if not self._weights:
+            self._weights = [{k: x.to(self.device) if isinstance(x, Tensor) else x for k, x in prepared.items()}]
+            return
+        for key, x in prepared.items():
+            if isinstance(x, Tensor):
+                self._weights[0][key].copy_(x)
+            elif self._weights[0][key] != x:
+                raise ValueError(f"{key} of the weights cannot change between truncations: leave them out")
 
     def _theta_of(self, i: int) -> dict[str, Tensor]:
         return {name: leaf[i] for name, leaf in self._theta.items()}
@@ -129,7 +143,7 @@ class Particles:
         places = torch.as_tensor(which, device=self.device)
         for name, p in self.params.items():
             p[places] = start[name].to(self.device)
-        if self._together:
+        if self.together:
             for name, own in self._fresh_state(which[0]).items():
                 for key, x in own.items():
                     self.state[name][key].index_copy_(1, places, self._stacked(x, len(which)))
@@ -160,7 +174,7 @@ class Particles:
         with distributed.alone():
             if self._at_once:
                 self._update_at_once(grads, losses, lr, horizons)
-            elif self._together:
+            elif self.together:
                 self._update_together(grads, lr)
             else:
                 self._update_in_turn(grads, losses, lr, horizons)
@@ -171,7 +185,7 @@ class Particles:
         sums = torch.stack([g.flatten(1).sum(1) for g in grads.values()])
         self.failed |= ~(losses.isfinite() & sums.isfinite().all(0))
         state = [x for own in self.state.values() for x in own.values()]
-        if self.device.type == "cpu":
+        if self._waits:
             places = self.failed.nonzero().flatten()
             for x in (*grads.values(), *self.params.values()) if len(places) else ():
                 x.index_fill_(0, places, 0.0)
@@ -200,7 +214,7 @@ class Particles:
         )
 
     def _new_batches(self) -> list[Batch]:
-        if self._together:
+        if self.together:
             return self._stack_batch()
         return self._batch_of_views() if self._at_once else self._batches_in_turn()
 

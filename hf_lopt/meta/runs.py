@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_lopt.meta import graphs as cuda_graphs
 from hf_lopt.meta.particles import Particles
 from hf_lopt.meta.tasks import Task
 from hf_lopt.meta.theta import Vector
@@ -113,11 +115,26 @@ class Draws:
     first_loss: Tensor = field(default_factory=lambda: torch.zeros(0))  # (C N,)
 
 
+@dataclass
+class Inputs:
+    """What a step takes from the host, on the device. Always the same tensors, which a graph of the step reads."""
+
+    places: Tensor  # (N, B) int64: samples of the step
+    lr: Tensor  # (C N,): at its peak
+    horizons: Tensor  # (C N,) int64
+    loss_scale: Tensor  # (C N,)
+    parameter_scale: Tensor  # (parameters, C N)
+    first_loss: Tensor  # (C N,)
+
+
 class TaskRuns:
     """N runs on one task. C copies of each go side by side, with weights of their own; copy c of run i is particle
     c N + i. Two copies are the pairs of :class:`hf_lopt.meta.estimators.Runs`. Everything is drawn on the CPU.
 
     The first runs are cut short at random, so that afterwards they are at different places.
+
+    ``graphs``: on CUDA the steps are replayed from a graph, of rules whose particles share one call without numbers of
+    the host in it.
     """
 
     def __init__(
@@ -132,6 +149,7 @@ class TaskRuns:
         settings: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
         copies: int = 2,
+        graphs: bool = True,
     ):
         if pairs < 1:
             raise ValueError(f"{task.name} needs at least one run, got {pairs}")
@@ -147,6 +165,19 @@ class TaskRuns:
         own = self.particles.rule.own_schedule
         self._scheduled = not own
         self._augmented = runs.parameter_scale != (1.0, 1.0)
+        self._inputs = self._new_inputs()
+        if graphs and self.particles.device.type == "cuda" and not self.particles.together:
+            warnings.warn(f"the steps of {rule} depend on numbers of the host: no CUDA graphs", stacklevel=2)
+            graphs = False
+        self._inner_step = cuda_graphs.Replayed(self._step_of_inputs, self.particles.device, graphs)
+
+    def _new_inputs(self) -> Inputs:
+        device, shape = self.particles.device, (len(self.task.shapes), self.count)
+        places = torch.zeros(self.pairs, self.task.batch, dtype=torch.int64, device=device)
+        horizons = torch.ones(self.count, dtype=torch.int64, device=device)
+        scales = torch.ones(shape, device=device)
+        lr, loss_scale, first_loss = torch.ones(3, self.count, device=device).unbind()
+        return Inputs(places, lr, horizons, loss_scale, scales, first_loss)
 
     @property
     def count(self) -> int:
@@ -171,10 +202,11 @@ class TaskRuns:
             return self._truncation()
 
     def _truncation(self) -> Tensor:
-        plan, objective = self._plan(), self.objective
+        objective = self.objective
+        self._send_draws()
         total, count = torch.zeros(self.count, device=self.particles.device), 0
         for k in range(self.settings.truncation):
-            losses = self._step(*plan)
+            losses = self._step()
             if objective.samples == "train":
                 total, count = total + self._measure(losses), count + 1
             elif objective.kind == "mean" and (k + 1) % objective.every == 0:
@@ -186,30 +218,40 @@ class TaskRuns:
         complete = (self.particles.steps.cpu() >= self.draws.horizons.repeat(self.copies)).to(last.device)
         return torch.where(complete, last, 0.0)
 
-    def _plan(self) -> tuple[Tensor, ...]:
-        """What a step needs of the draws, on the device, all copies of a run alike."""
-        draws, device = self.draws, self.particles.device
-        return tuple(x.repeat(self.copies).to(device) for x in (draws.lr, draws.horizons, draws.loss_scale))
+    def _send_draws(self) -> None:
+        """What the steps need of the draws, to the device, all copies of a run alike."""
+        draws, inputs = self.draws, self._inputs
+        for name in ("lr", "horizons", "loss_scale"):
+            cuda_graphs.send(getattr(draws, name).repeat(self.copies), getattr(inputs, name))
+        cuda_graphs.send(draws.parameter_scale.T.repeat(1, self.copies), inputs.parameter_scale)
+        cuda_graphs.send(draws.first_loss, inputs.first_loss)
 
-    def _step(self, lr: Tensor, horizons: Tensor, loss_scale: Tensor) -> Tensor:
-        """One step of every particle; the losses before it, (C N,)."""
+    def _step(self) -> Tensor:
+        """One step of every particle; the losses before it, (C N,), until the next step."""
+        places = self.samples.places(self.pairs, self.task.batch, self.generator)
+        cuda_graphs.send(places, self._inputs.places)
+        return self._inner_step()
+
+    def _step_of_inputs(self) -> Tensor:
+        """The step, of nothing but ``_inputs`` and the particles."""
+        inputs = self._inputs
         leaves = {name: p.detach().requires_grad_() for name, p in self.particles.params.items()}
-        batch = self.samples.batch(self.pairs, self.task.batch, self.generator, copies=self.copies)
+        batch = self.samples.at(inputs.places, self.copies)
         with torch.enable_grad():
             losses = self.task.losses(self._scaled(leaves), batch)
-            scaled = losses * loss_scale
+            scaled = losses * inputs.loss_scale
             grads = torch.autograd.grad(scaled.sum(), list(leaves.values()))
+        lr = inputs.lr
         if self._scheduled:
-            lr = lr * schedule(self.particles.steps, horizons)
-        self.particles.update(dict(zip(leaves, grads, strict=True)), scaled.detach(), lr, horizons)
+            lr = lr * schedule(self.particles.steps, inputs.horizons)
+        self.particles.update(dict(zip(leaves, grads, strict=True)), scaled.detach(), lr, inputs.horizons)
         return losses.detach()
 
     def _scaled(self, params: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The parameters of the model, c p', from those that the rule sees."""
         if not self._augmented:
             return params
-        scales = self.draws.parameter_scale.repeat(self.copies, 1).to(self.particles.device).unbind(1)
-        pairs = zip(params.items(), scales, strict=True)
+        pairs = zip(params.items(), self._inputs.parameter_scale.unbind(), strict=True)
         return {name: p * c.view(-1, *[1] * (p.dim() - 1)) for (name, p), c in pairs}
 
     @torch.no_grad()
@@ -220,7 +262,7 @@ class TaskRuns:
 
     def _measure(self, losses: Tensor) -> Tensor:
         """log(loss / first loss), at most ``WORST``, which is also that of failed particles."""
-        ratio = torch.log(losses.clamp_min(1e-12) / self.draws.first_loss.to(losses.device))
+        ratio = torch.log(losses.clamp_min(1e-12) / self._inputs.first_loss)
         ratio = torch.where(self.particles.failed | ~ratio.isfinite(), WORST, ratio)
         return ratio.clamp(max=WORST)
 
@@ -252,6 +294,7 @@ class TaskRuns:
         both = {name: p.repeat(self.copies, *[1] * (p.dim() - 1)) for name, p in start.items()}
         places = [c * self.pairs + i for c in range(self.copies) for i in over]
         self.particles.restart(places, both)
+        self._send_draws()
         self.draws.first_loss[places] = self._fresh_losses().cpu()[places]
 
     def state_dict(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _own_tasks(config: Config) -> list[tuple[int, str]]:
 class GradientSearch:
     """Adam on gradients estimated by evolution strategies, and a moving average of where it goes."""
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu"):
+    def __init__(self, config: Config, device: torch.device | str = "cpu", graphs: bool = True):
         self.config, self.device = config, torch.device(device)
         start = starting_weights(config.rule, config.start)
         if config.units:
@@ -97,6 +97,7 @@ class GradientSearch:
             runs = TaskRuns(
                 *(tasks.named(name), self.vector, config.rule, config.tasks[name], config.runs, config.objective),
                 *(seeded(config.seed, "runs", name), config.settings, device),
+                graphs=graphs,
             )
             generator = seeded(config.seed, "perturbations", name)
             self.estimators[name] = Estimator(runs, len(self.average), noise.std, generator, noise.method, noise.clip)
@@ -174,8 +175,8 @@ class MixtureSearch:
         steps_per_call: particle-steps of the last one, over all processes; at first of the longest possible.
     """
 
-    def __init__(self, config: Config, device: torch.device | str = "cpu"):
-        self.config, self.device = config, torch.device(device)
+    def __init__(self, config: Config, device: torch.device | str = "cpu", graphs: bool = True):
+        self.config, self.device, self.graphs = config, torch.device(device), graphs
         self.start = starting_weights(config.rule, config.start)
         self.names = list(config.mixture)
         self.first = torch.tensor(list(config.mixture.values()), dtype=torch.float64)
@@ -230,7 +231,7 @@ class MixtureSearch:
             runs = TaskRuns(
                 *(tasks.named(name), vectors[0], config.rule, count, whole, config.objective),
                 *(seeded(config.seed, "generation", self.steps, name), config.settings, self.device),
-                config.population,
+                *(config.population, self.graphs),
             )
             starts = torch.stack([vector.start() for vector in vectors])
             losses = runs.unroll(starts.repeat_interleave(count, 0)).cpu()
@@ -271,7 +272,7 @@ class MixtureSearch:
             self._tell(generation["points"], generation["values"])
 
 
-def search(config: Config, device: torch.device | str = "cpu") -> GradientSearch | MixtureSearch:
-    """The search that ``config`` describes."""
+def search(config: Config, device: torch.device | str = "cpu", graphs: bool = True) -> GradientSearch | MixtureSearch:
+    """The search that ``config`` describes; ``graphs``: with CUDA graphs on a CUDA device."""
     make: Callable = MixtureSearch if config.perturbation.method == "cma_es" else GradientSearch
-    return make(config, device)
+    return make(config, device, graphs)

@@ -50,14 +50,17 @@ class Trainer:
         config: what is to be done.
         folder: created if it is not there. A checkpoint in it is continued, on any device and number of processes.
         device: of the particles.
+        graphs: replay the steps from CUDA graphs, on a CUDA device.
 
     Raises:
         ValueError: the folder holds the checkpoint of another configuration.
     """
 
-    def __init__(self, config: Config, folder: str | os.PathLike, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: Config, folder: str | os.PathLike, device: torch.device | str = "cpu", graphs: bool = True
+    ):
         self.config, self.folder, self.device = config, Path(folder), torch.device(device)
-        self.search = search(config, device)
+        self.search = search(config, device, graphs)
         self.best: dict[str, Any] = {}
         self.seconds = 0.0
         self.stopped = False
