@@ -86,7 +86,7 @@ def bad_start() -> None:
     write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, "meta_loss": losses, **judged}, "bad-start")
 
 
-def candidates(runs: Sequence[str], part: str, lengths: Sequence[int], seeds: int) -> None:
+def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
     """The last weights of training folders of one rule against the constructed ones; with the course of training."""
     record: dict[str, Any] = {}
     found: dict[str, Mapping[str, Tensor]] = {}
@@ -105,11 +105,11 @@ def candidates(runs: Sequence[str], part: str, lengths: Sequence[int], seeds: in
         raise ValueError(f"runs of one rule can be compared, these are of {', '.join(sorted(rules_of))}")
     (rule,) = rules_of
     found = {"constructed": theta.starting_weights(rule, "constructed"), **found}
-    judged = {str(steps): judge(rule, found, part, steps, seeds) for steps in lengths}
+    judged = judge(rule, found, part, steps, seeds)
     write(
-        f"meta_candidates_{rule}_{part}",
-        {"judged": judged, "runs": record},
-        f"candidates RUN ... --part {part} --steps {' '.join(map(str, lengths))} --seeds {seeds}",
+        f"meta_candidates_{rule}_{part}_{steps}",
+        {**judged, "runs": record},
+        f"candidates RUN ... --part {part} --steps {steps} --seeds {seeds}",
     )
 
 
@@ -182,16 +182,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("bad-start", "candidates", "long", "figures"))
     parser.add_argument("runs", nargs="*", help="candidates: output folders of python -m hf_lopt.meta train")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
-    parser.add_argument("--steps", type=int, nargs="+", help="lengths of the runs; long: one")
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "bad-start":
         bad_start()
     elif args.what == "candidates":
-        candidates(args.runs, args.part, args.steps or (200,), args.seeds)
+        candidates(args.runs, args.part, args.steps or 200, args.seeds)
     elif args.what == "long":
-        long_runs(*args.steps or (20_000,), args.seeds)
+        long_runs(args.steps or 20_000, args.seeds)
     else:
         figures()
 
