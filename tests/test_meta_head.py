@@ -128,3 +128,10 @@ def test_balance_counts_every_task_alike():
     told = found.history[0]["values"]
     # The mean of two series with mean 0 and variance 1.
     assert told.mean().item() == pytest.approx(0.0, abs=1e-9) and 0.0 < told.var().item() <= 1.0 + 1e-9
+
+
+def test_adapters_can_be_trained_on():
+    """The model under them is trained when its parameters are first needed, which may be where no gradients are."""
+    runs = {"truncation": 2, "shortest": 2, "longest": 2, "lr": [1.0, 1.0]}
+    settings = SETTINGS | {"tasks": {"adapters": 1}, "runs": runs, "perturbation": {"method": "cma_es", "std": 0.1}}
+    assert math.isfinite(search.search(config.from_dict(settings)).step()["meta_loss"])

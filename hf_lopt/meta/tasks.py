@@ -244,6 +244,7 @@ def transformer(
     return Task(name, shapes, scales, model, cross_entropy, partial(samples, window=window), **more)
 
 
+@torch.enable_grad()
 def _trained(task: Task, steps: int) -> dict[str, Tensor]:
     """Parameters (1, ...) of a task after training with AdamW, to be adapted."""
     generator = torch.Generator().manual_seed(0)
