@@ -57,12 +57,13 @@ def random_weights(rule: rules.Rule) -> dict[str, torch.Tensor]:
     letters = {"K": 256 if rule.name == "velo" else 1, "H": 512 if rule.name == "velo" else 64}
     letters["U"] = 32 if "nn/~/w0" in rule.shapes else 8
     letters["V"] = letters["U"]
+    letters["R"] = 52 + letters["H"]  # inputs and state of rnn_mlp's LSTM
     generator = torch.Generator().manual_seed(0)
 
     def size(n: int | str) -> int:
         if isinstance(n, int):
             return n
-        factor = n.rstrip("HKUV")
+        factor = n.rstrip("HKRUV")
         return int(factor or 1) * letters[n[len(factor) :]]
 
     return {

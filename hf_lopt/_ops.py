@@ -23,10 +23,12 @@ but on an accelerator every call of PyTorch is a launch. So it has operators, to
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hf_lopt import _load, _plain, _plain_scheduler
-from hf_lopt._plain import STAT_NONFINITE, STAT_P2, STAT_PAIRS, Tensors, feature_width, stat_width
+from hf_lopt._plain import STAT_NONFINITE, STAT_P2, STAT_PAIRS, feature_width, slice_indices, stat_width
 
 
 __all__ = ["STAT_NONFINITE", "STAT_P2", "STAT_PAIRS", "feature_width", "stat_width"]
@@ -108,21 +110,32 @@ def _fake_update_factored(rows, cols, row_sums, col_sums, *args):
     return tuple([torch.empty_like(pair[k]) for pair in new] for k in (0, 1, 0, 1))
 
 
+def _rows(params: Sequence[torch.Tensor], slice_axes: Sequence[int]) -> int:
+    """How many results there are: one for each tensor, or for each of its slices."""
+    if not slice_axes:
+        return len(params)
+    return sum(len(slice_indices(p.shape, slice_axes[2 * t : 2 * t + 2])) for t, p in enumerate(params))
+
+
+def _width(features: Sequence[str], *decays: Sequence[float]) -> int:
+    return sum(feature_width(name, *map(len, decays)) for name in features)
+
+
 def _fake_feature_sums(*args):
-    x = Tensors(*args)
-    _check(x.params, x.grads, x.momenta, x.second_moments)
-    return x.params[0].new_empty(len(x.params), x.width, dtype=torch.float64)
+    _check(*args[1:5])
+    width = _width(args[0], *args[13:16])
+    return args[1][0].new_empty(_rows(args[1], args[12]), width, dtype=torch.float64)
 
 
 def _fake_apply_network(*args):
-    x, weights = Tensors(*args[:-7]), args[-7]
-    _check(x.params, x.grads, x.momenta, x.second_moments)
+    _check(*args[1:5])
+    weights, width = args[19], _width(args[0], *args[13:16])
     torch._check(
-        weights[0].shape[1] == x.width,
-        lambda: f"the first layer has {weights[0].shape[1]} inputs, the features have {x.width} columns",
+        weights[0].shape[1] == width,
+        lambda: f"the first layer has {weights[0].shape[1]} inputs, the features have {width} columns",
     )
-    sums = x.params[0].new_empty(len(x.params), weights[-1].shape[-1] - 1, dtype=torch.float64)
-    return sums, sums.new_empty(len(x.params), stat_width(x.momenta, x.second_moments))
+    sums = args[1][0].new_empty(_rows(args[1], args[12]), weights[-1].shape[-1] - 1, dtype=torch.float64)
+    return sums, sums.new_empty(len(sums), stat_width(args[3], args[4]))
 
 
 def _fake_adam_step(params, grads, momenta, second_moments, *args):

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from hf_lopt import _load, _ops
+from hf_lopt.rules import celo2
 
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +106,14 @@ class Emulator:
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[None]:
         """A context in which the operators of hf_lopt take CPU tensors to these kernels, where they cover a call."""
-        originals = {name: getattr(_ops, name) for name in _ops.SCHEMAS}
+        originals, apart = {name: getattr(_ops, name) for name in _ops.SCHEMAS}, celo2._STACKS_APART
         for name in originals:
             setattr(_ops, name, self._operator(name))
+        celo2._STACKS_APART = frozenset()
         try:
             yield
         finally:
+            celo2._STACKS_APART = apart
             for name, original in originals.items():
                 setattr(_ops, name, original)
 

@@ -5,6 +5,7 @@ Same tiles, same order of sums, same tables; see docs/kernels.md for what this c
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -18,6 +19,7 @@ import cases
 import hf_lopt
 import test_golden
 import test_kernels
+import test_meta_particles
 from emulated import compiler, emulator
 from hf_lopt import _ops, _plain_scheduler, rules
 from kernel_cases import FAMILIES, SHAPES, case
@@ -357,6 +359,40 @@ def test_reference_trajectories(emulated, row):
     before = emulated.launches
     test_golden.test_follows_the_reference(row, "jax", "cpu")
     assert emulated.launches > before
+
+
+@pytest.mark.parametrize(
+    "rule, orthogonalize, launches", [("celo2", True, 11), ("celo2_base", False, 8), ("celo2_base", True, 13)]
+)
+def test_celo2_takes_tensors_of_all_ranks_in_one_call(emulated, rule, orthogonalize, launches):
+    """The same steps as plain PyTorch makes of each kind by itself."""
+    shapes = [(), (7,), (9, 5), (5, 9), (6, 4, 3, 3), (4, 3, 5, 5), (3, 8, 6)]
+    ends, calls = [], []
+    for plain in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator) * 0.3) for s in shapes]
+        optimizer = hf_lopt.LearnedOptimizer(
+            params, rule, weights="bundled", lr=0.01, weight_decay=0.1, orthogonalize=orthogonalize
+        )
+        before = emulated.launches
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            with _ops.plain() if plain else contextlib.nullcontext():
+                optimizer.step()
+        calls.append(emulated.launches - before)
+        ends.append([*params, torch.tensor(optimizer.metrics()["update_rms"])])
+    for got, want in zip(*ends, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert calls == [3 * launches, 0]
+
+
+@pytest.mark.parametrize("rule", ["celo2", "celo2_base", "small_fc_lopt", "mulo"])
+def test_copies_of_a_model_with_networks_of_their_own(emulated, rule):
+    before = emulated.launches
+    test_meta_particles.test_stacks_of_runs_on_the_plain_kernels(rule)
+    launches = emulated.launches - before
+    assert launches >= 3 * 7, "a step of all copies is that of one"
 
 
 @pytest.mark.parametrize("rule", ["velo", "small_fc_lopt"])

@@ -112,6 +112,14 @@ EXPECTED = {
     "celo_adam": ["sums", "advance", "addmm", "pool", "addmm", "lstm_step", "fold_network", "adam_step"],
 }
 EXPECTED |= {"velo_s": EXPECTED["velo"], "celo": EXPECTED["velo"], "elo": ["zero_nan", *EXPECTED["small_fc_lopt"]]}
+EXPECTED |= {"mulo": EXPECTED["elo"], "celo2_base": [*EXPECTED["small_fc_lopt"], "descend"]}
+# Beside the matrices there are Adam's tensors, whose settings are picked from those of all.
+CELO2 = [*EXPECTED["celo2_base"], "sums", "fold_network", "adam_step", *["index_select"] * 4, "mul"]
+CLIP = ["_foreach_norm", "stack", "linalg_vector_norm", "add", "reciprocal", "mul", "clamp", "_foreach_mul_"]
+# Of each shape of matrices: five steps of three products, the norm before, the mean square after, and a copy of what
+# is higher than wide.
+NEWTON_SCHULZ = ["stack", "linalg_vector_norm", "add", "div", *["bmm", "baddbmm", "baddbmm"] * 5]
+NEWTON_SCHULZ += ["pow", "mean", "add", "rsqrt", "mul", "clone"]
 
 
 @pytest.mark.parametrize("rule", EXPECTED)
@@ -125,6 +133,22 @@ def test_a_step_is_a_few_launches_and_never_waits(rule):
         assert launches.launched == expected
         assert len(EXPECTED[rule]) <= 12
         assert launches.copies == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rule", ["celo2", "elo_celo2"])
+def test_orthogonalisation_counts_by_shapes_of_matrices(rule, dtype):
+    matrices = [(48, 32), (32, 5), (8, 4, 3, 3)]
+    for copies in (1, 20):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        optimizer = optimizer_on_device(mode, rule, [(), (7,), *matrices] * copies, ns_dtype=dtype)
+        with mode:
+            launches = count(optimizer)
+        expected = collections.Counter(CELO2 + (CLIP if rule == "elo_celo2" else []))
+        for _ in matrices:
+            expected.update(NEWTON_SCHULZ + (["_to_copy"] * 2 if dtype == "bfloat16" else []))
+        expected["clone"] += copies > 1  # several stacks of one shape are brought together
+        assert launches.launched == expected and launches.copies == 0
 
 
 def test_a_setting_that_changes_is_copied_to_where_it_was():

@@ -21,6 +21,7 @@ struct Shared {
     // spreads the columns which a warp reads together over all banks.
     static constexpr int kColumnStride = U + 2;
     float column_bias[kStrip * kColumnStride];
+    alignas(16) float factors[kFactored][kStrip];  // of the columns
 };
 
 // Copies the network of the tensor, with the scale of its step folded in.
@@ -61,14 +62,17 @@ HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>&
     barrier();
 }
 
+// Fills what is the same for all rows of the tile.
 template <int U>
-HF_LOPT_DEVICE void set_column_bias(const ApplyArgs& a, const Place& at, Shared<U>& s) {
+HF_LOPT_DEVICE void set_columns(const ApplyArgs& a, const Place& at, Shared<U>& s) {
     const Entry& t = *at.entry;
     const float* x = pointer<float>(a.table, t, sVector) + at.vector();
+    const float* factor = pointer<float>(a.table, t, sVectorFactor) + at.vector();
     for (int c = thread(); c < kStrip; c += kThreads) {
         float y[kFactored], root[kFactored];
 #pragma unroll
         for (int k = 0; k < kFactored; k++) {
+            s.factors[k][c] = c < at.width ? factor[k * t.vector_decay + c] : 0.0f;
             y[k] = c < at.width ? x[k * t.vector_decay + c] : 0.0f;
             root[k] = inverse_root(y[k] + kVectorEps);
         }
@@ -97,58 +101,85 @@ struct UpdateSums {
     }
 };
 
+// Stores the accumulators, and adds to their statistics.
+template <bool strided = false, class T>
+HF_LOPT_DEVICE void store_accumulators(const ApplyArgs& a, const Place& at, const Row& row, Updated& u,
+                                       UpdateSums<T>& sums) {
+    const Entry& t = *at.entry;
+    bool live[kLane];
+    HF_LOPT_EACH(e) live[e] = at.live(row, e);
+    float *m = pointer<float>(a.table, t, sM), *v = pointer<float>(a.table, t, sV);
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) {
+        store<strided>(m + k * t.decay, kFloat32, at, row, u.m[k]);
+        sums.m[k].add(u.m[k], live);
+    }
+    store<strided>(v, kFloat32, at, row, u.v);
+    sums.v.add(u.v, live);
+}
+
 // Stores what the outputs decide, and adds to the statistics.
 template <bool strided = false, class T>
-HF_LOPT_DEVICE void finish(const ApplyArgs& a, const Place& at, const Row& row, const Updated& u, float decay,
-                           const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
+HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const Row& row, const Lane& old, float decay,
+                               const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
     const Entry& t = *at.entry;
     bool live[kLane];
     Lane step, p;
     HF_LOPT_EACH(e) {
         live[e] = at.live(row, e);
         step.x[e] = direction.x[e] * exponential(magnitude.x[e]);
-        p.x[e] = u.p.x[e] - decay * u.p.x[e] - step.x[e];
+        p.x[e] = old.x[e] - decay * old.x[e] - step.x[e];
         if (live[e]) sums.step2 += (T)step.x[e] * (T)step.x[e];
     }
-    float *m = pointer<float>(a.table, t, sM), *v = pointer<float>(a.table, t, sV);
-    Lane y;
-#pragma unroll
-    for (int k = 0; k < kMomenta; k++) {
-        y = u.m[k];
-        store<strided>(m + k * t.decay, kFloat32, at, row, y);
-        sums.m[k].add(y, live);
-    }
-    y = u.v;
-    store<strided>(v, kFloat32, at, row, y);
-    sums.v.add(y, live);
     if (a.into_out) {
         store<strided>(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
-        sums.p.add(u.p, live);
+        sums.p.add(old, live);
     } else {
         store<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
         sums.p.add(p, live);
     }
 }
 
+// row factor x column factor, for each decay
+template <int U, Kind kind>
+HF_LOPT_DEVICE void load_factors(const ApplyArgs& a, const Place& at, const Row& row, const Shared<U>& s,
+                                 Lane (&factor)[kFactored]) {
+    Lane along[kFactored];
+    if constexpr (kind != kStrided) {
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) HF_LOPT_EACH(e) along[k].x[e] = s.factors[k][at.column(e)];
+    }
+    load_factors<kind>(a.table, at, row, along, factor);
+}
+
 // The first layer of few units; the features that are products with a row's or a column's factor are never formed.
 // With f the product of both factors, unit j is
 //   z = bias + g (a + Σ_k w_k f_k) + Σ_k m_k (a_k + u_k f_k) + q (h + b g + Σ_k b_k m_k) + ...
-template <int U>
-HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, const Lane& q, const Lane (&factor)[kFactored],
-                                Lane (&z)[U]) {
+template <int U, Kind kind>
+HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, float second_eps,
+                                const Lane (&factor)[kFactored], Lane (&z)[U]) {
+    // What needs the factors comes first, so that their registers are free for the rest.
 #pragma unroll
     for (int j = 0; j < U; j++) {
-        Lane on_g = splat(w.first[kG][j]), on_q = u.g * w.first[kGRsqrtV][j] + splat(w.first[kRsqrtV][j]);
+        Lane on_g = splat(w.first[kG][j]);
         if (!u.large) on_g = splat(w.first[kG][j] + w.first[kClipG][j]);
-        z[j] = u.p * w.first[kP][j] + z[j];
-        z[j] = u.v * w.first[kV][j] + z[j];
 #pragma unroll
         for (int k = 0; k < kMomenta; k++) {
             on_g = factor[k] * w.first[kFacG + k][j] + on_g;
-            on_q = u.m[k] * w.first[kMRsqrtV + k][j] + on_q;
             z[j] = u.m[k] * (factor[k] * w.first[kFacM + k][j] + splat(w.first[kM + k][j])) + z[j];
         }
         z[j] = u.g * on_g + z[j];
+    }
+    // Spares registers, but for the widest rows (tests/test_cuda_build.py has the numbers).
+    if constexpr (U == 4 || kind == kInner) forget_loads();
+    const Lane q = map(u.v, [&](float v) { return inverse_root(v + second_eps); });
+#pragma unroll
+    for (int j = 0; j < U; j++) {
+        Lane on_q = u.g * w.first[kGRsqrtV][j] + splat(w.first[kRsqrtV][j]);
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) on_q = u.m[k] * w.first[kMRsqrtV + k][j] + on_q;
+        z[j] = u.p * w.first[kP][j] + z[j];
+        z[j] = u.v * w.first[kV][j] + z[j];
         z[j] = q * on_q + z[j];
     }
     if (u.large) {
@@ -163,55 +194,52 @@ template <int U, Kind kind>
 HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const Row& row, const Shared<U>& s, Lane (&z)[U]) {
     const Entry& t = *at.entry;
     const float* x = pointer<float>(a.table, t, sLine);
-    Lane y[kFactored], root[kFactored];
-#pragma unroll
-    for (int k = 0; k < kFactored; k++) {
-        y[k] = load_line<kind>(x + k * t.line_decay, at, row);
-        root[k] = map(y[k], [](float r) { return inverse_root(r + kVectorEps); });
-    }
+    float of_line[U];
 #pragma unroll
     for (int j = 0; j < U; j++) {
-        if (kind == kMatrix) {
-            float of_line = s.net.bias[j];
+        of_line[j] = s.net.bias[j];
+        HF_LOPT_EACH(e) z[j].x[e] = s.column_bias[at.column(e) * Shared<U>::kColumnStride + j];
+    }
 #pragma unroll
-            for (int k = 0; k < kFactored; k++) {
-                of_line += s.vectors.line[k][j] * y[k].x[0] + s.vectors.rsqrt_line[k][j] * root[k].x[0];
-            }
-            z[j] = splat(of_line);
-        } else {
-            z[j] = splat(s.net.bias[j]);
+    for (int k = 0; k < kFactored; k++) {
+        const Lane y = load_line<kind>(x + k * t.line_decay, at, row);
+        const Lane root = map(y, [](float r) { return inverse_root(r + kVectorEps); });
 #pragma unroll
-            for (int k = 0; k < kFactored; k++) {
-                z[j] = y[k] * s.vectors.line[k][j] + z[j];
-                z[j] = root[k] * s.vectors.rsqrt_line[k][j] + z[j];
+        for (int j = 0; j < U; j++) {
+            if (kind == kMatrix) {
+                of_line[j] += s.vectors.line[k][j] * y.x[0] + s.vectors.rsqrt_line[k][j] * root.x[0];
+            } else {
+                z[j] = y * s.vectors.line[k][j] + z[j];
+                z[j] = root * s.vectors.rsqrt_line[k][j] + z[j];
             }
         }
-        HF_LOPT_EACH(e) z[j].x[e] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
     }
+#pragma unroll
+    for (int j = 0; j < U; j++) HF_LOPT_EACH(e) z[j].x[e] += of_line[j];
 }
 
 template <int U, Kind kind>
 HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
-    Lane along[kFactored];
-    load_vector_factors(a.table, at, along);
     UpdateSums<float> sums;
 #pragma unroll 1
     for (int turn = 0; turn < at.turns(); turn++) {
+        forget_loads();  // all weights do not fit into registers
         const Row row = at.row(turn);
-        const Updated u = update(a.table, a.constants, at, row);
+        Updated u = update(a.table, a.constants, at, row);
         Lane factor[kFactored], z[U], direction, magnitude;
-        load_factors<kind>(a.table, at, row, along, factor);
-        const Lane q = map(u.v, [&](float v) { return inverse_root(v + a.constants.second_eps); });
+        load_factors<U, kind>(a, at, row, s, factor);
         set_bias<U, kind>(a, at, row, s, z);
-        first_layer<U>(s.net, u, q, factor, z);
+        first_layer<U, kind>(s.net, u, a.constants.second_eps, factor, z);
+        store_accumulators(a, at, row, u, sums);  // before the next layers need their registers
         finish_network<U>(s.net, z, [](const Lane& x) { return map(x, relu); }, &direction, &magnitude);
-        finish(a, at, row, u, s.net.decay, direction, magnitude, sums);
+        store_step(a, at, row, u.p, s.net.decay, direction, magnitude, sums);
     }
     sums.flush(out);
 }
 
 template <int U>
-HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, Place at, const Shared<U>& s, double* out) {
+HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, const Shared<U>& s, double* out) {
+    const Place at = place(a.table);
     apply_rows<U, kInner>(a, at, s, out);
 }
 
@@ -223,21 +251,20 @@ HF_LOPT_DEVICE void finish_element(const Network<U>& w, float (&z)[U], float* di
 
 // Any kind of tensors, element by element: those of rank < 2, strided slices, and all where there are many units.
 template <int U, Kind kind>
-HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, Place at, const Shared<U>& s, double* out) {
+HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, double* out) {
+    const Place at = place(a.table);
     using T = std::conditional_t<kind == kFlat, double, float>;
     constexpr bool strided = kind == kStrided, columns = kind == kMatrix || kind == kInner;
     const Entry& t = *at.entry;
-    Lane along[kFactored];
-    if constexpr (columns) load_vector_factors(a.table, at, along);
     UpdateSums<T> sums;
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
-        const Updated u = update<strided>(a.table, a.constants, at, row);
+        Updated u = update<strided>(a.table, a.constants, at, row);
         Lane direction = splat(0.0f), magnitude = splat(0.0f), d[kFactored], factor[kFactored];
         if constexpr (kind == kFlat) {
             load_diagonals(a.table, at, row, d);
         } else {
-            load_factors<kind>(a.table, at, row, along, factor);
+            load_factors<U, kind>(a, at, row, s, factor);
         }
 #pragma unroll 1
         for (int e = 0; e < kLane; e++) {
@@ -268,7 +295,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, Place at, const Shar
                 const float* line = pointer<float>(a.table, t, sLine);
                 line += strided           ? strided_place(t.line_step, at, row, e)
                         : kind == kMatrix ? row.line
-                                          : row.line * t.inner + (at.start + at.column[e]) % t.inner;
+                                          : row.line * t.inner + (at.start() + at.column(e)) % t.inner;
 #pragma unroll
                 for (int k = 0; k < kFactored; k++) {
                     x[kD + k] = line[k * t.line_decay];
@@ -277,7 +304,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, Place at, const Shar
             }
             if constexpr (columns) {
 #pragma unroll
-                for (int j = 0; j < U; j++) z[j] += s.column_bias[at.column[e] * Shared<U>::kColumnStride + j];
+                for (int j = 0; j < U; j++) z[j] += s.column_bias[at.column(e) * Shared<U>::kColumnStride + j];
             }
             if constexpr (strided) {
                 const float* vector = pointer<float>(a.table, t, sVector) + strided_place(t.vector_step, at, row, e);
@@ -301,7 +328,8 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, Place at, const Shar
             }
             finish_element<U>(s.net, z, &direction.x[e], &magnitude.x[e]);
         }
-        finish<strided>(a, at, row, u, s.net.decay, direction, magnitude, sums);
+        store_accumulators<strided>(a, at, row, u, sums);
+        store_step<strided>(a, at, row, u.p, s.net.decay, direction, magnitude, sums);
         if constexpr (kind == kFlat) {
             float* x = pointer<float>(a.table, t, sD);
 #pragma unroll
@@ -345,11 +373,11 @@ HF_LOPT_DEVICE void apply_tile(const ApplyArgs& a, Shared<U>& s, F apply_matrix)
     load_network(a, at, s);
     double* partial = a.partial + (int64_t)block() * kUpdateStats;
     if (!at.entry->factored) {
-        apply_elements<U, kFlat>(a, at, s, partial);
+        apply_elements<U, kFlat>(a, s, partial);
     } else if (at.entry->strided) {
-        apply_elements<U, kStrided>(a, at, s, partial);
+        apply_elements<U, kStrided>(a, s, partial);
     } else {
-        set_column_bias(a, at, s);
+        set_columns(a, at, s);
         apply_matrix(at, partial);
     }
     finish_tile(a, at);
@@ -360,7 +388,7 @@ template <int U>
 HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s) {
     apply_tile<U>(a, s, [&](const Place& at, double* partial) {
         if (at.entry->inner > 1) {
-            apply_inner_rows(a, at, s, partial);
+            apply_inner_rows(a, s, partial);
         } else {
             apply_rows<U, kMatrix>(a, at, s, partial);
         }

@@ -52,7 +52,8 @@ HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (
     }
 }
 
-HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, Place at, double (&sums)[kInputs]) {
+HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
+    const Place at = place(a.table);
     for (int turn = 0; turn < at.turns(); turn++) {
         const Row row = at.row(turn);
         const Updated u = update(a.table, a.constants, at, row);
@@ -75,7 +76,8 @@ HF_LOPT_DEVICE void add_number(float x, double& square, double& inverse) {
 }
 
 // The vector features: those of lines by the tiles of the first strip, the others by those of the first rows.
-HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, Place at, double* out) {
+HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
+    const Place at = place(a.table);
     const Entry& t = *at.entry;
     double sums[kVectorSums] = {};
     const auto of = [&](int feature, int k) -> double& { return sums[feature * kFactored + k]; };
@@ -111,12 +113,14 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, Place at, double*
     block_sums(sums, kVectorSums, out);
 }
 
-HF_LOPT_OUT_OF_LINE void add_strided_rows(const FeatureSumsArgs& a, Place at, double (&sums)[kInputs]) {
+HF_LOPT_OUT_OF_LINE void add_strided_rows(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
+    const Place at = place(a.table);
     add_rows<kStrided>(a, at, sums);
 }
 
 // The vector features of a strided slice, which may differ from element to element.
-HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, Place at, double* out) {
+HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, double* out) {
+    const Place at = place(a.table);
     const Entry& t = *at.entry;
     double sums[kVectorSums] = {};
     for (int turn = 0; turn < at.turns(); turn++) {
@@ -168,9 +172,9 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     const Entry& t = *at.entry;
     double sums[kInputs] = {};
     if (!t.factored) {
-        add_flat(a, at, sums);
+        add_flat(a, sums);
     } else if (t.strided) {
-        add_strided_rows(a, at, sums);
+        add_strided_rows(a, sums);
     } else if (t.inner > 1) {
         add_rows<kInner>(a, at, sums);
     } else {
@@ -179,9 +183,9 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     double* partial = a.partial + (int64_t)block() * kSums;
     block_sums(sums, kInputs, partial);
     if (t.strided) {
-        strided_vector_sums(a, at, partial + kInputs);
+        strided_vector_sums(a, partial + kInputs);
     } else if (t.factored && (at.strip == 0 || at.row_tile == 0)) {
-        vector_sums(a, at, partial + kInputs);
+        vector_sums(a, partial + kInputs);
     } else {
         for (int j = thread(); j < kVectorSums; j += kThreads) partial[kInputs + j] = 0.0;
     }

@@ -7,6 +7,8 @@
 
 #include <type_traits>
 
+#include "words.h"
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>
@@ -47,6 +49,18 @@ HF_LOPT_DEVICE T load_shared_result(const T* x) {
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
 
+// One store of 16 or 8 bytes: as a struct they are taken apart.
+HF_LOPT_DEVICE void store_wide(float* to, const Float4& y) {
+    asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "f"(y.x[0]), "f"(y.x[1]),
+                 "f"(y.x[2]), "f"(y.x[3])
+                 : "memory");
+}
+HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) {
+    asm volatile("st.global.v4.u16 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "h"(y.x[0]), "h"(y.x[1]),
+                 "h"(y.x[2]), "h"(y.x[3])
+                 : "memory");
+}
+
 HF_LOPT_DEVICE float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 HF_LOPT_DEVICE uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
 HF_LOPT_DEVICE float from_bfloat16(uint16_t x) { return __uint_as_float((unsigned)x << 16); }
@@ -71,17 +85,3 @@ HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], u
 #else
 #include "host/emulator.h"
 #endif
-
-namespace hf_lopt {
-
-struct alignas(16) Float4 {
-    float x[4];
-};
-struct alignas(8) Short4 {
-    uint16_t x[4];
-};
-struct alignas(16) Word4 {
-    uint32_t x[4];
-};
-
-}  // namespace hf_lopt

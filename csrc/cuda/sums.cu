@@ -41,23 +41,24 @@ HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const Row& ro
         float sum = 0.0f;
         HF_LOPT_EACH(e) sum += squares.x[e];
         for (int mask = t.lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-        if (at.lane == 0 && row.limit > 0) out[row.line] = sum;
+        if (thread() % t.lanes == 0 && row.limit > 0) out[row.line] = sum;
         return;
     }
-    float* mine = buffer[at.warp] + at.sub_row * t.lanes * kLane;
-    HF_LOPT_EACH(e) mine[at.column[e]] = squares.x[e];
+    float* mine = buffer[at.warp()] + at.sub_row * t.lanes * kLane;
+    HF_LOPT_EACH(e) mine[at.column(e)] = squares.x[e];
     warp_barrier();
     const int places = t.inner < row.limit ? (int)t.inner : row.limit;
-    for (int i = at.lane; i < places; i += t.lanes) {
+    for (int i = thread() % t.lanes; i < places; i += t.lanes) {
         float sum = 0.0f;
         for (int64_t c = i; c < row.limit; c += t.inner) sum += mine[c];
-        out[row.line * t.inner + (at.start + i) % t.inner] = sum;
+        out[row.line * t.inner + (at.start() + i) % t.inner] = sum;
     }
     warp_barrier();
 }
 
 template <class T>
-HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, Place at, double* stats) {
+HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, double* stats) {
+    const Place at = place(a.table);
     const Entry& t = *at.entry;
     MomentSums<T> p, others[1 + kMomenta];
     const float* v = pointer<float>(a.table, t, sV);
@@ -115,7 +116,7 @@ HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
     }
 }
 
-HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
+HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     HF_LOPT_SHARED float buffer[kWarps][kStrip];
     const Place at = place(a.table);
     const Entry& t = *at.entry;
@@ -147,7 +148,7 @@ HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
         }
         warp_barrier();
         if (at.sub_row == 0) {
-            HF_LOPT_EACH(e) buffer[at.warp][at.column[e]] = sums.columns[e];
+            HF_LOPT_EACH(e) buffer[at.warp()][at.column(e)] = sums.columns[e];
         }
         barrier();
         float* out = a.parts + t.vector_part + at.row_tile * t.vector_length() + at.vector();
@@ -161,9 +162,9 @@ HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     block_sums(both, kGradientStats, stats);
     if (a.moments) {
         if (t.factored) {
-            moments<float>(a, at, stats);
+            moments<float>(a, stats);
         } else {
-            moments<double>(a, at, stats);
+            moments<double>(a, stats);
         }
     }
 

@@ -76,7 +76,8 @@ HF_LOPT_DEVICE void multiply_split(float (&d)[4], const uint32_t (&high)[4], con
 HF_LOPT_DEVICE Place batch_place(const Place& at, int batch) {
     Place p = at;
     const int group = thread() % kWarpSize / 4;
-    HF_LOPT_EACH(e) p.column[e] = batch * kBatchColumns + (at.entry->wide ? group * kLane + e : e * 8 + group);
+    p.first_column = batch * kBatchColumns + (at.entry->wide ? group * kLane : group);
+    p.column_step = at.entry->wide ? 1 : 8;
     return p;
 }
 
@@ -116,7 +117,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
         float z[4];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float* bias = s.column_bias + at.column[e + r] * Shared<kUnits>::kColumnStride + n * 8 + 2 * q;
+            const float* bias = s.column_bias + at.column(e + r) * Shared<kUnits>::kColumnStride + n * 8 + 2 * q;
             z[2 * r] = line_bias[n][0] + bias[0];
             z[2 * r + 1] = line_bias[n][1] + bias[1];
         }
@@ -182,7 +183,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
     const Entry& t = *tile.entry;
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
-    const float* along = pointer<float>(a.table, t, sVectorFactor) + k * t.vector_decay + tile.vector();
+    const float* along = s.factors[k];
     const float* line_factor = pointer<float>(a.table, t, sLineFactor) + k * t.line_decay;
     const float* line = pointer<float>(a.table, t, sLine);
     const int batches = (tile.width + kBatchColumns - 1) / kBatchColumns, turns = tile.turns();
@@ -229,7 +230,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
                     const float v = ema(r.v.x[e + i], g * g, a.constants.keep_v, a.constants.add_v);
                     const float root = inverse_root(v + a.constants.second_eps), p = r.own.x[e + i];
                     const float m = ema(p, g, keep, add);
-                    const float factor = live[e + i] ? rho * along[at.column[e + i]] : 0.0f;
+                    const float factor = live[e + i] ? rho * along[at.column(e + i)] : 0.0f;
                     x[i][0] = q == 0 ? g : m;
                     x[i][1] = q == 0 ? p : m * root;
                     x[i][2] = q == 0 ? v : g * factor;

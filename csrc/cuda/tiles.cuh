@@ -46,21 +46,24 @@ struct Row {
     int limit;             // columns of the strip that are there; 0 where the tile has no such row
 };
 
+// What a thread keeps of its place for the whole tile is in registers: it is as little as there can be.
 struct Place {
     const Entry* entry;
-    int32_t tensor, tile, strip, row_tile;  // `tile`: of the tensor
-    int64_t group, start;                   // the strip's first column
-    int width, rows_at_once;                // columns of the strip; rows that a warp works on together
-    int lane, warp, sub_row;
-    int column[kLane];  // in the strip
+    int32_t tensor, tile, strip, row_tile, group;  // `tile`: of the tensor
+    int width, rows_at_once, sub_row;  // columns of the strip; rows that a warp works on together, and the thread's
+    int first_column, column_step;     // of the thread in the strip
+
+    HF_LOPT_MEMBER int warp() const { return thread() / kWarpSize; }
+    HF_LOPT_MEMBER int64_t start() const { return (int64_t)strip * kStrip; }  // the strip's first column
+    HF_LOPT_MEMBER int column(int e) const { return first_column + e * column_step; }
 
     // The warp's row in turn `turn`.
     HF_LOPT_MEMBER Row row(int turn) const {
         const Entry& t = *entry;
-        const int64_t r = first_row() + (int64_t)(turn * kWarps + warp) * rows_at_once + sub_row;
+        const int64_t r = first_row() + (int64_t)(turn * kWarps + warp()) * rows_at_once + sub_row;
         Row out;
-        out.line = t.mid == 1 ? group * t.rows + r : (group / t.mid * t.rows + r) * t.mid + group % t.mid;
-        out.offset = out.line * t.columns + start;
+        out.line = line(r);
+        out.offset = out.line * t.columns + start();
         out.limit = r < t.rows ? width : 0;
         if (!t.factored && out.limit > t.numel - out.offset) out.limit = (int)(t.numel - out.offset);
         return out;
@@ -74,17 +77,18 @@ struct Place {
     }
     // Turns until this warp has no more rows; the same for all its threads.
     HF_LOPT_MEMBER int turns() const {
-        const int64_t left = row_count() - (int64_t)warp * rows_at_once, step = (int64_t)kWarps * rows_at_once;
+        const int64_t left = row_count() - (int64_t)warp() * rows_at_once, step = (int64_t)kWarps * rows_at_once;
         return left <= 0 ? 0 : (int)((left + step - 1) / step);
     }
-    HF_LOPT_MEMBER int64_t line_of(int64_t row_in_tile) const {
+    HF_LOPT_MEMBER int64_t line_of(int64_t row_in_tile) const { return line(first_row() + row_in_tile); }
+    // Of row `r` of the tensor.
+    HF_LOPT_MEMBER int64_t line(int64_t r) const {
         const Entry& t = *entry;
-        const int64_t r = first_row() + row_in_tile;
         return t.mid == 1 ? group * t.rows + r : (group / t.mid * t.rows + r) * t.mid + group % t.mid;
     }
     // Of the strip in the vector accumulator.
-    HF_LOPT_MEMBER int64_t vector() const { return group * entry->columns + start; }
-    HF_LOPT_MEMBER bool live(const Row& row, int e) const { return column[e] < row.limit; }
+    HF_LOPT_MEMBER int64_t vector() const { return group * entry->columns + start(); }
+    HF_LOPT_MEMBER bool live(const Row& row, int e) const { return column(e) < row.limit; }
 };
 
 template <class T>
@@ -115,13 +119,12 @@ HF_LOPT_DEVICE Place place(const Table& table) {
     const int32_t rest = at.tile / t.strips;
     at.row_tile = rest % t.row_tiles;
     at.group = rest / t.row_tiles;
-    at.start = (int64_t)at.strip * kStrip;
-    at.width = (int)(t.columns - at.start < kStrip ? t.columns - at.start : kStrip);
+    at.width = (int)(t.columns - at.start() < kStrip ? t.columns - at.start() : kStrip);
     at.rows_at_once = kWarpSize / t.lanes;
-    at.warp = thread() / kWarpSize;
-    at.lane = thread() % kWarpSize % t.lanes;
     at.sub_row = thread() % kWarpSize / t.lanes;
-    HF_LOPT_EACH(e) at.column[e] = t.wide ? at.lane * kLane + e : at.lane + e * t.lanes;
+    const int lane = thread() % t.lanes;
+    at.first_column = t.wide ? lane * kLane : lane;
+    at.column_step = t.wide ? 1 : t.lanes;
     return at;
 }
 
@@ -132,7 +135,7 @@ HF_LOPT_DEVICE uint16_t encode(float x, int32_t type) { return type == kBFloat16
 
 // Where element e of the thread's columns is, with the steps of a strided slice.
 HF_LOPT_DEVICE int64_t strided_place(const int64_t (&step)[2], const Place& at, const Row& row, int e) {
-    return row.line * step[0] + (at.start + at.column[e]) * step[1];
+    return row.line * step[0] + (at.start() + at.column(e)) * step[1];
 }
 
 // The thread's numbers of a row, zero where there are none.
@@ -150,21 +153,21 @@ HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const 
         const float* x = static_cast<const float*>(data) + row.offset;
         if (at.entry->wide) {
             if (at.live(row, 0)) {
-                const Float4 z = *reinterpret_cast<const Float4*>(x + at.column[0]);
+                const Float4 z = *reinterpret_cast<const Float4*>(x + at.column(0));
                 HF_LOPT_EACH(e) y.x[e] = z.x[e];
             }
         } else {
-            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = x[at.column[e]];
+            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = x[at.column(e)];
         }
     } else {
         const uint16_t* x = static_cast<const uint16_t*>(data) + row.offset;
         if (at.entry->wide) {
             if (at.live(row, 0)) {
-                const Short4 z = *reinterpret_cast<const Short4*>(x + at.column[0]);
+                const Short4 z = *reinterpret_cast<const Short4*>(x + at.column(0));
                 HF_LOPT_EACH(e) y.x[e] = decode(z.x[e], type);
             }
         } else {
-            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = decode(x[at.column[e]], type);
+            HF_LOPT_EACH(e) if (at.live(row, e)) y.x[e] = decode(x[at.column(e)], type);
         }
     }
     return y;
@@ -191,9 +194,9 @@ HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const Row& 
             if (!at.live(row, 0)) return;
             Float4 z;
             HF_LOPT_EACH(e) z.x[e] = y.x[e];
-            *reinterpret_cast<Float4*>(x + at.column[0]) = z;
+            store_wide(x + at.column(0), z);
         } else {
-            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column[e]] = y.x[e];
+            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column(e)] = y.x[e];
         }
     } else {
         uint16_t* x = static_cast<uint16_t*>(data) + row.offset;
@@ -201,9 +204,9 @@ HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const Row& 
         HF_LOPT_EACH(e) z.x[e] = encode(y.x[e], type);
         HF_LOPT_EACH(e) y.x[e] = decode(z.x[e], type);
         if (at.entry->wide) {
-            if (at.live(row, 0)) *reinterpret_cast<Short4*>(x + at.column[0]) = z;
+            if (at.live(row, 0)) store_wide(x + at.column(0), z);
         } else {
-            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column[e]] = z.x[e];
+            HF_LOPT_EACH(e) if (at.live(row, e)) x[at.column(e)] = z.x[e];
         }
     }
 }

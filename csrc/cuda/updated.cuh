@@ -37,7 +37,7 @@ HF_LOPT_DEVICE Updated update(const Table& table, const Constants& c, const Plac
 // The numbers of a vector accumulator in the thread's columns.
 HF_LOPT_DEVICE Lane load_vector(const float* x, const Place& at) {
     Lane y;
-    HF_LOPT_EACH(e) y.x[e] = at.column[e] < at.width ? x[at.vector() + at.column[e]] : 0.0f;
+    HF_LOPT_EACH(e) y.x[e] = at.column(e) < at.width ? x[at.vector() + at.column(e)] : 0.0f;
     return y;
 }
 
@@ -49,7 +49,7 @@ HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const Row& row) {
         return splat(row.limit > 0 ? x[row.line] : 0.0f);
     } else {
         Lane y;
-        HF_LOPT_EACH(e) y.x[e] = at.live(row, e) ? x[row.line * inner + (at.start + at.column[e]) % inner] : 0.0f;
+        HF_LOPT_EACH(e) y.x[e] = at.live(row, e) ? x[row.line * inner + (at.start() + at.column(e)) % inner] : 0.0f;
         return y;
     }
 }

@@ -143,7 +143,7 @@ class _Picked(dict):
         self.source, self.count, self.places = source, count, index
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = self.source[name].unflatten(0, (self.count, -1))[self.places].flatten()
+        self[name] = self.source[name].unflatten(0, (self.count, -1)).index_select(0, self.places).flatten()
         return self[name]
 
 

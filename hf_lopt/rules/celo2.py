@@ -131,7 +131,8 @@ def _orthogonalise(
             # One alone needs no copy.
             x = steps[some[0]].unsqueeze(0) if len(some) == 1 else torch.stack([steps[i] for i in some])
             result, own = orthogonal(x.movedim(places, (-2, -1)), dtype)
-            result = result.movedim((-2, -1), places).contiguous()
+            result = result.movedim((-2, -1), places)
+            result = result if result.is_contiguous() else result.clone(memory_format=torch.contiguous_format)
             for i, x, y in zip(some, result.unbind(), own.unbind(), strict=True):
                 done[i], mean_squares[i] = x, y
     return done, mean_squares
@@ -307,7 +308,7 @@ def update(
 def _adam(batch: batches.Batch, turn: passes.Turn, settings: Mapping[str, Any]) -> Tensor:
     """The Adam branch. Celo2 has its epsilon inside the root and no bias correction, ELO-Celo2 the usual form."""
     corrected = settings["adam_bias_correction"]
-    corrections = turn.corrections if corrected else [batch.layout.one[0]] * 2
+    corrections = turn.corrections if corrected else [batch.layout.one.squeeze(0)] * 2
     rates = {"lr": batch["lr"] * settings["adam_lr_mult"], "weight_decay": batch["weight_decay"]}
     batch = replace(batch, settings=rates)
     steps = passes.fold(batch, None, None, batch.layout.nothing, ())

@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../words.h"
+
 #define HF_LOPT_DEVICE static inline
 #define HF_LOPT_MEMBER inline
 #define HF_LOPT_OUT_OF_LINE static inline
@@ -209,6 +211,9 @@ HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return *x;
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
+HF_LOPT_DEVICE void store_wide(float* to, const Float4& y) { std::memcpy(to, &y, sizeof y); }
+HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) { std::memcpy(to, &y, sizeof y); }
 
 HF_LOPT_DEVICE float from_half(uint16_t x) {
     _Float16 y;
