@@ -447,8 +447,9 @@ def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
     x = x.float()
     mean_squares = x.square().mean((1, 2))
     if norm_eps is not None:
-        x = x * (mean_squares + norm_eps).rsqrt()[:, None, None]
-    return (x.mT if transposed else x).reshape(shape).contiguous(), mean_squares.view(shape[:-2])
+        x = x * (mean_squares + norm_eps).rsqrt().view(-1, 1, 1)
+    x = (x.mT if transposed else x).reshape(shape)
+    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format), mean_squares.view(shape[:-2])
 
 
 def _slice_numbers(x: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
