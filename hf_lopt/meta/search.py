@@ -52,12 +52,22 @@ def _gathered(results: Mapping[int, Tensor], count: int, width: int, device: tor
     return rows
 
 
+def on_host(state: Any) -> Any:
+    """Nested mappings and lists with their tensors on the CPU, where any machine can read them."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, Mapping):
+        return {key: on_host(x) for key, x in state.items()}
+    return type(state)(map(on_host, state)) if isinstance(state, (list, tuple)) else state
+
+
 def _states(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of all processes' tasks, on each of them."""
+    """The states of all processes' tasks, on each of them, on the CPU."""
+    own = on_host(own)
     if processes()[1] == 1:
-        return dict(own)
+        return own
     parts: list[dict[str, Any]] = [{}] * processes()[1]
-    dist.all_gather_object(parts, dict(own))
+    dist.all_gather_object(parts, own)
     return {name: state for part in parts for name, state in part.items()}
 
 

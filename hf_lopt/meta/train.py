@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_lopt import rules
 from hf_lopt.meta import atomic, evaluate, tasks
 from hf_lopt.meta.config import Config, from_dict, to_dict
-from hf_lopt.meta.search import processes, search
+from hf_lopt.meta.search import on_host, processes, search
 
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
@@ -96,7 +96,7 @@ class Trainer:
         state = self.search.state_dict()
         if processes()[0] == 0:
             saved = {"format": FORMAT, "config": json.loads(json.dumps(to_dict(self.config))), "search": state}
-            saved |= {"best": self.best, "seconds": self.seconds}
+            saved = on_host(saved | {"best": self.best, "seconds": self.seconds})
             atomic.replace(self.folder / CHECKPOINT, lambda path: torch.save(saved, path))
         if processes()[1] > 1:
             dist.barrier()
