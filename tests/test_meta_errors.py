@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_lopt.meta import cli, config, data, search, tasks, theta
+from hf_lopt.meta.particles import Particles
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from test_meta_train import SMALL
 
@@ -177,3 +178,13 @@ def test_weights_to_start_from(tmp_path):
         theta.starting_weights("elo_celo2", "bundled")
     with pytest.raises(ValueError, match="no update rule is called 'adam'"):
         theta.starting_weights("adam", "bundled")
+
+
+def test_what_cannot_change_on_the_way():
+    """Learned decays are numbers of the step's call; a captured step would keep the old ones."""
+    particles = Particles("small_fc_lopt", {"w": (3, 2)}, 2)
+    start = theta.starting_weights("small_fc_lopt", "bundled")
+    weights = {name: leaf.expand(2, *leaf.shape) for name, leaf in start.items()}
+    particles.set_weights(weights)
+    with pytest.raises(ValueError, match="features of the weights cannot change between truncations"):
+        particles.set_weights({name: leaf + 0.1 * ("decays" in name) for name, leaf in weights.items()})
