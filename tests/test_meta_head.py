@@ -11,6 +11,7 @@ from test_embedded import lr_mult, scheduler_inputs
 
 
 NAMES = ["time[1]", "time[8]", "loss[0]", "loss[8]", "small[0]", "small[2]", "steady[2]", "matrix", "vector"]
+GATED = ["small_matrix[0]", "small_vector[1]"]
 SETTINGS = {
     "rule": "velo",
     "tasks": {"functions_mlp": 2},
@@ -40,14 +41,18 @@ def random_inputs(rank, seed=0):
 
 
 def test_zeros_are_the_constructed_weights(start):
-    """Bit by bit in a run, with every number there is."""
-    zeros = dict.fromkeys([*NAMES, "fac_g[0]", "p[0]", "fac_m[0]"], 0.0)
+    """In a run, with every kind of number: bit by bit without units of their own, else but for the order of sums."""
+    zeros = dict.fromkeys([*NAMES, *GATED, "fac_g[0]", "p[0]", "fac_m[0]"], 0.0)
     leaves = head.head_leaves(start, zeros)
+    fewer = head.head_leaves(start, {name: 0.0 for name in zeros if name not in GATED})
     task = tasks.named("functions_mlp")
-    runs = [evaluate.learned(task, "velo", weights, 30, 2).losses for weights in (start, leaves)]
-    assert torch.equal(*runs)
+    plain, same, close = (evaluate.learned(task, "velo", w, 30, 2).losses for w in (start, fewer, leaves))
+    assert torch.equal(same, plain)
+    torch.testing.assert_close(close, plain, rtol=1e-5, atol=0)
     for rank in (1, 2):
-        np.testing.assert_array_equal(of(leaves, random_inputs(rank)), of(start, random_inputs(rank)))
+        x = random_inputs(rank)
+        np.testing.assert_array_equal(of(fewer, x), of(start, x))
+        np.testing.assert_allclose(of(leaves, x), of(start, x), rtol=1e-12)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
@@ -64,6 +69,26 @@ def test_numbers_are_logarithms_of_factors(start, rank):
     np.testing.assert_allclose(ratio, factor, rtol=2e-3)
     low, high = head.bounds(numbers)
     assert (np.log(ratio) > low - 2e-3).all() and (np.log(ratio) < high + 2e-3).all()
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("kind", ["matrix", "vector"])
+def test_numbers_for_one_kind_of_tensor(start, kind, rank):
+    """They take effect a step later, on tensors of their kind; the rest of the scheduler does not notice."""
+    leaves = {
+        name: leaf.numpy() for name, leaf in head.head_leaves(start, {f"small_{kind}[1]": 2.0, "vector": 0.5}).items()
+    }
+    first, second = random_inputs(rank), random_inputs(rank, seed=1)
+    produced, state = lr_mult(leaves, first)
+    plain = math.exp(0.5) if rank < 2 else 1.0
+    np.testing.assert_allclose(produced / of(start, first), plain, rtol=5e-3)
+    z = (first[:, 25] - first[:, 18]) / 5
+    s = 2.0 * np.tanh(np.tanh(z)) / np.tanh(np.tanh(1)) * (kind == ("vector" if rank < 2 else "matrix"))
+    gate = 1 / 256 if rank < 2 else 1 / 512
+    factor = plain * np.exp(s) / (1 + gate * (plain * np.exp(s) - 1))
+    ratio = lr_mult(leaves, second, state)[0] / of(start, second)
+    np.testing.assert_allclose(ratio, factor, rtol=5e-3)
+    assert (kind == "vector") != (rank < 2) or ratio.max() / ratio.min() > 4.0
 
 
 def test_numbers_of_the_direction(start):

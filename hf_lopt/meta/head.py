@@ -13,6 +13,8 @@ with inputs between 0 and 1, or -1 and 1:
     "small[k]"           (L(var m_k) - L(mean v)) / 5, about log(mean m² / (mean g² rms p)) / 10: large for tensors
                          that are still near zero, as new biases are
     "steady[k]"          (L(var m_k) - L(var m_0)) / 5: how much of the gradient is left in longer means
+    "small_matrix[k]"    "small[k]" of the step before, as tanh(tanh(.)) of it relative to that of 1, if the tensor is
+                         a matrix, 0 elsewhere; "small_vector[k]" likewise. They take a unit of the LSTM each
 
 A number is thus the logarithm of a factor; zeros give the constructed weights back. Of VeLO's statistics only those
 differences are used, since each alone would tie the size of a step to that of the gradients: where L, which is half a
@@ -29,10 +31,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_lopt.features import VELO
 from hf_lopt.meta.construct.networks import relu_pair
-from hf_lopt.meta.construct.velo import DIRECTION, INPUTS, RANK_INPUT, VECTOR_RANKS
+from hf_lopt.meta.construct.velo import DIRECTION, INPUTS, OPEN, RANK_INPUT, VECTOR_RANKS
 from hf_lopt.networks import Theta
 
 
@@ -41,6 +44,9 @@ RULES = ("velo", "velo_s")
 LARGEST = 512.0
 KINDS = ("matrix", "vector")
 GROUPS = {"time": range(9), "loss": range(9), "small": range(3), "steady": range(1, 3)}
+UNITS = {"small_matrix": "matrix", "small_vector": "vector"}  # inputs with a unit of their own, by kind of tensor
+GROUPS |= dict.fromkeys(UNITS, GROUPS["small"])
+UNIT_AT_1 = math.tanh(math.tanh(1.0))
 TIME, LOSS, MEAN_V, VAR_M = 0, 9, 18, 24  # places of VeLO's scheduler inputs
 SPAN = 5.0  # of the statistics L
 NAME = re.compile(r"(\w+)\[(\d+)\]")
@@ -57,8 +63,8 @@ def _form(name: str) -> tuple[Tensor, float] | None:
     if not match or int(match[2]) not in GROUPS.get(match[1], ()):
         return None
     group, k = match[1], int(match[2])
-    if group in ("small", "steady"):
-        form[VAR_M + k], form[MEAN_V if group == "small" else VAR_M] = 1.0 / SPAN, -1.0 / SPAN
+    if group not in ("time", "loss"):
+        form[VAR_M + k], form[VAR_M if group == "steady" else MEAN_V] = 1.0 / SPAN, -1.0 / SPAN
         return form, 0.0
     form[(TIME if group == "time" else LOSS) + k] = 0.5
     return form, 0.5
@@ -91,9 +97,46 @@ def bounds(numbers: Mapping[str, float]) -> tuple[float, float]:
     low, high = min(kinds), max(kinds)
     for name, number in own.items():
         if name not in KINDS:
-            least = -1.0 if name.startswith(("small", "steady")) else 0.0
+            least = 0.0 if name.startswith(("time", "loss")) else -1.0
             low, high = low + min(number, least * number), high + max(number, least * number)
     return low, high
+
+
+def _with_units(theta: Theta, more: int) -> dict[str, Tensor]:
+    """A copy with ``more`` units of the LSTM, and channels of the mixing layer, that do nothing."""
+    out = {name: leaf.clone() for name, leaf in theta.items()}
+    for name, leaf in out.items() if more else ():
+        if name == "rnn_params/rnn/linear/w":
+            whole = F.pad(leaf.unflatten(1, (4, -1)).unflatten(0, (2, -1)), (0, more, 0, 0, 0, more))
+            out[name] = whole.flatten(2).flatten(0, 1)
+        elif name == "rnn_params/rnn/linear/b":
+            out[name] = F.pad(leaf.view(4, -1), (0, more)).flatten()
+        elif name.startswith(("rnn_params/step_size/w", "rnn_params/rnn_to_controls/w")):
+            out[name] = F.pad(leaf, (0, 0, 0, more))
+        elif name.startswith(("rnn_params/linear", "lstm_init_state")):
+            out[name] = F.pad(leaf, (0, more))
+    return out
+
+
+def _gates(leaves: Theta) -> Tensor:
+    """A view of the LSTM's matrix: from (mixed input or hidden state, unit) to (gate, unit)."""
+    return leaves["rnn_params/rnn/linear/w"].unflatten(1, (4, -1)).unflatten(0, (2, -1))
+
+
+def _channel(leaves: Theta, numbers: Mapping[str, float]) -> int:
+    """Lets an unused channel of the mixing layer hold a sum of inputs; its place."""
+    mixing, offsets = (leaves[f"rnn_params/linear_2/{kind}"] for kind in "wb")
+    used = _gates(leaves)[0].abs().sum((1, 2)) + mixing.abs().sum(0) + offsets.abs()
+    used = used + sum(leaves[f"rnn_params/linear_1/{kind}"].abs().view(-1, len(used)).sum(0) for kind in "wb")
+    free = (used == 0.0).nonzero().flatten().tolist()
+    if not free:
+        raise ValueError("a head needs channels of the mixing layer that nothing uses: start from constructed weights")
+    total, offset = torch.zeros(INPUTS, dtype=torch.float64), 0.0
+    for name, number in numbers.items():
+        form, constant = _form(name)
+        total, offset = total + number * form, offset + number * constant
+    mixing[:, free[0]], offsets[free[0]] = total.to(mixing), offset
+    return free[0]
 
 
 def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]:
@@ -108,25 +151,21 @@ def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]
         ValueError: an unknown name, or no unused channel.
     """
     head, direction = _split(numbers)
-    out = {name: leaf.clone() for name, leaf in theta.items()}
-    hidden = out["rnn_params/step_size/w"].shape[0]
-    mixing, pooling = out["rnn_params/linear_2/w"], out["rnn_params/linear_1/w"]
-    kernel = out["rnn_params/rnn/linear/w"].unflatten(1, (4, hidden))
-    used = [mixing.abs().sum(0), pooling.abs().sum(0), kernel[:hidden].abs().sum((1, 2))]
-    used += [out[f"rnn_params/linear_{k}/b"].abs() for k in (1, 2)]
-    free = (sum(used) == 0.0).nonzero().flatten().tolist()
-    if not free:
-        raise ValueError(
-            "a head needs a channel of the mixing layer that nothing uses: start from constructed weights"
-        )
+    gated = {name: number for name, number in head.items() if name.split("[")[0] in UNITS}
+    hidden = len(theta["rnn_params/step_size/w"])
+    out = _with_units(theta, len(gated))
     low, high = bounds(head)
     scale = min(1.0, math.log(LARGEST) / max(high, -low, 1e-30))
-    total, offset = torch.zeros(INPUTS, dtype=torch.float64), 0.0
-    for name, number in head.items():
-        form, constant = _form(name)
-        total, offset = total + scale * number * form, offset + scale * number * constant
-    mixing[:, free[0]], out["rnn_params/linear_2/b"][free[0]] = total.to(mixing), offset
-    kernel[free[0], 0] = 1.0
+    plain = {name: scale * number for name, number in head.items() if name not in gated}
+    if plain:
+        _gates(out)[0, _channel(out, plain), 0, :hidden] = 1.0
+    for unit, (name, number) in enumerate(gated.items(), start=hidden):
+        size, vector = _channel(out, {name: 1.0}), _channel(out, {"vector": 1.0})
+        gates, biases = _gates(out), out["rnn_params/rnn/linear/b"].view(4, -1)
+        sign = 1.0 if UNITS[name.split("[")[0]] == "vector" else -1.0
+        gates[0, vector, 0, unit], biases[0, unit] = 2.0 * sign * OPEN, -sign * OPEN
+        gates[0, size, 1, unit], biases[2, unit], biases[3, unit] = 1.0, -OPEN - 1.0, OPEN
+        gates[1, unit, 0, :hidden] = scale * number / UNIT_AT_1
     if direction:
         network = relu_pair(VELO, DIRECTION | direction, hidden=(4, 4), outputs=3)
         out |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
