@@ -18,24 +18,27 @@ import torch
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "hf_lopt" / "_C_cuda.abi3.so"
 SHIPPED = {"sm_80", "sm_90", "sm_100"}
-# Limits of a kernel on sm_90: registers, and bytes that it spills. 128 registers leave room for 16 warps on a
-# multiprocessor. The kernels for networks have spills outside of their loops.
+# Limits of a kernel on sm_90, which are what nvcc 13.0 reaches: registers, and bytes that it spills. 128 registers
+# leave room for 16 warps on a multiprocessor, 80 for 24.
 LIMITS = {
-    "sums_kernel": (64, 64),
+    "sums_kernel": (80, 16),
     "update_factored_kernel": (64, 0),
-    "feature_sums_kernel": (128, 16),
-    "apply_4_kernel": (128, 64),
-    "apply_8_kernel": (128, 192),
-    "apply_32_kernel": (128, 320),
-    "adam_kernel": (128, 0),
+    "feature_sums_kernel": (128, 20),
+    "apply_4_kernel": (128, 24),
+    "apply_8_kernel": (128, 120),
+    "apply_32_kernel": (128, 216),
+    "adam_kernel": (80, 0),
     "descend_kernel": (64, 0),
-    "assign_kernel": (64, 0),
-    "zero_nan_kernel": (64, 0),
+    "assign_kernel": (48, 0),
+    "zero_nan_kernel": (48, 0),
     "advance_kernel": (64, 0),
-    "pool_kernel": (64, 0),
-    "lstm_kernel": (64, 0),
+    "pool_kernel": (32, 0),
+    "lstm_kernel": (48, 0),
     "fold_kernel": (64, 0),
 }
+# Bytes that functions out of line spill at most, by file: those for vectors, convolutions and slices.
+OUT_OF_LINE = {"apply_4": 148, "apply_8": 356, "apply_32": 60, "feature_sums": 16, "sums": 0}
+SLACK = 16  # of another release of the compiler
 
 
 def tool(name: str) -> str | None:
@@ -104,18 +107,39 @@ def test_registers_and_spills(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         reports = "\n".join(pool.map(compile_one, sorted((ROOT / "csrc" / "cuda").glob("*.cu"))))
-    found = {}
-    pattern = (
-        r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores.*\n.*Used (\d+) registers"
-    )
+    found, functions = {}, dict.fromkeys(OUT_OF_LINE, 0)
+    spills = r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores.*\n"
+    pattern = spills + r"(?:.*Used (\d+) registers)?"
     for name, spilled, registers in re.findall(pattern, reports):
         kernel = max((k for k in LIMITS if k in name), key=len, default=None)
-        if kernel:
+        if kernel and registers:
             found[kernel] = int(registers), int(spilled)
-    assert set(found) == set(LIMITS)
+        elif "hf_lopt" in name:
+            # The mangled name has that of the file.
+            source = max((f for f in OUT_OF_LINE if f"_{f}_cu_" in name), key=len)
+            functions[source] = max(functions[source], int(spilled))
+    assert set(found) == set(LIMITS) and functions["apply_32"] + functions["apply_8"] > 0
     for kernel, (registers, spilled) in found.items():
         most_registers, most_spilled = LIMITS[kernel]
-        assert registers <= most_registers and spilled <= most_spilled, (kernel, registers, spilled)
+        assert registers <= most_registers and spilled <= most_spilled + SLACK, (kernel, registers, spilled)
+    for source, spilled in functions.items():
+        assert spilled <= OUT_OF_LINE[source] + SLACK, (source, spilled)
+
+
+@needs_nvcc
+def test_memory_is_read_and_written_16_bytes_at_once_and_matrices_go_to_their_units(tmp_path):
+    """A struct of four numbers is not stored as one by itself."""
+    for name, products in (("apply_4", 0), ("apply_8", 0), ("apply_32", 72)):
+        target = tmp_path / f"{name}.ptx"
+        source = ROOT / "csrc" / "cuda" / f"{name}.cu"
+        command = [tool("nvcc"), "-std=c++17", "-O3", "-arch=compute_80", "-ptx", str(source), "-o", str(target)]
+        subprocess.run(command, check=True, timeout=1800)
+        text = target.read_text()
+        # A gradient, a parameter, three momenta and a second moment; half as many for a lane of the matrix units.
+        streams = 4 if products else 6
+        assert len(re.findall(r"ld\.global\.v4\.[fub]32", text)) >= streams
+        assert len(re.findall(r"st\.global\.v4\.f32", text)) >= streams
+        assert text.count("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32") == products
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: not run")

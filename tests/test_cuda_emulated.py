@@ -202,6 +202,40 @@ def test_zero_nan(emulated):
         assert xs[1][299, 3] == 0 and xs[1].sum() == 2099
 
 
+def test_no_launch_without_blocks(emulated):
+    """A rank may hold no part of any tensor; a grid of no blocks is an error on a GPU."""
+    x = case([(0, 3, 4), (0,)], sliced=True)
+    f = x.factors()
+    before = emulated.launches
+    sums = _ops.feature_sums(*x.common(f))
+    assert sums.shape == (5, sum(x.features.widths())) and not sums.any()
+    weights, biases = x.network(sums)
+    one, no = torch.ones(5), torch.tensor(False)
+    _ops.apply_network(*x.common(f), weights, biases, one, one, 1e-3, no, ())
+    _ops.descend(x.params, x.grads, one[:2], one[:2], None, None, 0.0, (), no)
+    _ops.assign(x.params, x.grads, no)
+    numbers = torch.empty(0, dtype=torch.float64)
+    rates = torch.empty(0)
+    folded = _ops.fold_network(
+        *(
+            torch.zeros(1, 11),
+            (2, 2, 1, 1),
+            1,
+            None,
+            numbers.view(0, 2),
+            numbers,
+            1e-9,
+            rates,
+            rates,
+            [],
+            None,
+            1.0,
+            -1,
+        )
+    )
+    assert folded[0].shape[0] == 0 and emulated.launches == before
+
+
 def test_non_finite_gradients_are_counted(emulated):
     x = case([(33, 70), (5,), ()])
     x.grads[0][3, 4], x.grads[0][30, 69], x.grads[1][2] = math.nan, math.inf, -math.inf
@@ -251,6 +285,15 @@ def test_tables_are_sent_once(emulated):
     assert emulated.table_copies == before + 1
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0][0], other[0], strict=True))
+
+
+def test_each_model_has_tables_of_its_own(emulated):
+    """Blocks count their arrivals in them: graphs of two models of one shape may run at the same time."""
+    x = case([(3, 11), (8,)])
+    y = copy.deepcopy(x)
+    before = emulated.table_copies
+    kept = [x.first_pass(False), y.first_pass(False), x.first_pass(False), y.first_pass(False)]
+    assert emulated.table_copies == before + 2 and len(kept) == 4
 
 
 def test_a_graph_has_tables_of_its_own(emulated):

@@ -50,7 +50,7 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
         cols.push_back(
             pieces.piece(places[2 * t + 1 - line], e.factored ? shape_without(grads[t], col_axes[t]) : Ints{0}));
     }
-    args.table = builder.build(params[0], device.stream(), true);
+    args.table = builder.build(params[0], device.stream(), true, true);
     const Tensor stats = doubles(params[0], {(int64_t)count, args.width}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor parts = floats(params[0], {builder.parts()});
@@ -135,7 +135,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     if (!entries.empty()) {
         std::vector<char> content;
         append(content, entries.data(), entries.size());
-        args.entries = reinterpret_cast<const FactoredEntry*>(device_copy(row_sums[0], content, 0, device.stream()));
+        args.entries = reinterpret_cast<const FactoredEntry*>(device_copy(row_sums[0], content, device.stream()));
         launch_update_factored(args, (int)entries.size(), device.stream());
     }
     return out;
@@ -213,7 +213,7 @@ Tensor feature_sums(const Common& common) {
     TableBuilder builder;
     Copies copies;
     add_entries(common, builder, copies, false);
-    args.table = builder.build(common.params[0], device.stream());
+    args.table = builder.build(common.params[0], device.stream(), true);
     const Tensor sums = doubles(common.params[0], {builder.entries(), args.columns.count}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor partial = doubles(common.params[0], {builder.tiles(), kSums});
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& w)
         STD_TORCH_CHECK(w.out[t].numel() == builder.whole(t).numel, "out has another shape than its parameter");
         builder.set_float(sOut, t, copies.writable(w.out[t]), "out");
     }
-    args.table = builder.build(like, device.stream());
+    args.table = builder.build(like, device.stream(), true);
     const Tensor sums = doubles(like, {count, 1}, builder.any_empty());
     const Tensor stats = doubles(like, {count, kUpdateStats + 1}, builder.any_empty());
     if (builder.tiles() > 0) {
@@ -308,7 +308,7 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
         builder.set_float(sM, t, copies.writable(momenta[t]), "momenta");
         builder.set_float(sV, t, copies.writable(second_moments[t]), "second moments");
     }
-    args.table = builder.build(params[0], device.stream());
+    args.table = builder.build(params[0], device.stream(), true);
     const Tensor sums = doubles(params[0], {(int64_t)count}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor partial = doubles(params[0], {builder.tiles()});
@@ -332,7 +332,7 @@ Table pairs(const Tensors& targets, const Tensors& values, const Ints& slice_axe
         builder.set_any(sP, t, copies.writable(targets[t]));
         builder.set_any(sG, t, copies.readable(values[t]));
     }
-    return builder.build(targets[0], device.stream());
+    return builder.build(targets[0], device.stream(), false);
 }
 
 }  // namespace

@@ -13,6 +13,17 @@ void check(cudaError_t status, const char* what) {
     STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
+// Allows calls that are not part of a graph while one is captured, here or by another thread.
+class Relaxed {
+  public:
+    Relaxed() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode"); }
+    ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    Relaxed(const Relaxed&) = delete;
+
+  private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 using CurrentStream = int32_t (*)(int32_t, void**);
 
 // Looked up in the library that torch has loaded rather than linked: the extension is also built, and its symbols
@@ -43,13 +54,9 @@ uint64_t capture_id(void* stream) {
 }
 
 char* new_staging(size_t bytes) {
-    // Allocation is not part of the graph that may be captured.
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
+    const Relaxed relaxed;
     void* memory = nullptr;
-    const cudaError_t status = cudaHostAlloc(&memory, bytes, cudaHostAllocDefault);
-    check(cudaThreadExchangeStreamCaptureMode(&mode), "cudaThreadExchangeStreamCaptureMode");
-    check(status, "cudaHostAlloc");
+    check(cudaHostAlloc(&memory, bytes, cudaHostAllocDefault), "cudaHostAlloc");
     return static_cast<char*>(memory);
 }
 
@@ -66,6 +73,7 @@ void* mark(void* event, void* stream) {
 }
 
 bool passed(void* event) {
+    const Relaxed relaxed;
     const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event));
     if (status == cudaErrorNotReady) return false;
     check(status, "cudaEventQuery");

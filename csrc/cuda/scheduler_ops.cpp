@@ -107,7 +107,7 @@ const StateEntry* states(const Tensor& like, const Tensors& hidden, const Tensor
     }
     std::vector<char> content;
     append(content, entries.data(), entries.size());
-    return reinterpret_cast<const StateEntry*>(device_copy(like, content, 0, stream));
+    return reinterpret_cast<const StateEntry*>(device_copy(like, content, stream));
 }
 
 }  // namespace
@@ -214,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor> fold_network(Tensor networks, Ints sizes, int
     args.out_row = size;
     args.scale = float_data(scale);
     args.decay = float_data(decay);
-    launch_fold(args, (int)rows, device.stream());
+    if (rows > 0) launch_fold(args, (int)rows, device.stream());
     return {out, scale, decay};
 }
 

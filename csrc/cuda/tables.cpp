@@ -25,6 +25,7 @@ constexpr const char* kTooMany = "the parameters have too many elements for one 
 struct Kept {
     int device;
     void* stream;
+    const void* owner;
     uint64_t capture;  // the graph that copies it, 0 for none
     uint64_t hash;
     std::vector<char> content;
@@ -36,7 +37,7 @@ struct Kept {
 };
 
 // A table that was in use a few calls ago is met again in the next step; tables of gone models are few.
-constexpr size_t kKept = 64;
+constexpr size_t kKept = 256;
 
 std::mutex guard;
 // Most recently used first. Never freed: the process may end before the device is done with it.
@@ -60,7 +61,8 @@ uint64_t hash_of(const std::vector<char>& bytes) {
 
 }  // namespace
 
-char* device_copy(const Tensor& like, const std::vector<char>& content, size_t zeros, void* stream) {
+char* device_copy(const Tensor& like, const std::vector<char>& content, void* stream, size_t zeros,
+                  const void* owner) {
     const int device = like.get_device_index();
     const uint64_t capture = capture_id(stream), hash = hash_of(content);
     const size_t size = content.size() + zeros;
@@ -68,7 +70,7 @@ char* device_copy(const Tensor& like, const std::vector<char>& content, size_t z
     std::list<Kept>& tables = kept();
     const auto found = std::find_if(tables.begin(), tables.end(), [&](const Kept& k) {
         // The tables of a graph are copied when it is replayed: nobody else finds them filled.
-        return k.hash == hash && k.size == size && k.device == device && k.stream == stream &&
+        return k.hash == hash && k.size == size && k.device == device && k.stream == stream && k.owner == owner &&
                (k.capture == 0 || k.capture == capture) && k.content == content;
     });
     if (found != tables.end()) {
@@ -87,12 +89,14 @@ char* device_copy(const Tensor& like, const std::vector<char>& content, size_t z
     }
     if (old == tables.end()) {
         const int64_t words = (int64_t)((size + sizeof(double) - 1) / sizeof(double));
-        Kept k{device, stream, capture, hash, {}, size, doubles(like, {words}), new_staging(size), nullptr, false};
+        Kept k{device,  stream, owner, capture, hash, {}, size, doubles(like, {words}), new_staging(size),
+               nullptr, false};
         tables.push_front(std::move(k));
     } else {
         tables.splice(tables.begin(), tables, old);
     }
     Kept& k = tables.front();
+    k.owner = owner;
     k.capture = capture;
     k.forever = capture != 0;
     k.hash = hash;
@@ -375,17 +379,19 @@ void TableBuilder::set_float(Slot slot, size_t t, const Tensor& x, const char* w
     set_elements(slot, t, x.data_ptr(), sizeof(float));
 }
 
-Table TableBuilder::build(const Tensor& like, void* stream, bool sums) {
-    int32_t tile = 0, ticket = 0;
+Table TableBuilder::build(const Tensor& like, void* stream, bool tickets, bool sums) {
+    int32_t tile = 0;
+    int64_t ticket = 0;
     first_tile_.clear();
     for (Entry& e : entries_) {
         first_tile_.push_back(tile);
         const int64_t tiles = e.groups * e.strips * e.row_tiles;
         STD_TORCH_CHECK(tiles < INT32_MAX - tile, kTooMany);
         tile += (int32_t)tiles;
-        e.first_ticket = ticket++;
+        STD_TORCH_CHECK(ticket < INT32_MAX, kTooMany);
+        e.first_ticket = (int32_t)ticket++;
         if (!sums || !e.factored) continue;
-        ticket += (int32_t)(e.groups * (e.strips + e.row_tiles));
+        ticket += e.groups * (e.strips + e.row_tiles);
         e.line_part = parts_;
         parts_ += e.strips * e.line_length();
         e.vector_part = parts_;
@@ -397,7 +403,8 @@ Table TableBuilder::build(const Tensor& like, void* stream, bool sums) {
     std::vector<char> content;
     append(content, entries_.data(), entries_.size());
     append(content, first_tile_.data(), first_tile_.size());
-    char* data = device_copy(like, content, ticket * sizeof(uint32_t), stream);
+    char* data = tickets ? device_copy(like, content, stream, ticket * sizeof(uint32_t), like.data_ptr())
+                         : device_copy(like, content, stream);
     Table table{};
     table.entries = reinterpret_cast<const Entry*>(data);
     table.first_tile = reinterpret_cast<const int32_t*>(data + entries_.size() * sizeof(Entry));

@@ -29,9 +29,11 @@ class Device {
     void* stream_;
 };
 
-// A copy of `content` on the device of `like`, with `zeros` more bytes of 0 behind it: an earlier one if there is one
-// of the same content. Those used in the capture of a graph are kept for good.
-char* device_copy(const Tensor& like, const std::vector<char>& content, size_t zeros, void* stream);
+// A copy of `content` on the device of `like`, with `zeros` more bytes of 0 behind it, in which kernels count: an
+// earlier one if there is one of the same content for this stream and the same `owner`. Kernels of several owners may
+// run at the same time, in graphs that were captured on one stream. Copies used in a capture are kept for good.
+char* device_copy(const Tensor& like, const std::vector<char>& content, void* stream, size_t zeros = 0,
+                  const void* owner = nullptr);
 
 // Contiguous data; what is not contiguous is worked on as a copy.
 class Copies {
@@ -82,8 +84,9 @@ class TableBuilder {
     void set_any(Slot slot, size_t t, const Tensor& x);
     void set_float(Slot slot, size_t t, const Tensor& x, const char* what);
 
-    // After everything has been set. `sums`: rows and columns are added up.
-    Table build(const Tensor& like, void* stream, bool sums = false);
+    // After everything has been set. `tickets`: blocks count their arrivals, and `like` is a tensor that stays where
+    // it is from step to step. `sums`: rows and columns are added up.
+    Table build(const Tensor& like, void* stream, bool tickets, bool sums = false);
     int tiles() const { return first_tile_.back(); }
     int64_t parts() const { return parts_; }
     // Whether there is an entry without elements, whose results no block writes.

@@ -82,6 +82,7 @@ class Emulator {
     int64_t launches() const { return launches_; }
 
     void run(int blocks, int threads, std::function<void()> body) {
+        if (blocks <= 0) throw std::runtime_error("a launch without blocks is an error on a GPU");
         launches_++;
         body_ = std::move(body);
         std::mt19937 random(seed_);
