@@ -63,8 +63,8 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def host_memory(monkeypatch):
-    """Operators without a CUDA kernel are what they call. Pinned memory needs a driver, and decays that are learned are
-    read from the device, once."""
+    """Operators without a CUDA kernel are what they call. Pinned memory needs a driver, and learned decays are read
+    from the device, once."""
     if not torch.cuda.is_available():
         torch._C._ensureCUDADeviceGuardSet()  # lets fake tensors be indexed as real ones are
     monkeypatch.setattr(small_fc, "learned_decays", lambda decays, offsets, clip: decays)
