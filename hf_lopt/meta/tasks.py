@@ -21,6 +21,7 @@ from hf_lopt.meta import data
 
 
 Params = Mapping[str, Tensor]
+FEW_CLASSES = 16
 ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu}
 
 
@@ -75,9 +76,12 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    # The classes in front of the samples: over the last, short axis PyTorch's softmax takes five times as long.
-    losses = F.cross_entropy(outputs.flatten(1, -2).mT, targets.flatten(1), reduction="none")
-    return losses.mean(1)
+    outputs, targets = outputs.flatten(1, -2), targets.flatten(1)
+    if outputs.shape[-1] <= FEW_CLASSES:
+        # The classes in front of the samples: over a short last axis PyTorch's softmax takes five times as long.
+        return F.cross_entropy(outputs.mT, targets, reduction="none").mean(1)
+    losses = F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(len(outputs), -1).mean(1)
 
 
 def _dense(params: Params, name: str, x: Tensor) -> Tensor:
