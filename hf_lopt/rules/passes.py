@@ -48,7 +48,8 @@ class Reading:
         first, last = (sum(batch.layout.slices[:t]) for t in (start, stop))
         f = self.factors
         factors = Factors(*(x[start:stop] for x in (f.rows, f.cols, f.row_factors, f.col_factors)))
-        return Reading(self.stats[start:stop], factors, self.sums[first:last], self.numel[first:last])
+        sums, numel = (x.narrow(0, first, last - first) for x in (self.sums, self.numel))
+        return Reading(self.stats.narrow(0, start, stop - start), factors, sums, numel)
 
 
 @dataclass
