@@ -1,7 +1,7 @@
 // The operators of the library: every schema, and the kernels that are registered for the CPU. No arithmetic.
 //
 // hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels;
-// hf_lopt/_plain.py and _plain_scheduler.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
+// hf_lopt/_plain*.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
 #include <Python.h>
 
 #include "boxed.h"

@@ -1,4 +1,4 @@
-// The operators that have kernels on every device, as C++ functions; see hf_lopt/_plain.py for what they compute.
+// The operators that have kernels on every device, as C++ functions; see hf_lopt/_plain*.py for what they compute.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -18,7 +18,8 @@ but on an accelerator every call of PyTorch is a launch. So it has operators, to
 * :func:`fold_network`  brings the networks into the form that ``apply_network`` takes;
 * :func:`assign`        stores new state; :func:`zero_nan` is for rules that take NaN in a gradient for 0.
 
-:mod:`hf_lopt._plain` and :mod:`hf_lopt._plain_scheduler` specify them in plain PyTorch, and describe the tensors.
+:mod:`hf_lopt._plain`, :mod:`hf_lopt._plain_steps` and :mod:`hf_lopt._plain_scheduler` specify them in plain PyTorch,
+and describe the tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_lopt import _load, _plain, _plain_scheduler
+from hf_lopt import _load, _plain, _plain_scheduler, _plain_steps
 from hf_lopt._plain import STAT_NONFINITE, STAT_P2, STAT_PAIRS, feature_width, slice_indices, stat_width
 
 
@@ -214,9 +215,9 @@ KERNELS = {
     "update_factored": (_plain.update_factored, _fake_update_factored),
     "feature_sums": (_plain.feature_sums, _fake_feature_sums),
     "apply_network": (_plain.apply_network, _fake_apply_network),
-    "adam_step": (_plain.adam_step, _fake_adam_step),
-    "descend": (_plain.descend, _fake_descend),
-    "orthogonalize": (_plain.orthogonalize, _fake_orthogonalize),
+    "adam_step": (_plain_steps.adam_step, _fake_adam_step),
+    "descend": (_plain_steps.descend, _fake_descend),
+    "orthogonalize": (_plain_steps.orthogonalize, _fake_orthogonalize),
     "advance": (_plain_scheduler.advance, _fake_advance),
     "pool": (_plain_scheduler.pool, _fake_pool),
     "lstm_step": (_plain_scheduler.lstm_step, _fake_lstm_step),
@@ -239,9 +240,9 @@ sums = _load.operator("sums", _plain.sums)
 update_factored = _load.operator("update_factored", _plain.update_factored)
 feature_sums = _load.operator("feature_sums", _plain.feature_sums)
 apply_network = _load.operator("apply_network", _plain.apply_network)
-adam_step = _load.operator("adam_step", _plain.adam_step)
-descend = _load.operator("descend", _plain.descend)
-orthogonalize = _load.operator("orthogonalize", _plain.orthogonalize)
+adam_step = _load.operator("adam_step", _plain_steps.adam_step)
+descend = _load.operator("descend", _plain_steps.descend)
+orthogonalize = _load.operator("orthogonalize", _plain_steps.orthogonalize)
 advance = _load.operator("advance", _plain_scheduler.advance)
 pool = _load.operator("pool", _plain_scheduler.pool)
 lstm_step = _load.operator("lstm_step", _plain_scheduler.lstm_step)

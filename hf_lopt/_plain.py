@@ -37,7 +37,7 @@ def complement(decay: float) -> float:
     return (1.0 - decay32).item()
 
 
-def _blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+def blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
     """Index tuples that cut a tensor into blocks of about ``limit`` elements along its leading axes."""
     numel = math.prod(shape)
     if numel == 0:
@@ -48,7 +48,7 @@ def _blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
     inner = numel // shape[0]
     if inner > limit:
         for i in range(shape[0]):
-            for rest in _blocks(shape[1:], limit):
+            for rest in blocks(shape[1:], limit):
                 yield (slice(i, i + 1), *rest)
         return
     length = max(1, limit // inner)
@@ -56,12 +56,12 @@ def _blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
         yield (slice(i, i + length),)
 
 
-def _cut(x: Tensor, index: tuple[slice, ...]) -> Tensor:
+def cut(x: Tensor, index: tuple[slice, ...]) -> Tensor:
     """Block ``index`` of ``x`` (D, *shape), where an axis of size 1 broadcasts and is kept whole."""
     return x[(slice(None), *(slice(None) if x.shape[i + 1] == 1 else s for i, s in enumerate(index)))]
 
 
-def _limit(x: Tensor) -> int:
+def block_size(x: Tensor) -> int:
     return _BLOCK_CPU if x.device.type == "cpu" else _BLOCK_OTHER
 
 
@@ -81,18 +81,18 @@ class _Block:
         self.g = g.clamp(-tensors.clip, tensors.clip) if tensors.clip < math.inf else g
         self.p = tensors.params[t][index].float()
         g2 = self.g * self.g
-        self.m = ema(_cut(tensors.momenta[t], index), self.g, tensors.momentum_decays)
-        self.v = ema(_cut(tensors.second_moments[t], index), g2, tensors.second_decays)
+        self.m = ema(cut(tensors.momenta[t], index), self.g, tensors.momentum_decays)
+        self.v = ema(cut(tensors.second_moments[t], index), g2, tensors.second_decays)
         self.rsqrt_v = (self.v + tensors.second_eps).rsqrt_()
         self.factored = tensors.row_axes[t] >= 0
         if self.factored:
             self.row, self.col, self.row_factor, self.col_factor = (
-                _cut(x, index)
+                cut(x, index)
                 for x in (tensors.rows[t], tensors.cols[t], tensors.row_factors[t], tensors.col_factors[t])
             )
         self.diagonal = None
         if not self.factored and tensors.diagonals[t].numel():
-            self.diagonal = ema(_cut(tensors.diagonals[t], index), g2 + FACTORED_EPS, tensors.factored_decays)
+            self.diagonal = ema(cut(tensors.diagonals[t], index), g2 + FACTORED_EPS, tensors.factored_decays)
             self.diagonal_eps = tensors.diagonal_eps
 
     def _over_rows_and_cols(self, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Tensors:
         self.params, self.grads = self.slices_of(self.params), self.slices_of(self.grads)
         for name in ("momenta", "second_moments", "diagonals", "rows", "cols", "row_factors", "col_factors"):
             xs = zip(getattr(self, name), indices, strict=True)
-            setattr(self, name, [_cut(x, i) if x.dim() > 1 else x for x, index in xs for i in index])
+            setattr(self, name, [cut(x, i) if x.dim() > 1 else x for x, index in xs for i in index])
         for name in ("row_axes", "col_axes"):
             setattr(
                 self, name, [axis for axis, index in zip(getattr(self, name), indices, strict=True) for _ in index]
@@ -235,7 +235,7 @@ class Tensors:
 
     def blocks(self, t: int) -> Iterator[tuple[tuple[slice, ...], _Block]]:
         p = self.params[t]
-        for index in _blocks(p.shape, _limit(p)):
+        for index in blocks(p.shape, block_size(p)):
             yield index, _Block(self, t, index)
 
 
@@ -269,10 +269,10 @@ def stat_width(momenta: Sequence[Tensor], second_moments: Sequence[Tensor]) -> i
 
 def _add_moments(stats: Tensor, p: Tensor, v: Tensor, m: Tensor) -> None:
     """Add the statistics of a block of the parameter, its second moments and its momenta."""
-    stats[STAT_P2] += _sum_of_squares(p)
+    stats[STAT_P2] += sum_of_squares(p)
     for i, part in enumerate((*v, *m)):
         stats[STAT_PAIRS + 2 * i] += part.sum(dtype=torch.float64)
-        stats[STAT_PAIRS + 2 * i + 1] += _sum_of_squares(part)
+        stats[STAT_PAIRS + 2 * i + 1] += sum_of_squares(part)
 
 
 def sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments):
@@ -288,12 +288,12 @@ def sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, momen
         if a >= 0:
             keep[0][a] = keep[1][b] = 1
         row, col = (torch.zeros(s, dtype=torch.float32, device=g.device) for s in keep)
-        for index in _blocks(g.shape, _limit(g)):
+        for index in blocks(g.shape, block_size(g)):
             x = g[index].float()
             stats[t, STAT_NONFINITE] += (~torch.isfinite(x)).sum()
-            stats[t, STAT_G2] += _sum_of_squares(x)
+            stats[t, STAT_G2] += sum_of_squares(x)
             if moments:
-                _add_moments(stats[t], p[index], _cut(second_moments[t], index), _cut(momenta[t], index))
+                _add_moments(stats[t], p[index], cut(second_moments[t], index), cut(momenta[t], index))
             if a >= 0:
                 x = x.clamp(-clip, clip) if clip < math.inf else x
                 x = x * x
@@ -305,7 +305,7 @@ def sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, momen
     return rows, cols, stats
 
 
-def _sum_of_squares(x: Tensor) -> Tensor:
+def sum_of_squares(x: Tensor) -> Tensor:
     x = x.double().flatten()  # the squares too: variances are differences of these sums
     return torch.dot(x, x)
 
@@ -326,7 +326,7 @@ def feature_sums(*args) -> Tensor:
     return out
 
 
-def _store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
+def store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
     """A function that stores a value where ``skip`` is false; None if it is known to be true."""
     if skip.device.type == "cpu":
         return None if bool(skip) else Tensor.copy_
@@ -348,7 +348,7 @@ def apply_network(*args) -> tuple[Tensor, Tensor]:
     outs = x.slices_of(out)
     sums = torch.zeros(len(x.params), weights[-1].shape[-1] - 1, dtype=torch.float64, device=scale.device)
     stats = sums.new_zeros(len(x.params), stat_width(x.momenta, x.second_moments))
-    store = _store_unless(skip)
+    store = store_unless(skip)
     if store is None:
         return sums, stats
     for t, p in enumerate(x.params):
@@ -361,16 +361,16 @@ def apply_network(*args) -> tuple[Tensor, Tensor]:
             shape = block.p.shape
             z = torch.addmm(b[0].unsqueeze(1), w_element, _stack(block, element))
             for part in constant:
-                z.view(-1, *shape).add_(_cut(part, index))
+                z.view(-1, *shape).add_(cut(part, index))
             for wi, bi in zip(w[1:], b[1:], strict=True):
                 z = torch.addmm(bi.unsqueeze(1), wi.T, z.relu_())
             step = (z[0] * torch.exp(z[1] * exp_mult) * scale[t]).view(shape)
-            sums[t, 0] += _sum_of_squares(step)
+            sums[t, 0] += sum_of_squares(step)
             sums[t, 1:] += z[2:].sum(1, dtype=torch.float64)
-            store(_cut(x.momenta[t], index), block.m)
-            store(_cut(x.second_moments[t], index), block.v)
+            store(cut(x.momenta[t], index), block.m)
+            store(cut(x.second_moments[t], index), block.v)
             if block.diagonal is not None:
-                store(_cut(x.diagonals[t], index), block.diagonal)
+                store(cut(x.diagonals[t], index), block.diagonal)
             if out:
                 store(outs[t][index], step)
             else:
@@ -399,105 +399,4 @@ def update_factored(rows, cols, row_sums, col_sums, row_means, row_sizes, col_si
         row_factor = (row / (mean + 1e-9)).clamp_min_(1e-9).rsqrt_()
         for part, x in zip(out, (row, col, row_factor, col.clamp_min(1e-9).rsqrt_()), strict=True):
             part[t] = x
-    return out
-
-
-def descend(params, steps, lr, weight_decay, squares, numel, norm_eps, slice_axes, skip):
-    """p <- p - lr (step / rms + weight_decay p), rounded once; ``steps`` float32, shaped like the parameters.
-
-    rms = sqrt(squares / numel + norm_eps), of float64 (T,); 1 without ``squares``. With ``slice_axes`` each slice is a
-    tensor of its own, in the order of :func:`apply_network`'s results; then ``lr`` and ``weight_decay`` are (T,) or
-    have a number for each slice. Nothing is changed where ``skip`` (bool, 0-d) is true."""
-    store = _store_unless(skip)
-    if store is None:
-        return
-    indices = [((),)] * len(params)
-    if slice_axes:
-        indices = [slice_indices(p.shape, slice_axes[2 * t : 2 * t + 2]) for t, p in enumerate(params)]
-    unit = None if squares is None else (squares / numel + norm_eps).rsqrt().float()
-    slices = [(t, i) for t, own in enumerate(indices) for i in own]
-
-    def of(x: Tensor, t: int, number: int) -> Tensor:
-        return x[0 if len(x) == 1 else number if len(x) == len(slices) else t]
-
-    for number, (t, i) in enumerate(slices):
-        p, step, rate = params[t][i], steps[t][i], of(lr, t, number)
-        shrink = rate * of(weight_decay, t, number)
-        rate = rate if unit is None else rate * unit[number]
-        for index in _blocks(p.shape, _limit(p)):
-            value = p[index].float()
-            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
-
-
-def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
-    """Matrices (..., R, C) with their singular values moved to about 1, float32, by a quintic iteration in ``dtype``.
-
-    x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side: three
-    batched matrix products. At the end each matrix gets a mean square of 1 (``norm_eps`` is added to what it was),
-    unless ``norm_eps`` is None. Returns the matrices, contiguous, and what their mean squares were, (...).
-    """
-    shape, transposed = x.shape, x.shape[-2] > x.shape[-1]
-    x = x.reshape(-1, *shape[-2:])
-    x = x.mT if transposed else x
-    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + eps)).to(dtype)
-    c0, c1, c2 = coefficients
-    for _ in range(steps):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=c1, alpha=c2), x, beta=c0)
-    x = x.float()
-    mean_squares = x.square().mean((1, 2))
-    if norm_eps is not None:
-        x = x * (mean_squares + norm_eps).rsqrt().view(-1, 1, 1)
-    x = (x.mT if transposed else x).reshape(shape)
-    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format), mean_squares.view(shape[:-2])
-
-
-def _slice_numbers(x: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
-    """The numbers of a block of tensor ``t``: one for all, or one for each place along the first axis."""
-    slices = x.numel() // len(params)
-    if slices == 1:
-        return x[t]
-    own = x.view(len(params), slices)[t].view(1, -1, *[1] * (params[t].dim() - 1))
-    return _cut(own, index)[0]
-
-
-def adam_step(
-    params,
-    grads,
-    momenta,
-    second_moments,
-    momentum_decay,
-    second_decay,
-    clip,
-    scale,
-    decay,
-    momentum_correction,
-    second_correction,
-    inner_eps,
-    outer_eps,
-    skip,
-):
-    """One pass of Adam with the variations of the learned rules, momenta and second moments of shape (1, *s) in place.
-
-    step = scale[t] * momentum_correction * m / (sqrt(second_correction * v + inner_eps) + outer_eps),
-    p <- p - decay[t] * p - step. Corrections are 0-d. ``scale`` and ``decay`` (T,), or (T S,) for numbers of each of
-    the S slices of a tensor along its first axis. Returns Σ step², (T,) float64. Nothing changes where ``skip``.
-    """
-    out = torch.zeros(len(params), dtype=torch.float64, device=scale.device)
-    store = _store_unless(skip)
-    if store is None:
-        return out
-    for t, (p, g) in enumerate(zip(params, grads, strict=True)):
-        for index in _blocks(p.shape, _limit(p)):
-            x, value = g[index].float(), p[index].float()
-            x = x.clamp(-clip, clip) if clip < math.inf else x
-            m = ema(_cut(momenta[t], index), x, [momentum_decay])
-            v = ema(_cut(second_moments[t], index), x * x, [second_decay])
-            root = (v[0] * second_correction + inner_eps).sqrt_().add_(outer_eps)
-            rate, shrink = (_slice_numbers(x, t, params, index) for x in (scale, decay))
-            step = m[0] * momentum_correction / root * rate
-            out[t] += _sum_of_squares(step)
-            store(_cut(momenta[t], index), m)
-            store(_cut(second_moments[t], index), v)
-            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step)
     return out

@@ -100,7 +100,7 @@ def test_state_shapes():
 @pytest.mark.parametrize("shape", [(), (1,), (53,), (6, 9), (2, 3, 40), (3, 0, 2), (2, 2, 2, 2, 2)])
 def test_blocks_cover_a_tensor_once(shape, limit):
     seen = torch.zeros(shape)
-    for index in _plain._blocks(shape, limit):
+    for index in _plain.blocks(shape, limit):
         seen[index] += 1
         assert seen[index].numel() <= max(limit, 1)
     assert torch.equal(seen, torch.ones(shape))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_lopt import _load, _ops, _plain, _plain_scheduler
+from hf_lopt import _load, _ops, _plain_scheduler, _plain_steps
 from kernel_cases import instruction_set, instruction_sets, strided, threads
 
 
@@ -81,7 +81,7 @@ def test_what_the_plain_kernel_keeps():
     assert covers(x[:64], torch.float32) and not covers(x, torch.float32)
     assert not covers(torch.empty(8, 1 << 14), torch.float32) and not covers(x[:8], torch.bfloat16)
     half = orthogonalize(x[:8], dtype=torch.bfloat16)
-    plain, _ = _plain.orthogonalize(x[:8], torch.bfloat16, COEFFICIENTS, 5, 1e-8, 1e-9)
+    plain, _ = _plain_steps.orthogonalize(x[:8], torch.bfloat16, COEFFICIENTS, 5, 1e-8, 1e-9)
     assert half.dtype == torch.float32 and torch.equal(half, plain)
     with pytest.raises(RuntimeError, match="there must be matrices"):
         torch.ops.hf_lopt.orthogonalize(x[0], torch.float32, COEFFICIENTS, 5, 1e-8, None)

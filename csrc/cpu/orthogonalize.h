@@ -1,4 +1,4 @@
-// Operators on small arrays; see hf_lopt/_plain.py and _plain_scheduler.py for what they compute.
+// Operators on small arrays; see hf_lopt/_plain*.py for what they compute.
 #pragma once
 
 #include <optional>
