@@ -23,10 +23,10 @@ SETTINGS = RunSettings(
 )
 
 
-def task_runs(rule: str, name: str = "regions_mlp", objective: Objective | None = None) -> TaskRuns:
+def task_runs(rule: str, name: str = "regions_mlp", **more) -> TaskRuns:
     vector = theta.Vector(rule, theta.starting_weights(rule, "constructed"))
     generator = torch.Generator().manual_seed(0)
-    return TaskRuns(tasks.named(name), vector, rule, PAIRS, SETTINGS, objective or Objective(every=2), generator)
+    return TaskRuns(tasks.named(name), vector, rule, PAIRS, SETTINGS, Objective(every=2), generator, **more)
 
 
 def points(runs: TaskRuns, seed: int) -> torch.Tensor:
@@ -184,13 +184,14 @@ class Driver:
     """In the place of ``torch.cuda``: writes down what is asked of it."""
 
     def __init__(self, refuses: bool = False):
-        self.log, self.refuses, self.where = [], refuses, "here"
+        self.log, self.refuses, self.streams = [], refuses, 0
         self.CUDAGraph = lambda: self
 
     def current_stream(self, device):
         return Stream(self, "here")
 
     def Stream(self, device):  # noqa: N802
+        self.streams += 1
         return Stream(self, "aside")
 
     def stream(self, stream):
@@ -253,6 +254,7 @@ def test_the_calls_of_capture(monkeypatch):
     results = [step() for _ in range(graphs.WARMUP + 3)]
     aside = ["aside waits for here", "on aside", "step", "end of on aside", "here waits for aside", "kept for here"]
     capture = ["device 1", "capture thread_local", "step", "end of capture thread_local", "end of device 1"]
+    assert driver.streams == 1
     assert driver.log == aside * graphs.WARMUP + capture + ["replay"] * 3
     assert results[-1] is results[-2] is results[-3] and results[0] is not results[1]
 
@@ -288,3 +290,17 @@ def test_rules_with_numbers_of_the_host_have_no_graphs(monkeypatch, rule):
         assert not TaskRuns(*arguments, device="cuda", graphs=False)._inner_step.enabled
     messages = [str(w.message) for w in caught if "graphs" in str(w.message)]
     assert messages == ([] if rule == "celo2" else ["the steps of velo depend on numbers of the host: no CUDA graphs"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: not run")
+@pytest.mark.parametrize("rule", ["celo2", "celo2_base", "small_fc_lopt"])
+@pytest.mark.parametrize("name", ["regions_mlp", "characters"])
+def test_graphs_on_a_gpu(rule, name):
+    """With a graph, without one, and on the CPU: the same meta-losses but for rounding."""
+    found = []
+    for device, graph in (("cpu", False), ("cuda", False), ("cuda", True)):
+        runs = task_runs(rule, name, device=device, graphs=graph)
+        found.append(torch.stack([runs.unroll(points(runs, t)).cpu() for t in range(4)]))
+        assert (runs._inner_step._replay is not None) is graph
+    torch.testing.assert_close(found[2], found[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-2, atol=1e-2)

@@ -34,6 +34,7 @@ class Replayed:
         self.enabled = enabled and device.type == "cuda"
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._calls = 0
 
     def __call__(self) -> Tensor:
@@ -56,7 +57,7 @@ class Replayed:
     def _aside(self) -> Tensor:
         """A call on another stream, where libraries set up what they need for it."""
         here = torch.cuda.current_stream(self.device)
-        aside = torch.cuda.Stream(self.device)
+        self._stream = aside = self._stream or torch.cuda.Stream(self.device)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             result = self.function()
