@@ -173,6 +173,23 @@ def test_adam_and_descend(emulated):
             test_kernels.close(got, want, max(torch.finfo(got.dtype).eps, 1e-6) * 2, "Adam")
 
 
+def test_adam_with_numbers_for_each_slice(emulated):
+    """Σ step² is that of a whole tensor, whose slices have tiles of their own."""
+    x = case([(3, 7), (3, 70, 500), (3, 1), (3, 0)])
+    x.momenta = [m[:1].clone() for m in x.momenta]
+    scale, decay = torch.linspace(1e-3, 2e-3, 12), torch.linspace(0.1, 0.2, 12)
+    results = []
+    for adam in (_ops.adam_step, _plain_kernel("adam_step")):
+        y = copy.deepcopy(x)
+        sums = adam(
+            *(y.params, y.grads, y.momenta, y.second_moments, 0.9, 0.95, math.inf, scale, decay),
+            *(torch.tensor(1.0), torch.tensor(1.0), 0.0, 1e-8, torch.tensor(False)),
+        )
+        results.append((sums, *y.params, *y.momenta, *y.second_moments))
+    for got, want in zip(*results, strict=True):
+        test_kernels.close(got, want, 2e-6, "Adam")
+
+
 def _plain_kernel(name: str):
     return _ops.KERNELS[name][0]
 

@@ -207,7 +207,7 @@ def _finish(
         outputs.append(passes.network_outputs(w.batch, CELO2, w.reading, network, sizes, skip))
     steps, locals_ = [list(x) for x in zip(*outputs, strict=True)]
     wholes: list[Tensor | None] = list(locals_)
-    sums: list[Callable[[], Tensor]] = [lambda: locals_[0]] * len(work)
+    sums: dict[int, Callable[[], Tensor]] = {}
     ortho = [i for i, w in enumerate(work) if w.orthogonalize]
     unit = [i for i, w in enumerate(work) if not w.orthogonalize]
     if ortho:
@@ -223,11 +223,13 @@ def _finish(
         sums[i] = _unit_squares(work[i].batch.layout, locals_[i], wholes[i])
     for w, own, total in zip(work, steps, wholes, strict=True):
         passes.descend(w.batch, CELO2, own, total, skip)
-    return [_times_rates(w.batch["lr"], total) for w, total in zip(work, sums, strict=True)]
+    return [_times_rates(w.batch["lr"], sums[i]) for i, w in enumerate(work)]
 
 
 def _times_rates(lr: Tensor, sums: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Sums of squares (T,) times lr²; of many runs their mean."""
+    if lr.stride(0) == 0:  # the caller's own number, who may change it before this is asked for
+        lr = lr.clone()
 
     def squares() -> Tensor:
         own = sums()
