@@ -2,6 +2,7 @@
 
     python -m benchmarks.meta_experiments bad-start            # trains for some minutes from bad weights, and judges
     python -m benchmarks.meta_experiments candidates RUN ...   # output folders of training against their start
+    python -m benchmarks.meta_experiments scales RUN           # step sizes around that of a mixture
     python -m benchmarks.meta_experiments long                 # 20,000 steps with the embedded weights
     python -m benchmarks.meta_experiments figures              # the pictures of the results
 
@@ -22,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import publish, rules
-from hf_lopt.meta import config, evaluate, export, mixtures, table, tasks, theta
+from hf_lopt import formats, publish, rules
+from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
 
 
@@ -113,6 +114,46 @@ def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
     )
 
 
+def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: float | None) -> None:
+    """A mixture with its ``log_scale`` times several factors, on the validation tasks and on two larger models.
+
+    ``save``: the factor whose weights go to build/NAME_scaled.
+    """
+    _, provenance = export.load(run, last=True)
+    rule, start = provenance["rule"], theta.starting_weights(provenance["rule"], "constructed")
+    last = json.loads((Path(run) / "log.jsonl").read_text().splitlines()[-1])
+    numbers = {key.removeprefix("mixture/"): value for key, value in last.items() if key.startswith("mixture/")}
+
+    def scaled(factor: float) -> dict[str, Tensor]:
+        return mixtures.mixture_leaves(rule, start, numbers | {"log_scale": factor * numbers["log_scale"]})
+
+    if save is not None:
+        folder, weights = ROOT / "build" / f"{Path(run).name}_scaled", scaled(save)
+        publish.save(weights, folder, rule=rule)
+        changed = {"sha256": formats.content_sha256(weights), "mixture": numbers, "log_scale_factor": save}
+        (folder / export.PROVENANCE).write_text(json.dumps(provenance | changed, indent=2) + "\n")
+    found = {"constructed": start} | {f"{factor:g}": scaled(factor) for factor in factors}
+    found = {name: mixtures.narrowed(rule, weights) for name, weights in found.items()}
+    wide = (64, 256, 256, 10)
+    larger = [
+        (tasks.transformer("transformer, two layers of 96", 96, 2, 32, part="validation"), 2),
+        (tasks.mlp("perceptron 64-256-256-10", wide, data.digits, tasks.cross_entropy, part="validation"), 4),
+    ]
+    record: dict[str, Any] = {"steps": 200, "results": {}, "ratio": {}}
+    for task, count in larger:
+        own = {name: evaluate.learned(task, rule, w, 200, count, looks=4).losses for name, w in found.items()}
+        record["results"][task.name] = {name: losses.mean(0).tolist() for name, losses in own.items()}
+        first = own["constructed"][:, -1]
+        record["ratio"][task.name] = {name: evaluate.paired(x[:, -1], first).ratio for name, x in own.items()}
+        print(task.name, record["ratio"][task.name], flush=True)
+    judged = judge(rule, found, "validation", steps, seeds)
+    write(
+        f"meta_scale_{rule}_{steps}",
+        {**judged, "numbers": numbers, "larger": record},
+        f"scales RUN --steps {steps} --seeds {seeds} --factors {' '.join(f'{x:g}' for x in factors)}",
+    )
+
+
 def long_runs(steps: int, seeds: int) -> None:
     """Long runs on one small task, with their course."""
     task, record = tasks.named("functions_wide"), {}
@@ -162,10 +203,15 @@ def figures() -> None:
         figure.legend(fontsize=8, ncols=4, frameon=False, loc="outside lower center")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         plt.close(figure)
+    courses: dict[str, Any] = {}
     for path in sorted(RESULTS.glob("meta_candidates_*.json")):
-        runs = json.loads(path.read_text())["runs"]
-        figure, panels = plt.subplots(1, len(runs), figsize=(9, 3.4), constrained_layout=True, squeeze=False)
-        for axes, (name, run) in zip(panels[0], runs.items(), strict=True):
+        courses |= json.loads(path.read_text())["runs"]
+    if courses:
+        rows = -(-len(courses) // 2)
+        figure, panels = plt.subplots(rows, 2, figsize=(9, 2.8 * rows), constrained_layout=True, squeeze=False)
+        for axes in panels.flat[len(courses) :]:
+            axes.axis("off")
+        for axes, (name, run) in zip(panels.flat, courses.items(), strict=False):
             course = [(e["step"], e["meta_loss"]) for e in run["course"] if "meta_loss" in e]
             axes.plot(*zip(*course, strict=True), color=colours[0], linewidth=1.0, label="meta-loss, training tasks")
             chosen = [(e["step"], e["selection/mean"]) for e in run["course"] if "selection/mean" in e]
@@ -173,14 +219,16 @@ def figures() -> None:
                 axes.plot(*zip(*chosen, strict=True), "o-", color=colours[1], label="log loss, validation tasks")
             axes.set(title=name, xlabel="outer step")
             axes.legend(fontsize=7, frameon=False)
-        figure.savefig(path.with_suffix(".png"), dpi=110)
+        figure.savefig(RESULTS / "meta_candidates.png", dpi=110)
         plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("bad-start", "candidates", "long", "figures"))
-    parser.add_argument("runs", nargs="*", help="candidates: output folders of python -m hf_lopt.meta train")
+    parser.add_argument("what", choices=("bad-start", "candidates", "scales", "long", "figures"))
+    parser.add_argument("runs", nargs="*", help="output folders of python -m hf_lopt.meta train; scales: one")
+    parser.add_argument("--factors", type=float, nargs="+", default=(0.0, 0.25, 0.5, 0.75, 1.0), help="for scales")
+    parser.add_argument("--save", type=float, help="scales: the factor whose weights are written to build/")
     parser.add_argument("--part", default="validation", choices=("validation", "test"))
     parser.add_argument("--steps", type=int)
     parser.add_argument("--seeds", type=int, default=4)
@@ -190,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         bad_start()
     elif args.what == "candidates":
         candidates(args.runs, args.part, args.steps or 200, args.seeds)
+    elif args.what == "scales":
+        scales(args.runs[0], args.factors, args.steps or 300, args.seeds, args.save)
     elif args.what == "long":
         long_runs(args.steps or 20_000, args.seeds)
     else:
