@@ -11,19 +11,20 @@ namespace {
 HF_LOPT_DEVICE bool finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
 HF_LOPT_DEVICE bool anything_bad(const AdvanceArgs& a) {
-    HF_LOPT_SHARED bool found;
-    if (thread() == 0) found = (a.bad && *a.bad) || (a.loss && !finite(*a.loss));
-    barrier();
-    bool bad = false;
+    HF_LOPT_SHARED bool found[kManyThreads / kWarpSize];
+    int bad = thread() == 0 && ((a.bad && *a.bad) || (a.loss && !finite(*a.loss)));
     for (int l = 0; l < a.stat_lists; l++) {
         for (int64_t i = thread(); i < a.stat_rows[l]; i += kManyThreads) bad |= a.stats[l][i * a.stat_width[l]] > 0.0;
     }
     for (int l = 0; l < a.sum_lists; l++) {
         for (int64_t i = thread(); i < a.sum_count[l]; i += kManyThreads) bad |= !finite(a.sums[l][i]);
     }
-    if (bad) found = true;
+    for (int mask = kWarpSize / 2; mask > 0; mask /= 2) bad |= shuffle_xor(bad, mask);
+    if (thread() % kWarpSize == 0) found[thread() / kWarpSize] = bad;
     barrier();
-    return found;
+    bool any = false;
+    for (bool of_warp : found) any |= of_warp;
+    return any;
 }
 
 // The loss buffer and the loss features; see `update_loss_buffer` in Python. For one thread.
