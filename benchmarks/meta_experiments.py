@@ -87,20 +87,24 @@ def bad_start() -> None:
     write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, "meta_loss": losses, **judged}, "bad-start")
 
 
+def course_of(run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The last weights of a training folder; its configuration, time and course."""
+    weights, provenance = export.load(run, last=True)
+    log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
+    speed = sorted(entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry)
+    seconds = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["seconds"]
+    keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
+    course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
+    record = {"provenance": provenance, "course": course, "seconds": seconds, "median_speed": speed[len(speed) // 2]}
+    return weights, record
+
+
 def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
     """The last weights of training folders of one rule against the constructed ones; with the course of training."""
     record: dict[str, Any] = {}
     found: dict[str, Mapping[str, Tensor]] = {}
     for run in runs:
-        name = Path(run).name
-        found[name], provenance = export.load(run, last=True)
-        log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
-        speed = sorted(entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry)
-        seconds = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["seconds"]
-        keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
-        course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
-        record[name] = {"provenance": provenance, "course": course, "seconds": seconds}
-        record[name]["median_speed"] = speed[len(speed) // 2]
+        found[Path(run).name], record[Path(run).name] = course_of(run)
     rules_of = {run["provenance"]["rule"] for run in record.values()}
     if len(rules_of) != 1:
         raise ValueError(f"runs of one rule can be compared, these are of {', '.join(sorted(rules_of))}")
@@ -119,10 +123,11 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
 
     ``save``: the factor whose weights go to build/NAME_scaled.
     """
-    _, provenance = export.load(run, last=True)
+    _, trained = course_of(run)
+    provenance = trained["provenance"]
     rule, start = provenance["rule"], theta.starting_weights(provenance["rule"], "constructed")
-    last = json.loads((Path(run) / "log.jsonl").read_text().splitlines()[-1])
-    numbers = {key.removeprefix("mixture/"): value for key, value in last.items() if key.startswith("mixture/")}
+    last = trained["course"][-1].items()
+    numbers = {key.removeprefix("mixture/"): value for key, value in last if key.startswith("mixture/")}
 
     def scaled(factor: float) -> dict[str, Tensor]:
         return mixtures.mixture_leaves(rule, start, numbers | {"log_scale": factor * numbers["log_scale"]})
@@ -149,7 +154,7 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
     judged = judge(rule, found, "validation", steps, seeds)
     write(
         f"meta_scale_{rule}_{steps}",
-        {**judged, "numbers": numbers, "larger": record},
+        {**judged, "numbers": numbers, "larger": record, "runs": {Path(run).name: trained}},
         f"scales RUN --steps {steps} --seeds {seeds} --factors {' '.join(f'{x:g}' for x in factors)}",
     )
 
@@ -204,7 +209,7 @@ def figures() -> None:
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         plt.close(figure)
     courses: dict[str, Any] = {}
-    for path in sorted(RESULTS.glob("meta_candidates_*.json")):
+    for path in sorted((*RESULTS.glob("meta_candidates_*.json"), *RESULTS.glob("meta_scale_*.json"))):
         courses |= json.loads(path.read_text())["runs"]
     if courses:
         rows = -(-len(courses) // 2)
