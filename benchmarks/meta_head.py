@@ -27,11 +27,10 @@ from hf_lopt.meta.head import head_leaves
 
 
 HEADS = {
-    "small": {"small[0]": 4.5},
-    "small, g 0.55": {"small[0]": 4.5, "fac_g[0]": 0.6},
-    "small, g 1": {"small[0]": 4.5, "fac_g[0]": 1.2},
+    "small vectors": {"small_vector[0]": 5.0},
+    "small vectors, g": {"small_vector[0]": 5.0, "fac_g[0]": 0.6},
 }
-CHOSEN = "small, g 0.55"
+CHOSEN = "small vectors, g"
 SCALES, FLOORS = (0.001, 100.0), (0.0, 0.01, 0.1)
 FILE = "meta_velo_scheduler"
 

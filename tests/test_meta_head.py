@@ -41,34 +41,45 @@ def random_inputs(rank, seed=0):
 
 
 def test_zeros_are_the_constructed_weights(start):
-    """In a run, with every kind of number: bit by bit without units of their own, else but for the order of sums."""
+    """In a run, with every kind of number, to float32 rounding; bit by bit where only the direction has numbers."""
     zeros = dict.fromkeys([*NAMES, *GATED, "fac_g[0]", "p[0]", "fac_m[0]"], 0.0)
     leaves = head.head_leaves(start, zeros)
-    fewer = head.head_leaves(start, {name: 0.0 for name in zeros if name not in GATED})
+    fewer = head.head_leaves(start, {"fac_g[0]": 0.0, "p[0]": 0.0})
     task = tasks.named("functions_mlp")
     plain, same, close = (evaluate.learned(task, "velo", w, 30, 2).losses for w in (start, fewer, leaves))
     assert torch.equal(same, plain)
-    torch.testing.assert_close(close, plain, rtol=1e-5, atol=0)
+    torch.testing.assert_close(close, plain, rtol=1e-4, atol=0)
     for rank in (1, 2):
         x = random_inputs(rank)
         np.testing.assert_array_equal(of(fewer, x), of(start, x))
-        np.testing.assert_allclose(of(leaves, x), of(start, x), rtol=1e-12)
+        np.testing.assert_allclose(of(leaves, x), of(start, x), rtol=2e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
 def test_numbers_are_logarithms_of_factors(start, rank):
-    """The factor by hand, from the input gate: sigmoid(i + s) / sigmoid(i), where i is log 1/255, or half of 1/256."""
+    """The factor by hand, from the input gate: sigmoid(i + s) / sigmoid(i), where that of i is 2^-16 or half of it."""
     numbers = {"time[1]": -0.2, "loss[3]": 0.3, "small[1]": 0.6, "steady[2]": -0.5, "vector": 0.25, "matrix": -0.4}
     x = random_inputs(rank)
     s = -0.2 * (x[:, 1] + 1) / 2 + 0.3 * (x[:, 12] + 1) / 2 + (0.25 if rank < 2 else -0.4)
     s = s + (0.6 * (x[:, 25] - x[:, 18]) - 0.5 * (x[:, 26] - x[:, 24])) / 5
-    gate = 1 / 256 if rank < 2 else 1 / 512
+    gate = 2.0**-16 if rank < 2 else 2.0**-17
     factor = np.exp(s) / (1 + gate * (np.exp(s) - 1))
     ratio = of(head.head_leaves(start, numbers), x) / of(start, x)
     # Two roundings are in the way: that of the gate's bias, and the tanh after the cell.
     np.testing.assert_allclose(ratio, factor, rtol=2e-3)
     low, high = head.bounds(numbers)
     assert (np.log(ratio) > low - 2e-3).all() and (np.log(ratio) < high + 2e-3).all()
+
+
+@pytest.mark.parametrize("number", [2.0, 4.0, 6.0])
+def test_the_end_of_a_run_stays_quiet(start, number):
+    """However large the factor is: what is left of a step past the end is as small a part of the peak as it was."""
+    leaves = head.head_leaves(start, {"vector": number, "matrix": number})
+    x = np.concatenate([np.linspace(0.99, 1.0, 50), [1.1, 1.5, 2.0, 10.0, 1e3]])
+    for rank, peak in ((1, 24.0), (2, 12.0)):
+        inputs = scheduler_inputs(x, rank)
+        error = of(leaves, inputs) / math.exp(number) - of(start, inputs)
+        assert np.abs(error).max() < 1e-3 * peak * 0.5
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 4, 5])
@@ -84,7 +95,7 @@ def test_numbers_for_one_kind_of_tensor(start, kind, rank):
     np.testing.assert_allclose(produced / of(start, first), plain, rtol=5e-3)
     z = (first[:, 25] - first[:, 18]) / 5
     s = 2.0 * np.tanh(np.tanh(z)) / np.tanh(np.tanh(1)) * (kind == ("vector" if rank < 2 else "matrix"))
-    gate = 1 / 256 if rank < 2 else 1 / 512
+    gate = 2.0**-16 if rank < 2 else 2.0**-17
     factor = plain * np.exp(s) / (1 + gate * (plain * np.exp(s) - 1))
     ratio = lr_mult(leaves, second, state)[0] / of(start, second)
     np.testing.assert_allclose(ratio, factor, rtol=5e-3)
@@ -138,9 +149,9 @@ def test_searches_move_the_numbers(method):
     leaves = found.theta()
     start = theta.starting_weights("velo", "constructed")
     changed = {name for name, leaf in leaves.items() if not torch.equal(leaf, start[name])}
-    assert changed <= {f"rnn_params/{name}" for name in ("linear_2/w", "linear_2/b", "rnn/linear/w")} | {
-        "ff_mod_stack/~/w0__2"
-    }
+    assert changed <= {
+        f"rnn_params/{name}" for name in ("linear_2/w", "linear_2/b", "rnn/linear/w", "rnn/linear/b", "step_size/w")
+    } | {"ff_mod_stack/~/w0__2"}
     number = (found.average if method == "pes" else found._mean())[1].item()
     assert number != 1.0 and leaves["rnn_params/linear_2/w"][24].sum().item() == pytest.approx(number / 5, rel=1e-5)
 

@@ -1,7 +1,8 @@
 """A head on the scheduler of the constructed VeLO: a few numbers say how its inputs change the size of a step.
 
-There, unit j of the LSTM is sigmoid(i) tanh(g_j), all with the same input gate, sigmoid(i) = 1/256 or half that, where
-the sigmoid is nearly an exponential. What is added to i multiplies lr_mult by about its exponential:
+There, unit j of the LSTM is sigmoid(i) tanh(g_j), all with the same input gate. A head makes the gates smaller, and
+the output layer larger, until the sigmoid is an exponential and the tanh after the cell linear, even where a step is
+``LARGEST`` times as large. What is added to i then multiplies lr_mult by its exponential:
 
     lr_mult = constructed(time, rank) · exp(s)        s = Σ number · input
 
@@ -16,11 +17,11 @@ with inputs between 0 and 1, or -1 and 1:
     "small_matrix[k]"    "small[k]" of the step before, as tanh(tanh(.)) of it relative to that of 1, if the tensor is
                          a matrix, 0 elsewhere; "small_vector[k]" likewise. They take a unit of the LSTM each
 
-A number is thus the logarithm of a factor; zeros give the constructed weights back. Of VeLO's statistics only those
-differences are used, since each alone would tie the size of a step to that of the gradients: where L, which is half a
-logarithm between -2.5 and 2.5, does not end at its limits, their scale cancels. Since s is bounded, so is the factor,
-and it keeps its sign: the schedule still ends at 0. Numbers of the same kind stand for the coefficients of the
-direction.
+A number is thus the logarithm of a factor; zeros are the constructed weights, to float32 rounding. Of VeLO's
+statistics only those differences are used, since each alone would tie the size of a step to that of the gradients:
+where L, which is half a logarithm between -2.5 and 2.5, does not end at its limits, their scale cancels. Since s is
+bounded, so is the factor, and lr_mult keeps its sign: the schedule still ends at 0. Numbers of the same kind stand for
+the coefficients of the direction.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from hf_lopt.networks import Theta
 RULES = ("velo", "velo_s")
 # Largest factor, and the inverse of the smallest, that the numbers may add up to; beyond it all of them shrink.
 LARGEST = 512.0
+LOWER = 256.0
 KINDS = ("matrix", "vector")
 GROUPS = {"time": range(9), "loss": range(9), "small": range(3), "steady": range(1, 3)}
 UNITS = {"small_matrix": "matrix", "small_vector": "vector"}  # inputs with a unit of their own, by kind of tensor
@@ -118,6 +120,19 @@ def _with_units(theta: Theta, more: int) -> dict[str, Tensor]:
     return out
 
 
+def _lower_gates(leaves: Theta) -> None:
+    """Divides the input gates by ``LOWER`` for every kind of tensor, and multiplies the output layer with it."""
+
+    def lower(gate: Tensor) -> Tensor:
+        return torch.logit(torch.sigmoid(gate.double()) / LOWER)
+
+    rows, biases = _gates(leaves)[0, :, 0], leaves["rnn_params/rnn/linear/b"].view(4, -1)[0]
+    # A row belongs to an input that is 0 or 1, and only one of them is 1.
+    rows.copy_(torch.where(rows != 0.0, lower(biases + rows) - lower(biases), 0.0))
+    biases.copy_(lower(biases))
+    leaves["rnn_params/step_size/w"].mul_(LOWER)
+
+
 def _gates(leaves: Theta) -> Tensor:
     """A view of the LSTM's matrix: from (mixed input or hidden state, unit) to (gate, unit)."""
     return leaves["rnn_params/rnn/linear/w"].unflatten(1, (4, -1)).unflatten(0, (2, -1))
@@ -154,6 +169,8 @@ def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]
     gated = {name: number for name, number in head.items() if name.split("[")[0] in UNITS}
     hidden = len(theta["rnn_params/step_size/w"])
     out = _with_units(theta, len(gated))
+    if head:
+        _lower_gates(out)
     low, high = bounds(head)
     scale = min(1.0, math.log(LARGEST) / max(high, -low, 1e-30))
     plain = {name: scale * number for name, number in head.items() if name not in gated}
