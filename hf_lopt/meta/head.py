@@ -128,8 +128,9 @@ def _lower_gates(leaves: Theta) -> None:
 
     rows, biases = _gates(leaves)[0, :, 0], leaves["rnn_params/rnn/linear/b"].view(4, -1)[0]
     # A row belongs to an input that is 0 or 1, and only one of them is 1.
-    rows.copy_(torch.where(rows != 0.0, lower(biases + rows) - lower(biases), 0.0))
-    biases.copy_(lower(biases))
+    scheduled = leaves["rnn_params/step_size/w"][:, 0] != 0.0  # not the units of a head that is there already
+    rows.copy_(torch.where(scheduled & (rows != 0.0), lower(biases + rows) - lower(biases), rows))
+    biases.copy_(torch.where(scheduled, lower(biases), biases))
     leaves["rnn_params/step_size/w"].mul_(LOWER)
 
 
