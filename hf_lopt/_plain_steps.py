@@ -42,8 +42,8 @@ def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
     """Matrices (..., R, C) with their singular values moved to about 1, float32, by a quintic iteration in ``dtype``.
 
     x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side: three
-    batched matrix products. At the end each matrix gets a mean square of 1 (``norm_eps`` is added to what it was),
-    unless ``norm_eps`` is None. Returns the matrices, contiguous, and what their mean squares were, (...).
+    batched matrix products and a sum. At the end each matrix gets a mean square of 1 (``norm_eps`` is added to what it
+    was), unless ``norm_eps`` is None. Returns the matrices, contiguous, and what their mean squares were, (...).
     """
     shape, transposed = x.shape, x.shape[-2] > x.shape[-1]
     x = x.reshape(-1, *shape[-2:])
@@ -52,7 +52,7 @@ def orthogonalize(x, dtype, coefficients, steps, eps, norm_eps):
     c0, c1, c2 = coefficients
     for _ in range(steps):
         a = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(a, a, a, beta=c1, alpha=c2), x, beta=c0)
+        x = torch.baddbmm(x, torch.add(a @ a, a, alpha=c1 / c2), x, beta=c0, alpha=c2)
     x = x.float()
     mean_squares = x.square().mean((1, 2))
     if norm_eps is not None:

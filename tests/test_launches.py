@@ -119,9 +119,9 @@ EXPECTED |= {"mulo": EXPECTED["elo"], "celo2_base": [*EXPECTED["small_fc_lopt"],
 # Beside the matrices there are Adam's tensors, whose settings are picked from those of all.
 CELO2 = [*EXPECTED["celo2_base"], "sums", "fold_network", "adam_step", *["index_select"] * 4, "mul"]
 CLIP = ["_foreach_norm", "stack", "linalg_vector_norm", "add", "reciprocal", "mul", "clamp", "_foreach_mul_"]
-# Of each shape of matrices: five steps of three products, the norm before, the mean square after, and a copy of what
-# is higher than wide.
-NEWTON_SCHULZ = ["linalg_vector_norm", "add", "div", *["bmm", "baddbmm", "baddbmm"] * 5]
+# Of each shape of matrices: five steps of three products and a sum, the norm before, the mean square after, and a copy
+# of what is higher than wide.
+NEWTON_SCHULZ = ["linalg_vector_norm", "add", "div", *["bmm", "bmm", "add", "baddbmm"] * 5]
 NEWTON_SCHULZ += ["pow", "mean", "add", "rsqrt", "mul", "clone"]
 
 

@@ -69,7 +69,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrices (..., R, C) with their singular values moved to about 1, float32.
 
-    Five steps of a quintic iteration, in ``dtype``; three batched matrix products each.
+    Five steps of a quintic iteration, in ``dtype``; three batched matrix products and a sum each.
     """
     return _ops.orthogonalize(x, dtype, NS_COEFFICIENTS, NS_STEPS, NS_EPS, None)[0]
 
