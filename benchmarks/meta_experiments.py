@@ -33,8 +33,8 @@ RESULTS = Path(__file__).parent / "results"
 BAD = {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15}
 
 
-def write(name: str, record: Mapping[str, Any], command: str) -> None:
-    whole = {"machine": table.machine(), "command": f"python -m benchmarks.meta_experiments {command}", **record}
+def write(name: str, record: Mapping[str, Any], command: str, module: str = "meta_experiments") -> None:
+    whole = {"machine": table.machine(), "command": f"python -m benchmarks.{module} {command}", **record}
     (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 

@@ -80,7 +80,7 @@ def record(**new: Any) -> None:
     path = RESULTS / f"{FILE}.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
     own = {key: x for key, x in old.items() if key not in ("machine", "command")}
-    write(FILE, own | {"heads": HEADS, "chosen": CHOSEN} | new, "see the docstring of benchmarks/meta_head.py")
+    write(FILE, own | {"heads": HEADS, "chosen": CHOSEN} | new, "judge --steps 200 1000; robust; long", "meta_head")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

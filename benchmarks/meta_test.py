@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         total = evaluate.over_tasks(list(table.comparisons(new, name, "constructed").values()))
         record["new tasks"][name] = {"ratio": total.ratio, "interval": total.interval()}
         print("new tasks:", name, f"{total.ratio:.4f}", [f"{x:.4f}" for x in total.interval()], flush=True)
-    record["command"] = f"python -m benchmarks.meta_test {args.rule} FOLDER ..."
-    write(f"meta_test_{args.rule}", record, "")
+    write(f"meta_test_{args.rule}", record, f"{args.rule} FOLDER ...", "meta_test")
 
 
 if __name__ == "__main__":

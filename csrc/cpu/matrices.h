@@ -15,11 +15,11 @@ static_assert(kMatrixPad % kWidth == 0, "a row is a whole number of vectors");
 // Rows and vectors of a tile that is held in registers.
 constexpr int kProductRows = kRegisters == 32 ? 8 : 4, kProductVectors = 2;
 
-// I rows by J vectors of the product. Element (i, k) of the left matrix is left[i * kStep + k] or, transposed,
+// I rows by J vectors of the product. Element (i, k) of the left matrix is left[i * stride + k] or, transposed,
 // left[k * stride + i]; `right` points to the first column of the tile.
 template <int I, int J, bool kTransposed>
-HF_LOPT_INLINE void product_tile(const float* left, int64_t left_stride, const float* right, int64_t stride,
-                                 int64_t depth, vf (&sum)[I][J]) {
+HF_LOPT_INLINE void product_tile(const float* left, const float* right, int64_t stride, int64_t depth,
+                                 vf (&sum)[I][J]) {
     for (int i = 0; i < I; i++) {
         for (int j = 0; j < J; j++) sum[i][j] = splat(0.0f);
     }
@@ -28,7 +28,7 @@ HF_LOPT_INLINE void product_tile(const float* left, int64_t left_stride, const f
         for (int j = 0; j < J; j++) x[j] = load(right + k * stride + j * kWidth);
 #pragma GCC unroll 8
         for (int i = 0; i < I; i++) {
-            const float y = kTransposed ? left[k * left_stride + i] : left[i * left_stride + k];
+            const float y = kTransposed ? left[k * stride + i] : left[i * stride + k];
 #pragma GCC unroll 2
             for (int j = 0; j < J; j++) sum[i][j] = x[j] * y + sum[i][j];
         }
@@ -39,15 +39,15 @@ HF_LOPT_INLINE void product_tile(const float* left, int64_t left_stride, const f
 struct Product {
     const float *left, *right, *base;
     float* out;
-    int64_t rows, depth, left_stride, stride;
+    int64_t rows, depth, stride;
     float a, b;
 };
 
 template <int I, int J, bool kTransposed>
 HF_LOPT_INLINE void product_at(const Product& x, int64_t row, int64_t column) {
     vf sum[I][J];
-    const float* left = x.left + (kTransposed ? row : row * x.left_stride);
-    product_tile<I, J, kTransposed>(left, x.left_stride, x.right + column, x.stride, x.depth, sum);
+    const float* left = x.left + (kTransposed ? row : row * x.stride);
+    product_tile<I, J, kTransposed>(left, x.right + column, x.stride, x.depth, sum);
     for (int i = 0; i < I; i++) {
         for (int j = 0; j < J; j++) {
             const int64_t place = (row + i) * x.stride + column + j * kWidth;
@@ -102,9 +102,9 @@ float* newton_schulz(float* y, float* work, int64_t rows, int64_t columns, int64
     float *square = work + size, *polynomial = square + columns * stride;
     scale_by(y, size, (float)(1.0 / (__builtin_sqrt(sum_of_squares(y, size)) + c.eps)));
     for (int step = 0; step < c.steps; step++) {
-        product<true>({y, y, nullptr, square, columns, rows, stride, stride, 0.0f, 0.0f});
-        product<true>({square, square, square, polynomial, columns, columns, stride, stride, c.c1, c.c2});
-        product<false>({y, polynomial, y, work, rows, columns, stride, stride, c.c0, 1.0f});
+        product<true>({y, y, nullptr, square, columns, rows, stride, 0.0f, 0.0f});
+        product<true>({square, square, square, polynomial, columns, columns, stride, c.c1, c.c2});
+        product<false>({y, polynomial, y, work, rows, columns, stride, c.c0, 1.0f});
         float* last = y;
         y = work;
         work = last;
