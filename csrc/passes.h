@@ -25,6 +25,19 @@ struct Common {
     double clip, second_eps, diagonal_eps;
 };
 
+// How many parameters there are, at least one, with an entry for each in all lists.
+inline size_t checked_count(const Common& x) {
+    const size_t count = x.params.size();
+    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
+    for (const Tensors* list :
+         {&x.grads, &x.momenta, &x.second_moments, &x.diagonals, &x.rows, &x.cols, &x.row_factors, &x.col_factors}) {
+        STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
+    }
+    STD_TORCH_CHECK(x.row_axes.size() == count && x.col_axes.size() == count,
+                    "axes must have one entry per parameter");
+    return count;
+}
+
 struct Weights {
     Tensors weights, biases;
     Tensor scale, decay;

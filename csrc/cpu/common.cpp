@@ -43,14 +43,7 @@ void Copies::store() {
 }
 
 Problem::Problem(const Common& x) : columns(columns_of(x.features)) {
-    const size_t count = x.params.size();
-    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
-    for (const Tensors* list :
-         {&x.grads, &x.momenta, &x.second_moments, &x.diagonals, &x.rows, &x.cols, &x.row_factors, &x.col_factors}) {
-        STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
-    }
-    STD_TORCH_CHECK(x.row_axes.size() == count && x.col_axes.size() == count,
-                    "axes must have one entry per parameter");
+    const size_t count = checked_count(x);
     set_decays(x.momentum_decays, kMomenta, constants.keep_m, constants.add_m);
     set_decays(x.second_decays, 1, &constants.keep_v, &constants.add_v);
     set_decays(x.factored_decays, kFactored, constants.keep_d, constants.add_d);

@@ -163,14 +163,7 @@ const int64_t* slice_of(const Ints& slice_axes, size_t t, size_t count) {
 
 // Entries for both later passes; `change`: params and accumulators are written.
 void add_entries(const Common& x, TableBuilder& builder, Copies& copies, bool change) {
-    const size_t count = x.params.size();
-    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
-    for (const Tensors* list :
-         {&x.grads, &x.momenta, &x.second_moments, &x.diagonals, &x.rows, &x.cols, &x.row_factors, &x.col_factors}) {
-        STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
-    }
-    STD_TORCH_CHECK(x.row_axes.size() == count && x.col_axes.size() == count,
-                    "axes must have one entry per parameter");
+    const size_t count = checked_count(x);
     for (size_t t = 0; t < count; t++) {
         const auto take = [&](const Tensor& y) { return change ? copies.writable(y) : copies.readable(y); };
         builder.add(x.params[t], x.row_axes[t], x.col_axes[t], slice_of(x.slice_axes, t, count));
