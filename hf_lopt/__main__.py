@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 import hf_lopt
-from hf_lopt import _ops, rules, weights
+from hf_lopt import rules, weights
+from hf_lopt.kernels import ops
 
 
 _PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "peft", "trl", "numpy")
@@ -35,7 +36,9 @@ def _version(package: str) -> str:
 def _kernels(device_key: str) -> str:
     """Which operators have a kernel of their own for a device; the others run as plain PyTorch."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    fused = [name for name in _ops.SCHEMAS if has_kernel(f"hf_lopt::{name}", device_key)]
+    fused = [
+        name for name in (operator.name for operator in ops.OPERATORS) if has_kernel(f"hf_lopt::{name}", device_key)
+    ]
     return f"fused: {', '.join(fused)}" if fused else "plain PyTorch"
 
 

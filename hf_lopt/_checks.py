@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt import distributed
-from hf_lopt.accumulators import AXIS_ORDERS
+from hf_lopt.step.accumulators import AXIS_ORDERS
 
 
 _NON_NEGATIVE = (

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +21,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a parameter is cut: its mesh, and for each mesh dimension the tensor axis that is cut along it, or -1.
+    """How a parameter is sharded: its mesh, and for each mesh dimension the tensor axis that it shards, or -1.
 
-    A shard may be empty or shorter than others, and a strided one (FSDP over tensor parallel) is not one piece of the
-    axis. Sums do not mind.
+    A shard may be empty or shorter than others, and a strided one (FSDP over tensor parallel) is not one contiguous
+    range of the axis. Sums over shards are right all the same: they do not depend on where in the tensor a shard lies.
     """
 
     mesh: Any
@@ -46,7 +44,7 @@ class Sharding:
     def piece(self, shape: Sequence[int], coordinate: Sequence[int]) -> tuple[slice, ...]:
         """What the rank at ``coordinate`` of the mesh holds of a tensor of ``shape``."""
         spans = [(0, n) for n in shape]
-        # A strided shard is cut from what the plain ones to its right have left.
+        # A strided shard is a part of what the plain ones to its right have left.
         for d in sorted(range(len(self.axes)), key=lambda d: hasattr(self.placements[d], "split_factor")):
             axis = self.axes[d]
             if axis >= 0:
@@ -88,8 +86,8 @@ def _is_dtensor(x: Tensor) -> bool:
     return cls is not None and isinstance(x, cls)
 
 
-def sharding(x: Tensor) -> Sharding | None:
-    """How ``x`` is cut; None for an ordinary tensor.
+def sharding_of(x: Tensor) -> Sharding | None:
+    """How ``x`` is sharded; None for an ordinary tensor.
 
     Raises:
         ValueError: for a DTensor with a partial placement, whose value no rank has.
@@ -118,22 +116,24 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
 
 
 def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
-    """Zero float32 state for the parameter ``p``, cut as it is: (leading, *shape without the axis ``dropped``), or
+    """Zero float32 state for the parameter ``p``, sharded as it is: (leading, *shape without the axis ``dropped``), or
     shaped like ``p`` where ``leading`` is None.
 
     The global shape is given to the DTensor, because uneven and empty shards do not tell it.
     """
     front = [] if leading is None else [leading]
     shape = front + [n for axis, n in enumerate(p.shape) if axis != dropped]
-    cut = sharding(p)
-    if cut is None:
+    sharding = sharding_of(p)
+    if sharding is None:
         return torch.zeros(shape, dtype=torch.float32, device=p.device)
-    own = local(p)
-    local_shape = front + [n for axis, n in enumerate(own.shape) if axis != dropped]
-    value = torch.zeros(local_shape, dtype=torch.float32, device=own.device)
+    shard = local(p)
+    local_shape = front + [n for axis, n in enumerate(shard.shape) if axis != dropped]
+    value = torch.zeros(local_shape, dtype=torch.float32, device=shard.device)
     stride = torch.empty(shape, device="meta").stride()
-    placements = cut.of_state(len(front), dropped)
-    return _dtensor().from_local(value, cut.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    placements = sharding.of_state(len(front), dropped)
+    return _dtensor().from_local(
+        value, sharding.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 _alone = False
@@ -160,9 +160,9 @@ def world_groups(shardings: Iterable[Sharding | None]) -> tuple[dist.ProcessGrou
     size = world_size()
     if size == 1:
         return ()
-    for cut in shardings:
-        if cut is not None and cut.mesh.size() == size:
-            return tuple(cut.mesh.get_group(d) for d in range(cut.mesh.ndim))
+    for sharding in shardings:
+        if sharding is not None and sharding.mesh.size() == size:
+            return tuple(sharding.mesh.get_group(d) for d in range(sharding.mesh.ndim))
     return (dist.group.WORLD,)
 
 
@@ -172,14 +172,14 @@ def sum_over(items: Sequence[tuple[Tensor, tuple[dist.ProcessGroup, ...]]]) -> l
     A collective: every rank has to come with the same items, empty shards included.
     """
     out = [x for x, _ in items]
-    groups = list(dict.fromkeys(group for _, own in items for group in own))
+    groups = list(dict.fromkeys(group for _, spread in items for group in spread))
     for group in groups:
-        members = [i for i, (_, own) in enumerate(items) if group in own]
+        members = [i for i, (_, spread) in enumerate(items) if group in spread]
         if dist.get_world_size(group) == 1:
             continue
         packed = torch.cat([out[i].reshape(-1) for i in members])
         home = packed.device
-        packed = packed.to(_device_of(group, home))  # parameters may be offloaded to a CPU that the group cannot reach
+        packed = packed.to(device_of(group, home))  # parameters may be offloaded to a CPU that the group cannot reach
         dist.all_reduce(packed, group=group)
         parts = packed.to(home).split([out[i].numel() for i in members])
         for i, part in zip(members, parts, strict=True):
@@ -187,130 +187,10 @@ def sum_over(items: Sequence[tuple[Tensor, tuple[dist.ProcessGroup, ...]]]) -> l
     return out
 
 
-def _device_of(group: dist.ProcessGroup, home: torch.device) -> torch.device:
+def device_of(group: dist.ProcessGroup, home: torch.device) -> torch.device:
     if home.type == "cpu" and "gloo" not in str(dist.get_backend_config(group)):
         return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
     return home
-
-
-class Owners:
-    """Who works on which whole tensor, for work that needs one: each tensor has one owner among the ranks of its mesh.
-
-    Work is balanced by ``costs`` (any unit), the same on every rank. :meth:`apply` brings the shards of each tensor to
-    its owner and the results back: two all-to-alls per distinct set of ranks, whatever the number of tensors. A tensor
-    that is not cut is worked on where it is, by every rank that has it.
-    """
-
-    def __init__(
-        self, cuts: Sequence[Sharding | None], shapes: Sequence[Sequence[int]], costs: Sequence[float]
-    ) -> None:
-        self.shapes = [tuple(shape) for shape in shapes]
-        self.alone = [i for i, cut in enumerate(cuts) if cut is None or not cut.groups()]
-        by_ranks: dict[tuple[int, ...], list[int]] = {}
-        for i, cut in enumerate(cuts):
-            if cut is not None and cut.groups():
-                by_ranks.setdefault(tuple(sorted(cut.mesh.mesh.flatten().tolist())), []).append(i)
-        self.routes = [_Route(members, cuts, self.shapes, costs) for members in by_ranks.values()]
-
-    def apply(self, function: Callable[[int, Tensor], Tensor], shards: Sequence[Tensor]) -> list[Tensor]:
-        """``function(i, tensor)`` of each whole tensor, cut again as the ``shards`` are. It keeps shape and dtype."""
-        out = list(shards)
-        for i in self.alone:
-            out[i] = function(i, shards[i])
-        for route in self.routes:
-            route.apply(function, shards, out)
-        return out
-
-
-class _Route:
-    """The way of some tensors to their owners and back, within one set of ranks.
-
-    Where a mesh replicates, an owner gathers from the replica that it is in, and sends the result to all of them.
-    """
-
-    def __init__(
-        self,
-        members: Sequence[int],
-        cuts: Sequence[Sharding | None],
-        shapes: Sequence[tuple[int, ...]],
-        costs: Sequence[float],
-    ) -> None:
-        self.group = whole_group(cuts[members[0]].mesh)
-        ranks = dist.get_process_group_ranks(self.group)
-        me = dist.get_rank()
-        load = dict.fromkeys(ranks, 0.0)
-        owner = {}
-        for i in sorted(members, key=lambda i: (-costs[i], i)):
-            owner[i] = min(ranks, key=lambda rank: (load[rank], rank))
-            load[owner[i]] += costs[i]
-        place = {rank: k for k, rank in enumerate(ranks)}
-        coordinates = {id(cuts[i].mesh): _coordinates(cuts[i].mesh) for i in members}
-
-        def at(i: int, rank: int) -> tuple[int, ...]:
-            return coordinates[id(cuts[i].mesh)][rank]
-
-        def serves(i: int, source: int, target: int) -> bool:
-            pairs = zip(cuts[i].axes, at(i, source), at(i, target), strict=True)
-            return all(axis >= 0 or a == b for axis, a, b in pairs)
-
-        self.owned = sorted(i for i in members if owner[i] == me)
-        self.shapes = {i: shapes[i] for i in self.owned}
-        by_owner = sorted(members, key=lambda i: (place[owner[i]], i))
-        own = {i: _extent(cuts[i].piece(shapes[i], at(i, me))) for i in members}
-        # Shards out to owners and in from all ranks; results out to all ranks and in from owners.
-        self.sent = [i for i in by_owner if serves(i, me, owner[i])]
-        self.arriving = [
-            (i, cuts[i].piece(shapes[i], at(i, rank))) for rank in ranks for i in self.owned if serves(i, rank, me)
-        ]
-        self.returned = [(i, cuts[i].piece(shapes[i], at(i, rank))) for rank in ranks for i in self.owned]
-        self.received = by_owner
-        count = [[0] * len(ranks) for _ in range(4)]
-        for i in self.sent:
-            count[0][place[owner[i]]] += math.prod(own[i])
-        for i in self.received:
-            count[3][place[owner[i]]] += math.prod(own[i])
-        for rank in ranks:
-            for i in self.owned:
-                size = math.prod(_extent(cuts[i].piece(shapes[i], at(i, rank))))
-                count[1][place[rank]] += size * serves(i, rank, me)
-                count[2][place[rank]] += size
-        self.out_there, self.in_there, self.out_back, self.in_back = count
-
-    def apply(self, function: Callable[[int, Tensor], Tensor], shards: Sequence[Tensor], out: list[Tensor]) -> None:
-        """Fill ``out`` at the places of this route's tensors."""
-        like = shards[self.received[0]]
-        parts = self._exchange([shards[i] for i in self.sent], like, self.out_there, self.in_there)
-        wholes = {i: like.new_empty(shape) for i, shape in self.shapes.items()}
-        for (i, piece), part in zip(self.arriving, _cut(parts, [_extent(p) for _, p in self.arriving]), strict=True):
-            wholes[i][piece] = part
-        del parts
-        for i in self.owned:
-            wholes[i] = function(i, wholes[i])
-        parts = self._exchange([wholes[i][piece] for i, piece in self.returned], like, self.out_back, self.in_back)
-        shapes = [shards[i].shape for i in self.received]
-        for i, part in zip(self.received, _cut(parts, shapes), strict=True):
-            out[i] = part
-
-    def _exchange(self, tensors: Sequence[Tensor], like: Tensor, out: list[int], into: list[int]) -> Tensor:
-        device = _device_of(self.group, like.device)
-        packed = torch.cat([like.new_empty(0), *(x.reshape(-1) for x in tensors)]).to(device)
-        result = packed.new_empty(sum(into))
-        dist.all_to_all_single(result, packed, into, out, group=self.group)
-        return result.to(like.device)
-
-
-def _extent(piece: tuple[slice, ...]) -> tuple[int, ...]:
-    return tuple(s.stop - s.start for s in piece)
-
-
-def _cut(packed: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-    parts = packed.split([math.prod(shape) for shape in shapes])
-    return [part.view(tuple(shape)) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def _coordinates(mesh: Any) -> dict[int, tuple[int, ...]]:
-    """Rank -> its place in the mesh."""
-    return {mesh.mesh[index].item(): index for index in itertools.product(*map(range, mesh.mesh.shape))}
 
 
 def whole_group(mesh: Any) -> dist.ProcessGroup:
@@ -320,15 +200,15 @@ def whole_group(mesh: Any) -> dist.ProcessGroup:
     return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
 
 
-def clip_grad_norm_(gradients: Sequence[Tensor], cuts: Sequence[Sharding | None], max_norm: float) -> None:
+def clip_grad_norm_(gradients: Sequence[Tensor], shardings: Sequence[Sharding | None], max_norm: float) -> None:
     """Scale local gradients in place so that the 2-norm over all whole tensors is at most ``max_norm``.
 
     The rule of ``torch.nn.utils.clip_grad_norm_``, with one reduction per process group for any mix of plain and
     sharded tensors, which that function refuses.
     """
     norms = list(torch._foreach_norm(gradients))
-    split = [i for i, cut in enumerate(cuts) if cut is not None and cut.groups()]
-    squares = sum_over([(norms[i].double().square(), cuts[i].groups()) for i in split])
+    split = [i for i, sharding in enumerate(shardings) if sharding is not None and sharding.groups()]
+    squares = sum_over([(norms[i].double().square(), shardings[i].groups()) for i in split])
     for i, total in zip(split, squares, strict=True):
         norms[i] = total.sqrt().to(norms[i])
     norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -346,12 +226,16 @@ def all_zero(gradients: Sequence[Tensor]) -> bool:
 
 def describe(p: Tensor) -> str:
     """Shape, dtype and placements of a parameter, the same text on every rank."""
-    cut = sharding(p)
-    where = "" if cut is None else f" {list(cut.placements)} on a mesh of {'x'.join(map(str, cut.mesh.shape))}"
+    sharding = sharding_of(p)
+    where = (
+        ""
+        if sharding is None
+        else f" {list(sharding.placements)} on a mesh of {'x'.join(map(str, sharding.mesh.shape))}"
+    )
     return f"{tuple(p.shape)} {p.dtype}{where}".replace("torch.", "")
 
 
-def check_agreement(own: Mapping[str, str], device: torch.device) -> None:
+def check_agreement(described_here: Mapping[str, str], device: torch.device) -> None:
     """Compare descriptions over all ranks of the default group, so that a difference is a message and not a hang.
 
     A collective: one all-gather of a digest, and another of everything only where ranks differ.
@@ -361,14 +245,14 @@ def check_agreement(own: Mapping[str, str], device: torch.device) -> None:
     """
     if world_size() == 1:
         return
-    digest = hashlib.sha256(repr(sorted(own.items())).encode()).digest()
-    mine = torch.tensor(list(digest), dtype=torch.uint8, device=_device_of(dist.group.WORLD, device))
+    digest = hashlib.sha256(repr(sorted(described_here.items())).encode()).digest()
+    mine = torch.tensor(list(digest), dtype=torch.uint8, device=device_of(dist.group.WORLD, device))
     everyone = [torch.empty_like(mine) for _ in range(world_size())]
     dist.all_gather(everyone, mine)
     if all(bytes(x.tolist()) == digest for x in torch.stack(everyone).cpu()):
         return
     described: list[Any] = [None] * world_size()
-    dist.all_gather_object(described, dict(own))
+    dist.all_gather_object(described, dict(described_here))
     first = described[0]
     differences = []
     for rank, other in enumerate(described[1:], 1):

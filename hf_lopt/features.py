@@ -1,35 +1,132 @@
-"""Features of the learned optimizers, in the order in which their networks were trained.
+"""What the networks of the learned optimizers see: one row per feature, the feature lists of the rules, constants.
 
-Per element: :class:`ElementFeatures`, formed in the passes of :mod:`hf_lopt._ops`. Per tensor and per run: the inputs
-of the scheduler, formed in :mod:`hf_lopt._plain_scheduler`. Axes: T tensors, D decays.
+A leaf: it imports nothing of the package. The plain kernels evaluate the formulas, the step takes decays and columns
+from the lists, and docs/features.md is written from both. The compiled kernels have the same formulas in
+``csrc/features.h``, and a test compares the two tables.
+
+Per element: :class:`ElementFeatures`. Per tensor and per run, the inputs of the schedulers: the constants at the end;
+:mod:`hf_lopt.kernels.reference.scheduler` forms them. Axes: T tensors, D decays, F feature columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
-
-from hf_lopt import _ops, _plain_scheduler
-from hf_lopt._plain_scheduler import LOSS_DECAYS, STEP_SCALES, TIME_FRACTIONS
-from hf_lopt.accumulators import Decays
+from typing import Any
 
 
-__all__ = ["LOSS_DECAYS", "STEP_SCALES", "TIME_FRACTIONS"]
+# ---- constants of the formulas --------------------------------------------------------------------------------------
 
-CLIP_GRADIENT = 1000.0
+FACTORED_EPS = 1e-30  # added to g² before it enters a factored accumulator, so that a row of zeros has a finite root
+FACTOR_EPS = 1e-9  # under the roots of the row and column factors, and their lower bound
+VECTOR_EPS = 1e-8  # under the root of a row or column accumulator
+SMALL_CLIP = 0.1  # bound of the feature clip_g
+CLIP_GRADIENT = 1000.0  # bound on a gradient before anything else, in the rules that have one
+
+
+@dataclass(frozen=True)
+class Decays:
+    """The decays of a rule's accumulators; () where the rule has none of a kind."""
+
+    momentum: tuple[float, ...] = (0.9, 0.99, 0.999)
+    second_moment: tuple[float, ...] = (0.999,)
+    factored: tuple[float, ...] = (0.9, 0.99, 0.999)
+
+
+# ---- one row per feature --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One per-element feature.
+
+    Attributes:
+        name: as in the feature lists and in the operators' arguments.
+        decays: the kind of accumulator whose decays it has a column for each of, a field of `Decays`; "": one column.
+        formula: its value from an object with ``g`` (n,), ``p`` (n,), ``m`` (D, n), ``v`` (D, n), ``rsqrt_v`` (D, n),
+            ``row``, ``col``, ``row_factor``, ``col_factor`` (D, …) that broadcast over the tensor. g is the gradient
+            after the rule's clip; accumulators are those after the update.
+        text: the formula in words of mathematics, for the documentation.
+        constant_along: "row" or "col" where it depends on that factored accumulator alone: in a tensor of rank >= 2
+            it is constant along the axis which that accumulator averages over.
+        vector_formula: what takes the place of ``formula`` for a tensor of rank < 2 where the two differ, with
+            ``diagonal`` (D, n) and ``diagonal_eps``. ``row`` and ``col`` are both the diagonal accumulator there.
+        vector_text: the same for the documentation.
+    """
+
+    name: str
+    decays: str
+    formula: Callable[[Any], Any]
+    text: str
+    constant_along: str = ""
+    vector_formula: Callable[[Any], Any] | None = None
+    vector_text: str = ""
+
+    def columns(self, momentum: int = 3, second_moment: int = 1, factored: int = 3) -> int:
+        """Number of columns for these numbers of decays."""
+        return {"": 1, "momentum": momentum, "second_moment": second_moment, "factored": factored}[self.decays]
+
+
+FEATURES: dict[str, Feature] = {
+    row.name: row
+    for row in (
+        Feature("g", "", lambda x: x.g, "g"),
+        Feature("clip_g", "", lambda x: x.g.clamp(-SMALL_CLIP, SMALL_CLIP), "clip(g, -0.1, 0.1)"),
+        Feature("p", "", lambda x: x.p, "p"),
+        Feature("log_abs_p", "", lambda x: (x.p.abs() + 1e-8).log(), "log(|p| + 1e-8)"),
+        Feature("m", "momentum", lambda x: x.m, "m"),
+        Feature("v", "second_moment", lambda x: x.v, "v"),
+        Feature("m_rsqrt_v", "momentum", lambda x: x.m * x.rsqrt_v, "m / sqrt(v + second_eps)"),
+        Feature("rsqrt_v", "second_moment", lambda x: x.rsqrt_v, "1 / sqrt(v + second_eps)"),
+        Feature("g_rsqrt_v", "second_moment", lambda x: x.g * x.rsqrt_v, "g / sqrt(v + second_eps)"),
+        Feature(
+            "fac_g",
+            "factored",
+            lambda x: x.g * x.row_factor * x.col_factor,
+            "g r c",
+            vector_formula=lambda x: x.g * (x.diagonal + FACTOR_EPS).clamp_min(FACTOR_EPS).rsqrt(),
+            vector_text="g / sqrt(max(D + 1e-9, 1e-9))",
+        ),
+        Feature(
+            "fac_m",
+            "momentum",
+            lambda x: x.m * x.row_factor * x.col_factor,
+            "m r c",
+            vector_formula=lambda x: x.m * (x.diagonal + x.diagonal_eps).rsqrt(),
+            vector_text="m / sqrt(D + diagonal_eps)",
+        ),
+        Feature("row", "factored", lambda x: x.row, "R", "row", vector_text="D"),
+        Feature("col", "factored", lambda x: x.col, "C", "col", vector_text="D"),
+        Feature(
+            "rsqrt_row",
+            "factored",
+            lambda x: (x.row + VECTOR_EPS).rsqrt(),
+            "1 / sqrt(R + 1e-8)",
+            "row",
+            vector_text="1 / sqrt(D + 1e-8)",
+        ),
+        Feature(
+            "rsqrt_col",
+            "factored",
+            lambda x: (x.col + VECTOR_EPS).rsqrt(),
+            "1 / sqrt(C + 1e-8)",
+            "col",
+            vector_text="1 / sqrt(D + 1e-8)",
+        ),
+    )
+}
+
+
+# ---- the feature lists of the rules ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ElementFeatures:
-    """The per-element inputs of a rule's network, as data.
+    """The per-element inputs of a rule's network.
 
     Attributes:
-        names: feature groups in trained order; a group has one column, or one per decay of its accumulator. The
-            formulas are the methods of the same name in :mod:`hf_lopt._plain`.
+        names: keys of `FEATURES` in trained order.
         decays: decays of the accumulators.
         clip: bound on the gradient before anything else (inf: none).
         second_eps: added to the second moment under its inverse root.
@@ -45,60 +142,34 @@ class ElementFeatures:
     norm_eps: float = 1e-5
 
     def widths(self) -> tuple[int, ...]:
-        """Number of columns of each group."""
+        """Number of columns of each feature."""
         d = self.decays
-        counts = (len(d.momentum), len(d.second_moment), len(d.factored))
-        return tuple(_ops.feature_width(name, *counts) for name in self.names)
+        return tuple(
+            FEATURES[name].columns(len(d.momentum), len(d.second_moment), len(d.factored)) for name in self.names
+        )
 
     def column(self, name: str) -> int:
-        """Index of the first column of the group ``name``."""
+        """Index of the first column of the feature ``name``."""
         return sum(self.widths()[: self.names.index(name)])
 
-    def scales(self, mean_squares: Tensor) -> Tensor:
-        """What the normaliser multiplies each column with, float32, from the mean squares (T, F)."""
-        return (mean_squares + self.norm_eps).rsqrt().to(torch.float32)
 
-
-# google/learned_optimization, general_lopt hyper_v2: 14 groups, 30 columns.
+# google/learned_optimization, general_lopt hyper_v2: 14 features, 30 columns.
 VELO = ElementFeatures(
     names=(
-        "g",
-        "clip_g",
-        "p",
-        "m",
-        "v",
-        "m_rsqrt_v",
-        "rsqrt_v",
-        "fac_g",
-        "g_rsqrt_v",
-        "row",
-        "col",
-        "rsqrt_row",
-        "rsqrt_col",
-        "fac_m",
+        *("g", "clip_g", "p", "m", "v", "m_rsqrt_v", "rsqrt_v", "fac_g", "g_rsqrt_v"),
+        *("row", "col", "rsqrt_row", "rsqrt_col", "fac_m"),
     )
 )
-
 # google/learned_optimization, adafac_mlp_lopt: 28 normalised columns; 11 of the step count follow, not normalised.
 SMALL_FC = ElementFeatures(
     names=(
-        "g",
-        "p",
-        "m",
-        "v",
-        "m_rsqrt_v",
-        "rsqrt_v",
-        "fac_g",
-        "row",
-        "col",
-        "rsqrt_row",
-        "rsqrt_col",
-        "fac_m",
+        *("g", "p", "m", "v", "m_rsqrt_v", "rsqrt_v", "fac_g"),
+        *("row", "col", "rsqrt_row", "rsqrt_col", "fac_m"),
     ),
     clip=math.inf,
     diagonal_eps=1e-6,
 )
-# github.com/amoudgl/celo, Celo2: VELO's groups, normalised over the last two axes only.
+# github.com/amoudgl/celo, Celo2: VeLO's features, normalised over the last two axes only.
 CELO2 = replace(VELO, decays=Decays(second_moment=(0.95,)), second_eps=1e-8, norm_eps=1e-9)
 # Tensors of rank < 2 have no row and column features there.
 CELO2_VECTOR = replace(CELO2, names=CELO2.names[:9])
@@ -110,28 +181,23 @@ RNN_MLP = ElementFeatures(
     clip=math.inf,
 )
 
+# ---- features of the run --------------------------------------------------------------------------------------------
+
+# Time scales of the features of the step count, in steps.
+STEP_SCALES = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10000.0, 30000.0, 100000.0)
+# Fractions of the run at which the time features switch.
+TIME_FRACTIONS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
+# Averages of the loss, over horizons from 10 steps to the whole run.
+LOSS_DECAYS = 10
 # Starting value of the running minimum of the loss, as in the reference.
 LOSS_MIN_START = 999999999999.0
+# Places of the features of the run in the vector that the operator ``advance`` returns; bias corrections follow them.
+TIME, LOSS, STEP = slice(0, 9), slice(9, 18), slice(18, 29)
+# Inputs of a scheduler that are the same for all tensors: time and loss.
+SHARED_INPUTS = LOSS.stop
 
+# ---- statistics of a tensor -----------------------------------------------------------------------------------------
 
-def init_loss_buffer() -> dict[str, Tensor]:
-    """Empty loss buffer: averages (10,) over horizons from 10 steps to the whole run, their running minimum (10,)."""
-    return {
-        "loss_means": torch.zeros(LOSS_DECAYS),
-        "loss_min": torch.full((LOSS_DECAYS,), LOSS_MIN_START),
-    }
-
-
-def update_loss_buffer(
-    buffer: Mapping[str, Tensor], loss: Tensor, step: Tensor, num_training_steps: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """New loss buffer and the loss features (9,); see :func:`hf_lopt._plain_scheduler.update_loss_buffer`."""
-    means, minimum = buffer["loss_means"], buffer["loss_min"]
-    *new, features = _plain_scheduler.update_loss_buffer(means, minimum, loss, step, num_training_steps)
-    return dict(zip(("loss_means", "loss_min"), new, strict=True)), features
-
-
-def rank_one_hot(shapes: list[tuple[int, ...]], device: torch.device) -> Tensor:
-    """One-hot (T, 5) of the number of axes longer than 1; a row of zeros for more than four, as in the reference."""
-    ranks = torch.tensor([sum(n > 1 for n in shape) for shape in shapes], device=device)
-    return (ranks.unsqueeze(1) == torch.arange(5, device=device)).to(torch.float32)
+# Columns of the statistics (T, S) that the operator ``sums`` returns: the number of non-finite gradient entries, Σg²,
+# Σp², and then a pair (Σ, Σ²) for each second moment and each momentum.
+STAT_NONFINITE, STAT_G2, STAT_P2, STAT_PAIRS = 0, 1, 2, 3

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lopt import _ops, distributed, rules
+from hf_lopt import distributed, rules
 from hf_lopt._checks import Watch, check_ranks, check_settings, positive_int
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import ZeroNan
 from hf_lopt.rules.base import Rule
-from hf_lopt.rules.batches import Batch, Plan, to_device
+from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.weights import Weights, push_to_hub
 
 
@@ -70,7 +72,7 @@ class LearnedOptimizer(Optimizer):
     def _attach(self, rule: Rule, weights: Weights) -> None:
         self._rule, self._weights = rule, weights
         # Everything below is derived or transient; what has to survive lives in state and param_groups.
-        self._plan: Plan | None = None
+        self._plan: PreparedStep | None = None
         self._pending: Tensor | float | None = None
         self._report: dict[str, Any] = {}
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None  # in one tensor, and its elements
@@ -112,7 +114,7 @@ class LearnedOptimizer(Optimizer):
         try:
             check_settings(group)
             for p in group["params"]:
-                distributed.sharding(p)  # refuses what cannot be updated
+                distributed.sharding_of(p)  # refuses what cannot be updated
                 if p.dtype not in _DTYPES:
                     raise ValueError(
                         f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "
@@ -339,25 +341,27 @@ class LearnedOptimizer(Optimizer):
         pairs = zip(params, groups, strict=True)
         key = tuple((id(p), p.device, *(group[name] for name in words)) for p, group in pairs)
         if self._plan is None or self._plan.key != key:
-            self._plan = Plan(key, params, groups, self._rule, self._weights.theta)
+            self._plan = PreparedStep(key, params, groups, self._rule, self._weights.theta)
         plan, device = self._plan, params[0].device
         run = self._run(device)
         self._watch.start(run["nonfinite_steps"])
         states = [{key: distributed.local(value) for key, value in self.state[p].items()} for p in params]
         names = dict.fromkeys(name for state in states for name in state)
-        batch = Batch(
+        tensors = TensorList(
             layout=plan.layout,
+            cache=plan.cache,
+            root=plan.cache,
             params=[distributed.local(p) for p in params],
             grads=self._gradients(params),
             state={name: [state.get(name) for state in states] for name in names},
-            settings={name: plan.per_tensor(name, groups) for name in self._numbers()},
+            settings={name: plan.setting(name, groups) for name in self._numbers()},
             labels={name: [group[name] for group in groups] for name in words},
         )
         loss = None if loss is None else to_device(loss, torch.float32, device)
         settings = dict(first)
         if "num_training_steps" in settings:
             settings["num_training_steps"] = self._horizon()
-        outcome = self._rule.update(batch, run, plan.weights, settings, loss)
+        outcome = self._rule.update(tensors, run, plan.weights, settings, loss)
         self._set_run(outcome.run)
         self._report = outcome.report
         self._watch.look(run["counters"], first["max_nonfinite_steps"], self._horizon())
@@ -385,17 +389,17 @@ class LearnedOptimizer(Optimizer):
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
         if self._rule.nan_to_zero:
-            _ops.zero_nan([distributed.local(p.grad) for p in params])
+            ops.zero_nan(ZeroNan([distributed.local(p.grad) for p in params]))
         max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
         gradients = [self._gradient(p) for p in params]
         if max_norm:
-            distributed.clip_grad_norm_(gradients, [distributed.sharding(p) for p in params], max_norm)
+            distributed.clip_grad_norm_(gradients, [distributed.sharding_of(p) for p in params], max_norm)
         return gradients
 
     @staticmethod
     def _gradient(p: Tensor) -> Tensor:
         """The local gradient, cut as the parameter is."""
-        return distributed.local(p.grad, like=distributed.sharding(p))
+        return distributed.local(p.grad, like=distributed.sharding_of(p))
 
     def _numbers(self) -> list[str]:
         return ["lr", "weight_decay", *(n for n in self._rule.per_group if isinstance(self._rule.defaults[n], float))]

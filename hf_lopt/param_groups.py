@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from hf_lopt import rules
-from hf_lopt.accumulators import reference_axes
 from hf_lopt.rules.base import Rule
+from hf_lopt.step.accumulators import reference_axes
 
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -47,7 +47,7 @@ class Parameter:
         tensor: the parameter.
         role: "embedding" (input tables and output embeddings), "norm", "bias", "vector" (at most one axis longer than
             1) or "matrix", of linear and convolution layers and of stacks of them.
-        axis_order: how its axes lie, see :func:`hf_lopt.accumulators.reference_axes`.
+        axis_order: how its axes lie, see :func:`hf_lopt.step.accumulators.reference_axes`.
         decays: whether weight decay applies: not to norms and biases, as in Trainer.
         in_layer: whether it belongs to a linear, convolution or embedding layer, not to a module as a bare parameter.
     """

@@ -42,7 +42,7 @@ class LayerLog:
         if not self._taken:
             return
         names = [name for name, _, _ in self._taken]
-        cuts = [distributed.sharding(p) for _, p, _ in self._taken]
+        cuts = [distributed.sharding_of(p) for _, p, _ in self._taken]
         groups = [() if cut is None else cut.groups() for cut in cuts]
         moved = [_squares(p.detach() - old) for _, p, old in self._taken]
         sizes = [_squares(old) for _, _, old in self._taken]

@@ -18,7 +18,7 @@ from hf_lopt.meta.particles import Particles
 from hf_lopt.meta.runs import schedule
 from hf_lopt.meta.search import seeded
 from hf_lopt.meta.tasks import Task
-from hf_lopt.networks import Theta
+from hf_lopt.step.networks import Theta
 
 
 GRID = tuple(10.0 ** (k / 4.0) for k in range(-14, -3))  # eleven rates from 3e-4 to 0.1

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from hf_lopt.features import VELO
 from hf_lopt.meta.construct.networks import relu_pair
 from hf_lopt.meta.construct.velo import DIRECTION, INPUTS, OPEN, RANK_INPUT, VECTOR_RANKS
-from hf_lopt.networks import Theta
+from hf_lopt.step.networks import Theta
 
 
 RULES = ("velo", "velo_s")

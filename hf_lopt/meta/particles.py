@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed, rules
-from hf_lopt.networks import Theta
-from hf_lopt.rules import velo
 from hf_lopt.rules.base import Rule
-from hf_lopt.rules.batches import Batch, Layout
+from hf_lopt.step.networks import Theta
+from hf_lopt.step.tensors import StepCache, TensorList, make_layout
 
 
 # Rules whose step is the sum of what they do to each tensor.
@@ -87,7 +86,7 @@ class Particles:
         # Accumulators have their decays first; the particles come next where a rule is to see stacks.
         self._axis = int(self.together)
         self._waits = self.device.type == "cpu"  # asking for values costs nothing there
-        self._batches: list[Batch] = []
+        self._lists: list[TensorList] = []
         self._weights: list[dict[str, Any]] = []
 
     def set_weights(self, theta: Theta) -> None:
@@ -169,13 +168,11 @@ class Particles:
         """
         self._stop_failed(grads, losses)
         losses = losses.masked_fill(self.failed, 0.0)
-        if not self._batches:
-            self._batches = self._new_batches()
+        if not self._lists:
+            self._lists = self._new_lists()
         with distributed.alone():
-            if self._at_once:
-                self._update_at_once(grads, losses, lr, horizons)
-            elif self.together:
-                self._update_together(grads, lr)
+            if self.together or self._at_once:
+                self._update_all(grads, losses, lr, horizons)
             else:
                 self._update_in_turn(grads, losses, lr, horizons)
         self.steps += 1
@@ -197,63 +194,72 @@ class Particles:
         for x in state:
             x.movedim(self._axis, -1).masked_fill_(self.failed, 0.0)
 
-    def _batch(self, params: list[Tensor], states: list[dict[str, Tensor]], runs: int) -> Batch:
-        """A rule's view of its tensors, whose gradients and learning rates come with each step."""
+    def _tensors(self, params: list[Tensor], states: list[dict[str, Tensor]], replicas: int) -> TensorList:
+        """A rule's view of its tensors, whose gradients and learning rates come with each step. ``replicas``: how many
+        particles they are of, 0 for one by itself."""
         keys = dict.fromkeys(key for state in states for key in state)
         count, rule = len(params), self.rule
         numbers = ["weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float))]
         words = [n for n in rule.per_group if isinstance(rule.defaults[n], str)]
-        total = count * max(runs, 1)
-        return Batch(
-            layout=Layout(params, ["jax"] * count, runs=runs),
+        total = count * max(replicas if self.together else 0, 1)
+        settings = {
+            n: torch.full((total,), float(self.group[n]), dtype=torch.float32, device=self.device) for n in numbers
+        }
+        cache = StepCache()
+        return TensorList(
+            layout=make_layout(params, ["jax"] * count, replicas=replicas, stacked=self.together),
+            cache=cache,
+            root=cache,
             params=params,
             grads=[],
             state={key: [state.get(key) for state in states] for key in keys},
-            settings={n: torch.full((total,), float(self.group[n]), device=self.device) for n in numbers},
+            settings=settings,
             labels={n: [self.group[n]] * count for n in words},
         )
 
-    def _new_batches(self) -> list[Batch]:
+    def _new_lists(self) -> list[TensorList]:
+        """One list of all particles' tensors, or one for each particle."""
+        names = list(self.params)
         if self.together:
-            return self._stack_batch()
-        return self._batch_of_views() if self._at_once else self._batches_in_turn()
+            return [self._tensors(list(self.params.values()), [self.state[name] for name in names], self.count)]
+        per_particle = [
+            (
+                [p[i] for p in self.params.values()],
+                [{key: x[i] for key, x in self.state[name].items()} for name in names],
+            )
+            for i in range(self.count)
+        ]
+        if not self._at_once:
+            return [self._tensors(*pair, 0) for pair in per_particle]
+        params = [p for of_particle, _ in per_particle for p in of_particle]
+        states = [state for _, of_particle in per_particle for state in of_particle]
+        return [self._tensors(params, states, self.count)]
 
-    def _stack_batch(self) -> list[Batch]:
-        return [self._batch(list(self.params.values()), [self.state[name] for name in self.params], self.count)]
-
-    def _batches_in_turn(self) -> list[Batch]:
-        own = ([p[i] for p in self.params.values()] for i in range(self.count))
-        states = ([{k: x[i] for k, x in self.state[n].items()} for n in self.params] for i in range(self.count))
-        return [self._batch(*pair, 0) for pair in zip(own, states, strict=True)]
-
-    def _batch_of_views(self) -> list[Batch]:
-        """All particles' tensors, those of the first one first."""
-        own = [p[i] for i in range(self.count) for p in self.params.values()]
-        names = [(i, name) for i in range(self.count) for name in self.params]
-        return [self._batch(own, [{key: x[i] for key, x in self.state[name].items()} for i, name in names], 0)]
-
-    def _update_at_once(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
-        (batch,), own = self._batches, [grads[name].unbind() for name in self.params]
-        rates = lr.repeat_interleave(len(own))
-        batch = replace(
-            batch, grads=[g for gs in zip(*own, strict=True) for g in gs], settings=batch.settings | {"lr": rates}
-        )
-        velo.update_runs(batch, {"step": self.steps} | self.run, self._weights[0], horizons.tolist(), losses)
-
-    def _update_together(self, grads: Mapping[str, Tensor], lr: Tensor) -> None:
-        (batch,) = self._batches
-        own = [grads[name] for name in self.params]
-        batch = replace(batch, grads=own, settings=batch.settings | {"lr": lr.repeat(len(self.params))})
-        self.rule.update(batch, {"step": self.steps}, self._weights[0], self.group, None)
+    def _update_all(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
+        """One call for all particles."""
+        (tensors,) = self._lists
+        if self.together:
+            rates, run = lr.repeat(len(self.params)), {"step": self.steps}
+            ordered = [grads[name] for name in self.params]
+            settings = self.group
+        else:
+            rates, run = lr.repeat_interleave(len(self.params)), {"step": self.steps} | self.run
+            by_name = [grads[name].unbind() for name in self.params]
+            ordered = [g for of_particle in zip(*by_name, strict=True) for g in of_particle]
+            settings = self.group | {"num_training_steps": horizons.tolist()}
+        tensors = replace(tensors, grads=ordered, settings={**tensors.settings, "lr": rates})
+        self.rule.update(tensors, run, self._weights[0], settings, None if self.together else losses)
 
     def _update_in_turn(self, grads: Mapping[str, Tensor], losses: Tensor, lr: Tensor, horizons: Tensor) -> None:
-        for i, (batch, horizon) in enumerate(zip(self._batches, horizons.tolist(), strict=True)):
-            own = [grads[name][i] for name in self.params]
-            batch = replace(batch, grads=own, settings=batch.settings | {"lr": lr[i].expand(len(own))})
+        """A call for each particle."""
+        for i, (tensors, horizon) in enumerate(zip(self._lists, horizons.tolist(), strict=True)):
+            of_particle = [grads[name][i] for name in self.params]
+            rates = lr[i].expand(len(of_particle))
+            tensors = replace(tensors, grads=of_particle, settings={**tensors.settings, "lr": rates})
             run = {"step": self.steps[i]} | {key: x[i] for key, x in self.run.items()}
             settings = self.group | {"num_training_steps": horizon}
-            outcome = self.rule.update(batch, run, self._weights[i], settings, losses[i])
-            for key, x in outcome.run.items():
+            result = self.rule.update(tensors, run, self._weights[i], settings, losses[i])
+            for key, x in result.run.items():
                 self.run[key][i] = x
 
     def state_dict(self) -> dict[str, Any]:

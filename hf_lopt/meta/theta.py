@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_lopt import rules
 from hf_lopt.meta import particles
-from hf_lopt.networks import Theta
+from hf_lopt.step.networks import Theta
 
 
 CELO2 = ("ff_mod_stack/~/*",)

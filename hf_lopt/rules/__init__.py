@@ -10,7 +10,7 @@ from hf_lopt.rules.base import Rule
 
 _RULES: dict[str, Rule] = {
     rule.name: rule
-    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in ("base", "batches", "passes"))
+    for module in sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name != "base")
     for rule in importlib.import_module(f"{__name__}.{module}").RULES
 }
 

@@ -1,7 +1,7 @@
 """What an update rule is: data, and one short function over lists of tensors.
 
 A rule names its features, the shapes of its weights, its per-tensor and per-run state and its defaults; its ``update``
-strings the passes of :mod:`hf_lopt.rules.passes` together. It does not loop over parameters and keeps no state.
+strings the functions of :mod:`hf_lopt.step` together. It does not loop over parameters and keeps no state.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt import weights
-from hf_lopt.networks import Theta
+from hf_lopt.step.networks import Theta
 
 
 @dataclass
-class Outcome:
-    """What a rule's ``update`` gives back: new run state, beside what it changed in place, and what is worth logging:
-    device tensors, or functions that compute them when they are asked for."""
+class UpdateResult:
+    """What a rule's ``update`` gives back, beside what it changed in place.
+
+    Attributes:
+        run: new tensors of the run, by name.
+        skipped: bool, 0-d.
+        report: what is worth logging: device tensors, or functions that compute them when they are asked for.
+    """
 
     run: dict[str, Tensor]
-    skipped: Tensor  # bool, 0-d
+    skipped: Tensor
     report: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
 
 
@@ -33,20 +38,17 @@ class Rule:
     Attributes:
         name: the ``optim=`` name; also names the embedded weights.
         class_name: the public class.
-        summary: one sentence for its docstring, with the source.
+        summary: one sentence with the source.
         defaults: constructor keywords after ``params`` and their defaults, in order.
         per_group: the keywords that a parameter group may set for itself, beside lr and weight_decay.
         shapes: leaves of the weights and their shapes; letters stand for sizes that the file decides.
         init_state: (parameter, its group, weights) -> the state of one parameter.
         init_run: (weights) -> the tensors that belong to the run as a whole.
-        prepare: (weights, settings) -> the tensors that ``update`` takes, packed once. Rules whose update takes many
-            runs also take leaves of networks with an axis of runs in front.
-        update: the step itself.
+        prepare: (weights, settings) -> the tensors that ``update`` takes, packed once. Rules that take stacked
+            replicas also take leaves of networks with an axis of replicas in front.
+        update: (tensors, run, prepared weights, settings, loss) -> result: the step itself.
         own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
         needs_horizon, needs_loss: whether a step is undefined without them.
-        finetune_lr: multiplier for embedded weights on a pretrained model, where a step made for training from
-            scratch is too large (where the schedule is the caller's: the lr itself); None: as elsewhere.
-        finetune_settings: further settings that belong to ``finetune_lr``.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
     """
 
@@ -59,12 +61,10 @@ class Rule:
     init_state: Callable[[Tensor, Mapping[str, Any], Theta], dict[str, Tensor]]
     init_run: Callable[[Theta], dict[str, Tensor]]
     prepare: Callable[[Theta, Mapping[str, Any]], dict[str, Any]]
-    update: Callable[..., Outcome]
-    own_schedule: bool = True
-    needs_horizon: bool = True
-    needs_loss: bool = True
-    finetune_lr: float | None = None
-    finetune_settings: Mapping[str, Any] = field(default_factory=dict)
+    update: Callable[..., UpdateResult]
+    own_schedule: bool
+    needs_horizon: bool
+    needs_loss: bool
     nan_to_zero: bool = False
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:

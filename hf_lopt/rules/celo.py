@@ -6,95 +6,152 @@ Moudgil et al. 2025, "Celo: Training Versatile Learned Optimizers on a Compute D
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from hf_lopt import _ops, _plain_scheduler, accumulators, networks
-from hf_lopt.accumulators import Decays
-from hf_lopt.features import CLIP_GRADIENT, VELO
-from hf_lopt.networks import Theta
-from hf_lopt.rules import base, batches, passes, velo
+from hf_lopt.features import CLIP_GRADIENT, SHARED_INPUTS, VELO, Decays
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import AdamStep
+from hf_lopt.rules.base import Rule, UpdateResult
+from hf_lopt.step import accumulators, scheduler
+from hf_lopt.step.measure import measure
+from hf_lopt.step.networks import Theta, specialize_networks
+from hf_lopt.step.tensors import TensorList
 
 
-SHARED_INPUTS, LR_MULT = _plain_scheduler.SHARED_INPUTS, _plain_scheduler.LR_MULT
-STEP_MULT = 0.001
+STEP_MULT = EXP_MULT = 0.001
 ADAM = Decays(momentum=(0.9,), second_moment=(0.999,), factored=())
 INNER_EPS, OUTER_EPS = 1e-10, 1e-8
 
 
+def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
+    """Accumulators and scheduler state."""
+    return accumulators.init(p, group["axis_order"], VELO.decays) | scheduler.init_scheduler(p, theta)
+
+
+def init_run(theta: Theta) -> dict[str, Tensor]:
+    """The loss buffer."""
+    return scheduler.init_loss_buffer()
+
+
 def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
-    bank = networks.flatten_bank(theta, velo.PREFIX, len(VELO.names), len(velo.UNITS) - 1)
-    return velo.pack_scheduler(theta, bank)
+    return scheduler.pack_scheduler(theta, scheduler.flat_bank(theta))
 
 
 def update(
-    batch: batches.Batch,
+    tensors: TensorList,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
-) -> base.Outcome:
+) -> UpdateResult:
     """One step of Celo: VeLO's passes, with a softmax over the bank. The published bank holds one network."""
-    (reading,), turn = passes.read([(batch, VELO)], run, loss, horizon=settings["num_training_steps"])
-    return velo.finish(batch, reading, turn, velo.schedule(batch, turn, weights, celo=True))
+    (measured,), decision = measure([(tensors, VELO)], run, loss, horizon=settings["num_training_steps"])
+    schedule = scheduler.run_scheduler(tensors, decision, weights, softmax=True)
+    report = scheduler.apply_schedule(tensors, measured, decision, schedule, step_mult=STEP_MULT, exp_mult=EXP_MULT)
+    return UpdateResult({}, decision.skip, report)
 
 
 def init_adam_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
     """Adam's moments and the scheduler's state. Nothing uses the factored accumulators of the reference."""
-    return accumulators.init(p, group["axis_order"], ADAM) | velo.init_scheduler(p, theta)
+    return accumulators.init(p, group["axis_order"], ADAM) | scheduler.init_scheduler(p, theta)
+
+
+def prepare_adam(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return scheduler.pack_scheduler(theta)
 
 
 def update_adam(
-    batch: batches.Batch,
+    tensors: TensorList,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
-) -> base.Outcome:
+) -> UpdateResult:
     """One step of Celo-Adam: p <- p - 0.001 lr_mult mhat / (sqrt(vhat + 1e-10) + 1e-8), gradients in +-1000."""
-    _, turn = passes.read(
+    (momentum_decay,), (second_decay,) = ADAM.momentum, ADAM.second_moment
+    _, decision = measure(
         [],
         run,
         loss,
         horizon=settings["num_training_steps"],
-        others=[batch],
-        corrected=(*ADAM.momentum, *ADAM.second_moment),
+        others=[tensors],
+        correction_decays=(momentum_decay, second_decay),
     )
-    plan = velo.schedule(batch, turn, weights, celo=True)
-    steps = passes.fold(batch, None, None, plan.networks, (), factors=[plan.lr_mult], step_mult=STEP_MULT)
-    sums = _ops.adam_step(
-        *(batch.params, batch.grads, *batch.accumulators()),
-        *(*ADAM.momentum, *ADAM.second_moment, CLIP_GRADIENT),
-        *(steps.scale, steps.decay, *turn.corrections, INNER_EPS, OUTER_EPS, turn.skip),
+    schedule = scheduler.run_scheduler(tensors, decision, weights, softmax=True)
+    steps = specialize_networks(
+        tensors, None, None, schedule.networks, (), factors=[schedule.lr_mult], step_mult=STEP_MULT
     )
-    return base.Outcome({}, turn.skip, velo.report(batch, turn, plan, sums))
+    momentum_correction, second_correction = decision.corrections
+    sums = ops.adam_step(
+        AdamStep(
+            params=tensors.params,
+            grads=tensors.grads,
+            momenta=tensors.momenta,
+            second_moments=tensors.second_moments,
+            momentum_decay=momentum_decay,
+            second_decay=second_decay,
+            clip=CLIP_GRADIENT,
+            scale=steps.scale,
+            decay=steps.decay,
+            momentum_correction=momentum_correction,
+            second_correction=second_correction,
+            inner_eps=INNER_EPS,
+            outer_eps=OUTER_EPS,
+            skip=decision.skip,
+        )
+    )
+    return UpdateResult({}, decision.skip, scheduler.report(tensors, decision, schedule, sums))
 
 
-_DEFAULTS = {key: value for key, value in velo.VELO_RULE.defaults.items() if key != "bank_scale"}
-
-CELO_RULE = replace(
-    velo.VELO_RULE,
+CELO_RULE = Rule(
     name="celo",
     class_name="Celo",
     summary="Celo (Moudgil et al. 2025): one small network and a light LSTM schedule. Needs the loss and the horizon.",
-    defaults=_DEFAULTS,
-    shapes=velo.bank_shapes() | velo.scheduler_shapes(SHARED_INPUTS, {"rnn_to_controls": "K", "step_size": 1}),
+    defaults={
+        "lr": 1.0,
+        "num_training_steps": None,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "min_param_scale": 0.0,
+        "max_nonfinite_steps": 10,
+        "max_training_steps": 0,
+    },
+    per_group=("axis_order", "min_param_scale"),
+    shapes=scheduler.bank_shapes()
+    | scheduler.scheduler_shapes(SHARED_INPUTS, {"rnn_to_controls": "K", "step_size": 1}),
+    init_state=init_state,
+    init_run=init_run,
     prepare=prepare,
     update=update,
+    own_schedule=True,
+    needs_horizon=True,
+    needs_loss=True,
 )
-CELO_ADAM_RULE = replace(
-    CELO_RULE,
+CELO_ADAM_RULE = Rule(
     name="celo_adam",
     class_name="CeloAdam",
     summary="Celo-Adam (Moudgil et al. 2025): Celo's LSTM schedule over Adam. Needs the loss and the horizon.",
-    defaults={key: value for key, value in _DEFAULTS.items() if key != "min_param_scale"},
+    defaults={
+        "lr": 1.0,
+        "num_training_steps": None,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "max_nonfinite_steps": 10,
+        "max_training_steps": 0,
+    },
     per_group=("axis_order",),
-    shapes=velo.scheduler_shapes(SHARED_INPUTS, {"step_size": 1}),
+    shapes=scheduler.scheduler_shapes(SHARED_INPUTS, {"step_size": 1}),
     init_state=init_adam_state,
-    prepare=lambda theta, settings: velo.pack_scheduler(theta),
+    init_run=init_run,
+    prepare=prepare_adam,
     update=update_adam,
+    own_schedule=True,
+    needs_horizon=True,
+    needs_loss=True,
 )
 
 RULES = (CELO_RULE, CELO_ADAM_RULE)

@@ -7,18 +7,22 @@ them to train themselves"; google/learned_optimization, rnn_mlp_lopt.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_lopt import accumulators, distributed, networks
+from hf_lopt import distributed
 from hf_lopt.features import RNN_MLP, STEP_SCALES
-from hf_lopt.networks import Theta
-from hf_lopt.rules import base, batches, passes
-from hf_lopt.rules.velo import VELO_RULE, init_scheduler
+from hf_lopt.kernels.reference.passes import ema
+from hf_lopt.rules.base import Rule, UpdateResult
+from hf_lopt.step import accumulators, networks, passes
+from hf_lopt.step.measure import measure
+from hf_lopt.step.networks import Theta, specialize_networks
+from hf_lopt.step.scheduler import init_scheduler
+from hf_lopt.step.tensors import TensorList
 
 
 STEP_MULT = EXP_MULT = 0.001
@@ -66,9 +70,9 @@ def init_run(theta: Theta) -> dict[str, Tensor]:
     """The message from the LSTM (18,), the normaliser of the loss, and the gradient clipper's average."""
     return {
         "from_lstm": theta["initial_from_lstm"].clone(),
-        "loss_mean": torch.zeros(()),
-        "loss_var": torch.zeros(()),
-        "clip_value": torch.tensor(1.0 - CLIP_DECAY),
+        "loss_mean": torch.zeros((), dtype=torch.float32),
+        "loss_var": torch.zeros((), dtype=torch.float32),
+        "clip_value": torch.tensor(1.0 - CLIP_DECAY, dtype=torch.float32),
     }
 
 
@@ -98,19 +102,23 @@ def _moments(x: Tensor) -> Tensor:
     return torch.stack([x.sum(), x.square().sum()])
 
 
-def tensor_sums(batch: batches.Batch) -> Tensor:
+def tensor_sums(tensors: TensorList) -> Tensor:
     """(Σx, Σx²) of the gradient, the updated momenta, the updated second moments and the parameter: (T, 8) float64, of
     the whole tensors."""
     d = RNN_MLP.decays
     rows = []
-    for p, g, m, v in zip(batch.params, batch.grads, *batch.accumulators(), strict=True):
-        m, v = accumulators.ema(m, g, d.momentum), accumulators.ema(v, g.square(), d.second_moment)
+    for p, g, m, v in zip(tensors.params, tensors.grads, tensors.momenta, tensors.second_moments, strict=True):
+        m, v = ema(m, g, d.momentum), ema(v, g.square(), d.second_moment)
         rows.append(torch.cat([_moments(x) for x in (g, m, v, p)]))
-    groups = [cut.groups() if cut else () for cut in batch.layout.cuts]
-    return torch.stack(distributed.sum_over(list(zip(rows, groups, strict=True))))
+    return torch.stack(distributed.sum_over(list(zip(rows, _shard_groups(tensors), strict=True))))
 
 
-def tensor_features(sums: Tensor, numel: Tensor, shapes: list[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def _shard_groups(tensors: TensorList) -> list[tuple[Any, ...]]:
+    """The process groups over which each tensor is spread."""
+    return [sharding.groups() if sharding else () for sharding in tensors.layout.shardings]
+
+
+def tensor_features(sums: Tensor, numel: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Inputs of the LSTM from each tensor: (T, 13) before the two losses, (T, 3) after them. The trained order is
     alphabetical: gradient norm, is-scalar, mean of m, v and p (size and sign each), norm of p, shape (4); variances of
     m, v, p. ``shapes`` are the reference's."""
@@ -129,61 +137,75 @@ def tensor_features(sums: Tensor, numel: Tensor, shapes: list[tuple[int, ...]]) 
 
 
 def update(
-    batch: batches.Batch,
+    tensors: TensorList,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor,
-) -> base.Outcome:
+) -> UpdateResult:
     """One step. The LSTM sees accumulators that are already updated, the network what the LSTM says in this step."""
-    theta, layout, size = weights["theta"], batch.layout, batch.layout.numel
-    run = run | {"step": run["step"].clone()}  # reading counts the step
+    theta, layout, numel = weights["theta"], tensors.layout, tensors.layout.numel
+    run = {**run, "step": run["step"].clone()}  # measuring counts the step
     k = (run["step"] + 1).double()
     bound = (CLIP_FACTOR * run["clip_value"] / (1.0 - CLIP_DECAY**k)).float()
     # NaN stays NaN, infinity would not.
-    clipped = [torch.where(g.isfinite(), g, math.nan).float().clamp(-bound, bound) for g in batch.grads]
-    batch = replace(batch, grads=clipped)
-    sums = tensor_sums(batch)
-    (reading,), turn = passes.read([(batch, RNN_MLP)], run, loss)
-    loss, skip = turn.loss, turn.skip
-    mean_square = (sums[:, 1] / size).mean().float()
+    clipped = [torch.where(g.isfinite(), g, math.nan).float().clamp(-bound, bound) for g in tensors.grads]
+    tensors = replace(tensors, grads=clipped)
+    moments = tensor_sums(tensors)
+    (measured,), decision = measure([(tensors, RNN_MLP)], run, loss)
+    assert decision.loss is not None
+    loss_state, losses = loss_features(run, decision.loss)
+    mean_square = (moments[:, 1] / numel).mean().float()
     clip_value = CLIP_DECAY * run["clip_value"] + (1.0 - CLIP_DECAY) * (1e-8 + mean_square).sqrt()
-    loss_state, losses = loss_features(run, loss)
 
     shapes = [accumulators.reference_shape(s, o) for s, o in zip(layout.shapes, layout.axis_orders, strict=True)]
-    before, after = tensor_features(sums, size, shapes)
-    rows = len(batch.params)
-    from_mlp = torch.stack(batch.tensors("from_mlp"))
+    before, after = tensor_features(moments, numel, shapes)
+    rows = len(tensors)
+    from_mlp = torch.stack(tensors.tensors("from_mlp"))
     inputs = torch.cat([run["from_lstm"].expand(rows, -1), from_mlp, before, losses.expand(rows, -1), after], 1)
-    hidden, cell = (torch.stack(batch.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
+    hidden, cell = (torch.stack(tensors.tensors(key)) for key in ("lstm_hidden", "lstm_cell"))
     hidden, cell = networks.lstm(inputs, hidden, cell, theta)
     from_lstm = networks.linear(hidden, theta, "rnn_to_in_params/rnn_to_in").mean(0)
     to_mlp = networks.linear(hidden, theta, "rnn_to_ff_params/rnn_to_ff")
 
-    times = torch.sin(run["step"].float() / (torch.tensor(STEP_SCALES, device=layout.device) * math.pi))
-    norm = torch.log((reading.mean_squares[:, RNN_MLP.column("p")] * size).sqrt() + 1e-8)
-    count = torch.full_like(norm, math.log(rows) - 1.0)
-    per_tensor = torch.stack([count, norm, torch.log(size)], 1).float()
-    constants = torch.cat([times.expand(rows, -1), per_tensor, to_mlp], 1)
-    network = passes.fold(
-        *(batch, RNN_MLP, reading, weights["network"], weights["sizes"]),
-        constants=constants,
+    network = specialize_networks(
+        tensors,
+        RNN_MLP,
+        measured,
+        weights["network"],
+        weights["sizes"],
+        constants=_constants(tensors, run["step"], measured.mean_squares[:, RNN_MLP.column("p")], to_mlp),
         outputs=weights["sizes"][-1],
         step_mult=STEP_MULT,
     )
-    sums = passes.apply_network(batch, RNN_MLP, reading, network, EXP_MULT, skip)
+    sums = passes.apply_network(tensors, RNN_MLP, measured, network, EXP_MULT, decision.skip)
 
-    groups = [cut.groups() if cut else () for cut in layout.cuts]
-    messages = torch.stack(distributed.sum_over(list(zip(sums[:, 1:], groups, strict=True))))
-    from_mlp = (messages / size.unsqueeze(1)).float().unbind()
-    passes.store(batch, skip, lstm_hidden=hidden.unbind(), lstm_cell=cell.unbind(), from_mlp=from_mlp)
-    new_run = passes.keep_if(skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
-    report = {"update_rms": passes.update_rms(batch, sums.select(1, 0)), "scheduler_inputs": inputs}
-    return base.Outcome(new_run, skip, report)
+    messages = torch.stack(distributed.sum_over(list(zip(sums[:, 1:], _shard_groups(tensors), strict=True))))
+    passes.store(
+        tensors,
+        decision.skip,
+        lstm_hidden=hidden.unbind(),
+        lstm_cell=cell.unbind(),
+        from_mlp=(messages / numel.unsqueeze(1)).float().unbind(),
+    )
+    new_run = passes.keep_if(decision.skip, run, loss_state | {"from_lstm": from_lstm, "clip_value": clip_value})
+    report = {"update_rms": passes.update_rms(tensors, sums.select(1, 0)), "scheduler_inputs": inputs}
+    return UpdateResult(new_run, decision.skip, report)
 
 
-RNN_MLP_RULE = replace(
-    VELO_RULE,
+def _constants(tensors: TensorList, step: Tensor, mean_p2: Tensor, to_mlp: Tensor) -> Tensor:
+    """Inputs of the network that are constant over a tensor, (T, 31): sines of the step count, the number of tensors,
+    norm and size of the tensor, and the message of the LSTM (T, 17)."""
+    rows, numel = len(tensors), tensors.layout.numel
+    scales = torch.tensor(STEP_SCALES, dtype=torch.float32, device=tensors.layout.device)
+    times = torch.sin(step.float() / (scales * math.pi))
+    norm = torch.log((mean_p2 * numel).sqrt() + 1e-8)
+    count = torch.full_like(norm, math.log(rows) - 1.0)
+    per_tensor = torch.stack([count, norm, torch.log(numel)], 1).float()
+    return torch.cat([times.expand(rows, -1), per_tensor, to_mlp], 1)
+
+
+RNN_MLP_RULE = Rule(
     name="rnn_mlp",
     class_name="RNNMLP",
     summary="rnn_mlp (Metz et al. 2020): an LSTM per tensor and a network per parameter. Needs the loss.",
@@ -200,8 +222,9 @@ RNN_MLP_RULE = replace(
     init_run=init_run,
     prepare=prepare,
     update=update,
+    own_schedule=True,
     needs_horizon=False,
-    finetune_lr=0.05,
+    needs_loss=True,
 )
 
 RULES = (RNN_MLP_RULE,)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import accumulators, networks
-from hf_lopt.accumulators import Decays
-from hf_lopt.features import SMALL_FC
-from hf_lopt.networks import Theta
-from hf_lopt.rules import base, batches, passes
+from hf_lopt.features import SMALL_FC, STEP_SCALES, Decays
+from hf_lopt.rules.base import Rule, UpdateResult
+from hf_lopt.step import accumulators, networks, passes
+from hf_lopt.step.measure import measure
+from hf_lopt.step.networks import Theta, specialize_networks
+from hf_lopt.step.tensors import TensorList
 
 
 PREFIX = "nn/~/"
@@ -26,7 +27,7 @@ OFFSETS = {"momentum": "momentum_decays", "second_moment": "rms_decays", "factor
 
 
 def _shapes() -> dict[str, tuple[int | str, ...]]:
-    d, inputs = SMALL_FC.decays, sum(SMALL_FC.widths()) + 11
+    d, inputs = SMALL_FC.decays, sum(SMALL_FC.widths()) + len(STEP_SCALES)
     shapes: dict[str, tuple[int | str, ...]] = {leaf: (len(getattr(d, kind)),) for kind, leaf in OFFSETS.items()}
     for layer, (n_in, n_out) in enumerate(((inputs, "U"), ("U", "V"), ("V", 2))):
         shapes |= {f"{PREFIX}w{layer}": (n_in, n_out), f"{PREFIX}b{layer}": (n_out,)}
@@ -59,27 +60,35 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
     return accumulators.init(p, group["axis_order"], SMALL_FC.decays)
 
 
+def init_run(theta: Theta) -> dict[str, Tensor]:
+    return {}
+
+
 def update(
-    batch: batches.Batch,
+    tensors: TensorList,
     run: Mapping[str, Tensor],
     weights: Mapping[str, Any],
     settings: Mapping[str, Any],
     loss: Tensor | None,
-) -> base.Outcome:
+) -> UpdateResult:
     """One step: o0 exp(exp_mult o1) step_mult, times lr and the step_scale of the group."""
     features = weights["features"]
-    (reading,), turn = passes.read([(batch, features)], run)
-    network = passes.fold(
-        *(batch, features, reading, weights["network"], weights["sizes"]),
-        constants=turn.step_features,
-        factors=[batch["step_scale"]],
+    (measured,), decision = measure([(tensors, features)], run)
+    network = specialize_networks(
+        tensors,
+        features,
+        measured,
+        weights["network"],
+        weights["sizes"],
+        constants=decision.step_features,
+        factors=[tensors["step_scale"]],
         step_mult=settings["step_mult"],
     )
-    sums = passes.apply_network(batch, features, reading, network, settings["exp_mult"], turn.skip)
-    return base.Outcome({}, turn.skip, {"update_rms": passes.update_rms(batch, sums.select(1, 0))})
+    sums = passes.apply_network(tensors, features, measured, network, settings["exp_mult"], decision.skip)
+    return UpdateResult({}, decision.skip, {"update_rms": passes.update_rms(tensors, sums.select(1, 0))})
 
 
-SMALL_FC_RULE = base.Rule(
+SMALL_FC_RULE = Rule(
     name="small_fc_lopt",
     class_name="SmallFC",
     summary="small_fc_lopt (Metz et al. 2022): one per-element network 39-32-32-2 with features of the step count.",
@@ -97,30 +106,64 @@ SMALL_FC_RULE = base.Rule(
     per_group=("axis_order", "step_scale"),
     shapes=_shapes(),
     init_state=init_state,
-    init_run=lambda theta: {},
+    init_run=init_run,
     prepare=prepare,
     update=update,
+    own_schedule=True,
     needs_horizon=False,
     needs_loss=False,
-    finetune_lr=0.03,
 )
-MULO_RULE = replace(
-    SMALL_FC_RULE,
+MULO_RULE = Rule(
     name="mulo",
     class_name="MuLO",
     summary="μLO (Therien et al. 2024): small_fc_lopt with a width multiplier for each tensor, its step_scale.",
-    defaults=dict(SMALL_FC_RULE.defaults) | {"step_mult": 0.01},
+    defaults={
+        "lr": 1.0,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "step_mult": 0.01,
+        "exp_mult": 0.001,
+        "step_scale": 1.0,
+        "max_grad_norm": 0.0,
+        "max_nonfinite_steps": 10,
+    },
+    per_group=("axis_order", "step_scale"),
+    shapes=_shapes(),
+    init_state=init_state,
+    init_run=init_run,
+    prepare=prepare,
+    update=update,
+    own_schedule=True,
+    needs_horizon=False,
+    needs_loss=False,
     nan_to_zero=True,
 )
 # Published as a plain optimizer: the schedule is the caller's, lr is the step size.
-ELO_RULE = replace(
-    SMALL_FC_RULE,
+ELO_RULE = Rule(
     name="elo",
     class_name="ELO",
     summary="ELO: the small_fc network without decay offsets, under an ordinary learning-rate schedule.",
-    defaults=dict(SMALL_FC_RULE.defaults) | {"lr": 1e-3, "step_mult": 1.0},
+    defaults={
+        "lr": 1e-3,
+        "weights": "auto",
+        "weight_decay": 0.0,
+        "axis_order": "torch",
+        "step_mult": 1.0,
+        "exp_mult": 0.001,
+        "step_scale": 1.0,
+        "max_grad_norm": 0.0,
+        "max_nonfinite_steps": 10,
+    },
+    per_group=("axis_order", "step_scale"),
+    shapes=_shapes(),
+    init_state=init_state,
+    init_run=init_run,
+    prepare=prepare,
+    update=update,
     own_schedule=False,
-    finetune_lr=5e-5,
+    needs_horizon=False,
+    needs_loss=False,
     nan_to_zero=True,
 )
 

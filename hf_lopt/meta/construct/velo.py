@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_lopt import features
-from hf_lopt import networks as meta_networks
+from hf_lopt.features import SHARED_INPUTS
+from hf_lopt.kernels.reference.scheduler import CELO_LR_MULT
 from hf_lopt.meta.construct import schedules
 from hf_lopt.meta.construct.files import Construction
 from hf_lopt.meta.construct.networks import direction_record, relu_pair
-from hf_lopt.rules.celo import LR_MULT as CELO_LR_MULT
-from hf_lopt.rules.celo import SHARED_INPUTS
+from hf_lopt.step import networks as meta_networks
 
 
 # Direction of the step: coefficients of normalised features, (group, column) -> weight. Column 0 is the decay .9.

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hf_lopt import _plain_scheduler
+from hf_lopt.features import ElementFeatures
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import SpecializeNetworks
+from hf_lopt.kernels.reference import scheduler as reference
+from hf_lopt.step.tensors import TensorList
+
+
+if TYPE_CHECKING:
+    from hf_lopt.step.measure import Measurements
 
 
 Theta = Mapping[str, Tensor]
@@ -35,7 +44,7 @@ def mix(x: Tensor, theta: Theta) -> Tensor:
 def lstm(x: Tensor, hidden: Tensor, cell: Tensor, theta: Theta) -> tuple[Tensor, Tensor]:
     """One LSTM step for all rows: gates in the order input, candidate, forget (with 1 added), output."""
     gates = linear(torch.cat([x, hidden], 1), theta, "rnn_params/rnn/linear")
-    return _plain_scheduler.lstm_cell(gates, cell)
+    return reference.lstm_cell(gates, cell)
 
 
 @dataclass(frozen=True)
@@ -47,14 +56,14 @@ class ElementNetwork:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """The networks of a step, as the operator ``apply_network`` takes them.
+class TensorNetworks:
+    """The network of each result in the form that the operator ``apply_network`` takes, and its step.
 
     Attributes:
-        flat: weights (T, P), layer by layer the matrix and then the bias.
+        flat: weights (M, P), layer by layer the matrix and then the bias.
         sizes: widths of the layers; () for no network.
-        scale: what the first output is multiplied with, (T,).
-        decay: share of the parameter that is taken off, (T,).
+        scale: what the first output is multiplied with, (M,).
+        decay: share of the parameter that is taken off, (M,).
     """
 
     flat: Tensor
@@ -66,6 +75,63 @@ class Folded:
         """Weights and biases, as views."""
         network = split_layers(self.flat, self.sizes)
         return network.weights, network.biases
+
+
+def specialize_networks(
+    tensors: TensorList,
+    features: ElementFeatures | None,
+    measurements: Measurements | None,
+    networks: Tensor,
+    sizes: Sequence[int],
+    *,
+    constants: Tensor | None = None,
+    outputs: int = 2,
+    factors: Sequence[Tensor] = (),
+    step_mult: float | None = 1.0,
+    relative: bool = False,
+) -> TensorNetworks:
+    """Networks for features that are not normalised, their step sizes and decays.
+
+    ``networks`` (T or 1, P) are flat, of widths ``sizes``; of stacked replicas (R, P) or (1, P). ``constants`` are
+    the values of the last inputs, (C,) or (T, C), of stacked replicas (R, C). A step is lr * factors * step_mult times
+    the output, and where it is ``relative`` also times the root mean square of the parameter, which counts as
+    ``min_param_scale`` at least. Weight decay is decoupled and scaled by lr. A ``step_mult`` of None leaves all this
+    out: the step is made of the outputs later.
+    """
+    layout = tensors.layout
+    numel = layout.slice_numel if measurements is None else measurements.numel
+    if step_mult is None:
+        lr = weight_decay = layout.one.expand(len(numel))
+    else:
+        lr, weight_decay = tensors["lr"], tensors["weight_decay"]
+    if layout.stacked:  # those of the replicas, for each tensor in turn
+        networks = _for_each_tensor(networks, tensors)
+        constants = None if constants is None else _for_each_tensor(constants, tensors)
+    flat, scale, decay = ops.specialize_networks(
+        SpecializeNetworks(
+            networks=networks,
+            sizes=sizes,
+            outputs=outputs,
+            constants=constants,
+            sums=layout.empty if measurements is None else measurements.sums,
+            numel=numel,
+            norm_eps=0.0 if measurements is None or features is None else features.norm_eps,
+            lr=lr,
+            weight_decay=weight_decay,
+            factors=factors,
+            floor=tensors["min_param_scale"] if relative else None,
+            step_mult=1.0 if step_mult is None else step_mult,
+            p_column=features.column("p") if relative and features is not None else -1,
+        )
+    )
+    inputs = sizes[0] - (0 if constants is None else constants.shape[-1]) if sizes else 0
+    return TensorNetworks(flat, (inputs, *sizes[1:-1], outputs) if sizes else (), scale, decay)
+
+
+def _for_each_tensor(x: Tensor, tensors: TensorList) -> Tensor:
+    """Rows of the replicas (R, …) repeated for each tensor; what all replicas share stays as it is."""
+    replicas = tensors.layout.replicas
+    return x.repeat(len(tensors), 1) if x.dim() > 1 and len(x) == replicas > 1 else x
 
 
 def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:

@@ -1,8 +1,8 @@
 """Momenta, second moments and factored accumulators: which decays, which axes, which shapes, how they are updated.
 
 Axes of the state: D decays, then those of the parameter (all, or without the one that an accumulator averages over).
-Element-wise accumulators are updated inside the passes of :mod:`hf_lopt._ops`; the factored ones are small vectors,
-updated here, between pass 0 and pass 1.
+Element-wise accumulators are updated inside the passes of :mod:`hf_lopt.kernels.ops`; the factored ones are small
+vectors, updated here, between pass 0 and pass 1.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hf_lopt import _ops, distributed
-from hf_lopt._plain import FACTORED_EPS, ema
+from hf_lopt import distributed
+from hf_lopt.features import FACTORED_EPS, Decays
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import UpdateFactored
+from hf_lopt.kernels.reference.passes import ema
 
 
 AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked")
@@ -55,17 +58,8 @@ def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int,
     return axes[-1], axes[-2]
 
 
-@dataclass(frozen=True)
-class Decays:
-    """The decays of a rule's accumulators; () where the rule has none of a kind."""
-
-    momentum: tuple[float, ...] = (0.9, 0.99, 0.999)
-    second_moment: tuple[float, ...] = (0.999,)
-    factored: tuple[float, ...] = (0.9, 0.99, 0.999)
-
-
 def init(p: Tensor, axis_order: str, decays: Decays) -> dict[str, Tensor]:
-    """Zero accumulators of one parameter, float32, on its device and cut as it is.
+    """Zero accumulators of one parameter, float32, on its device and sharded as it is.
 
     ``momentum`` (D, *shape), ``second_moment`` (D, *shape); for rank >= 2 ``factored_row`` (D, *shape without A) and
     ``factored_col`` (D, *shape without B), otherwise ``factored_diag`` (D, *shape).
@@ -103,29 +97,46 @@ def update_factored(
     row_axes: Sequence[int],
     col_axes: Sequence[int],
     decays: Sequence[float],
-    cuts: Sequence[distributed.Sharding | None] | None = None,
+    shardings: Sequence[distributed.Sharding | None] | None = None,
 ) -> Factors:
     """New row and column accumulators and their inverse-root factors, from the sums of g² over the whole tensor.
 
     The arithmetic is that of the operator ``update_factored``. ``shapes`` are the global shapes. Returns new tensors;
     the arguments stay as they are.
 
-    With ``cuts`` the arguments are local: sums of the shard, accumulators cut along the axes that they keep. The sums
-    are completed in one reduction. It also brings mean_B(R) where B is cut, which is linear in R and in the sums.
+    With ``shardings`` the arguments are local: sums over the shard, accumulators sharded along the axes that they
+    keep. The sums are completed in one reduction. It also brings mean_B(R) where B is sharded, which is linear in R
+    and in the sums.
     """
-    cuts = cuts or [None] * len(row_axes)
+    shardings = shardings or [None] * len(row_axes)
     row_means: dict[int, Tensor] = {}
-    if any(cut is not None for cut in cuts):
-        row_sums, col_sums, row_means = _complete(rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, cuts)
+    if any(sharding is not None for sharding in shardings):
+        row_sums, col_sums, row_means = _sum_over_shards(
+            rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, shardings
+        )
     if not any(a >= 0 for a in row_axes):
         return Factors(*(list(row_sums) for _ in range(4)))
-    nothing = row_sums[0].new_empty(0)
-    means = [row_means.get(i, nothing) for i in range(len(row_axes))]
-    sizes = (
-        [shape[axis] if axis >= 0 else 1 for shape, axis in zip(shapes, axes, strict=True)]
-        for axes in (row_axes, col_axes)
+    empty = row_sums[0].new_empty(0)
+
+    def sizes(axes: Sequence[int]) -> list[int]:
+        return [shape[axis] if axis >= 0 else 1 for shape, axis in zip(shapes, axes, strict=True)]
+
+    return Factors(
+        *ops.update_factored(
+            UpdateFactored(
+                rows=rows,
+                cols=cols,
+                row_sums=row_sums,
+                col_sums=col_sums,
+                row_means=[row_means.get(i, empty) for i in range(len(row_axes))],
+                row_sizes=sizes(row_axes),
+                col_sizes=sizes(col_axes),
+                row_axes=row_axes,
+                col_axes=col_axes,
+                decays=decays,
+            )
+        )
     )
-    return Factors(*_ops.update_factored(rows, cols, row_sums, col_sums, means, *sizes, row_axes, col_axes, decays))
 
 
 def _axis_of_b(a: int, b: int) -> int:
@@ -133,7 +144,7 @@ def _axis_of_b(a: int, b: int) -> int:
     return b + 1 if b < a else b
 
 
-def _complete(
+def _sum_over_shards(
     rows: Sequence[Tensor],
     row_sums: Sequence[Tensor],
     col_sums: Sequence[Tensor],
@@ -141,21 +152,21 @@ def _complete(
     row_axes: Sequence[int],
     col_axes: Sequence[int],
     decays: Sequence[float],
-    cuts: Sequence[distributed.Sharding | None],
+    shardings: Sequence[distributed.Sharding | None],
 ) -> tuple[list[Tensor], list[Tensor], dict[int, Tensor]]:
-    """Row and column sums over all shards, and mean_B of the new row accumulators where B is cut."""
+    """Row and column sums over all shards, and mean_B of the new row accumulators where B is sharded."""
     row_sums, col_sums = list(row_sums), list(col_sums)
     items, places = [], []
-    for i, (a, b, cut) in enumerate(zip(row_axes, col_axes, cuts, strict=True)):
-        if cut is None or a < 0:
+    for i, (a, b, sharding) in enumerate(zip(row_axes, col_axes, shardings, strict=True)):
+        if sharding is None or a < 0:
             continue
-        items += [(row_sums[i], cut.groups([a])), (col_sums[i], cut.groups([b]))]
+        items += [(row_sums[i], sharding.groups([a])), (col_sums[i], sharding.groups([b]))]
         places += [("row", i), ("col", i)]
-        if cut.groups([b]):
+        if sharding.groups([b]):
             axis = _axis_of_b(a, b)
-            # The old accumulator is whole along A already, the sums are not.
-            items.append((rows[i].sum(axis, keepdim=True), cut.groups([b])))
-            items.append((row_sums[i].sum(axis - 1, keepdim=True), cut.groups([a, b])))
+            # The accumulator from before the step holds means over all of A; the sums of this step do not yet.
+            items.append((rows[i].sum(axis, keepdim=True), sharding.groups([b])))
+            items.append((row_sums[i].sum(axis - 1, keepdim=True), sharding.groups([a, b])))
             places += [("old", i), ("new", i)]
     totals: dict[tuple[str, int], Tensor] = dict(zip(places, distributed.sum_over(items), strict=True))
     means = {}

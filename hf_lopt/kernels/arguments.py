@@ -1,0 +1,445 @@
+"""The arguments of the operators: one dataclass for each, whose fields are the only order that arguments have.
+
+Schemas are made from the fields, calls pass them by name, and plain kernels receive the object. To add an argument,
+add a field here, read it in the plain kernel, and add it in the same place to the C++ function of that name
+(``csrc/passes.h``, ``csrc/cuda/operators.h``).
+
+Everything is local: tensors are never DTensors but the shards of them that this process has.
+
+Axes: T tensors, D decays of a kind of accumulator, F feature columns, S statistics of a tensor, U units, P weights of
+a network, H hidden units of a scheduler, K networks in its bank, I inputs of a scheduler.
+State of a parameter of shape ``s``: momenta and second moments (D, *s); for rank >= 2 row accumulators (D, *s without
+axis A) and column accumulators (D, *s without axis B), where A and B are the largest and the second largest axis; for
+rank < 2 diagonal accumulators (D, *s) instead. A list with an entry per parameter has an empty tensor, or an axis of
+-1, where a parameter has no such thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+
+class SchemaType(NamedTuple):
+    """How an argument is written in an operator's schema."""
+
+    name: str
+    written: bool = False  # the operator changes it in place
+
+
+Tensors = Annotated[Sequence[Tensor], SchemaType("Tensor[]")]
+WrittenTensors = Annotated[Sequence[Tensor], SchemaType("Tensor[]", written=True)]
+OneTensor = Annotated[Tensor, SchemaType("Tensor")]
+WrittenTensor = Annotated[Tensor, SchemaType("Tensor", written=True)]
+MaybeTensor = Annotated["Tensor | None", SchemaType("Tensor?")]
+Names = Annotated[Sequence[str], SchemaType("str[]")]
+Integers = Annotated[Sequence[int], SchemaType("int[]")]
+Integer = Annotated[int, SchemaType("int")]
+Numbers = Annotated[Sequence[float], SchemaType("float[]")]
+Number = Annotated[float, SchemaType("float")]
+MaybeNumber = Annotated["float | None", SchemaType("float?")]
+Flag = Annotated[bool, SchemaType("bool")]
+ScalarType = Annotated[torch.dtype, SchemaType("ScalarType")]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Base of the arguments of one operator.
+
+    Attributes:
+        OPERATOR: the operator's name.
+        RETURNS: its results, as in a schema.
+        DEVICE_OF: the field, a tensor or a list of them, that tells the device.
+    """
+
+    OPERATOR: ClassVar[str]
+    RETURNS: ClassVar[str]
+    DEVICE_OF: ClassVar[str]
+
+    @property
+    def device(self) -> torch.device:
+        found = getattr(self, self.DEVICE_OF)
+        return (found if isinstance(found, Tensor) else found[0]).device
+
+    @classmethod
+    @functools.cache
+    def schema(cls) -> str:
+        """The schema as PyTorch reads it; arguments that are changed carry a mark, ``(a!)`` for the first."""
+        marks = iter("abcdefgh")
+        fields = []
+        hints: dict[str, Any] = get_type_hints(cls, include_extras=True)
+        for name in (field.name for field in dataclasses.fields(cls)):
+            kind: SchemaType = get_args(hints[name])[1]
+            base, rest = kind.name[:6], kind.name[6:]
+            fields.append(f"{base}({next(marks)}!){rest} {name}" if kind.written else f"{kind.name} {name}")
+        return f"({', '.join(fields)}) -> {cls.RETURNS}"
+
+
+@dataclass(frozen=True)
+class Sums(Arguments):
+    """Pass 0: row and column sums of g², and the statistics of each tensor.
+
+    Attributes:
+        params, grads: float32, bfloat16 or float16.
+        momenta, second_moments: float32; read only where ``moments`` asks for their statistics.
+        row_axes, col_axes: axes A and B of each tensor.
+        clip: bound on the gradient (inf: none).
+        moments: whether the statistics of parameters and accumulators are wanted too.
+    """
+
+    OPERATOR: ClassVar[str] = "sums"
+    RETURNS: ClassVar[str] = "(Tensor[], Tensor[], Tensor)"
+    DEVICE_OF: ClassVar[str] = "params"
+
+    params: Tensors
+    grads: Tensors
+    momenta: Tensors
+    second_moments: Tensors
+    row_axes: Integers
+    col_axes: Integers
+    clip: Number
+    moments: Flag
+
+
+@dataclass(frozen=True)
+class UpdateFactored(Arguments):
+    """Between pass 0 and pass 1: the new row and column accumulators and their factors.
+
+    Attributes:
+        rows, cols: the accumulators before the step.
+        row_sums, col_sums: sums of g² over the whole tensor, as pass 0 gives them for a tensor that is not sharded.
+        row_means: mean over axis B of the new row accumulators, with B of size 1, where a rank does not hold all of
+            B; empty elsewhere.
+        row_sizes, col_sizes: lengths of the axes A and B of the whole tensors.
+        row_axes, col_axes: the axes A and B.
+        decays: of the factored accumulators.
+    """
+
+    OPERATOR: ClassVar[str] = "update_factored"
+    RETURNS: ClassVar[str] = "(Tensor[], Tensor[], Tensor[], Tensor[])"
+    DEVICE_OF: ClassVar[str] = "row_sums"
+
+    rows: Tensors
+    cols: Tensors
+    row_sums: Tensors
+    col_sums: Tensors
+    row_means: Tensors
+    row_sizes: Integers
+    col_sizes: Integers
+    row_axes: Integers
+    col_axes: Integers
+    decays: Numbers
+
+
+@dataclass(frozen=True)
+class FeatureSums(Arguments):
+    """Pass 1: the sum of squares of every feature column. Reads everything, changes nothing.
+
+    Attributes:
+        features: names of the features in trained order, keys of :data:`hf_lopt.features.FEATURES`.
+        params, grads, momenta, second_moments, diagonals: as they are before the step.
+        rows, cols, row_factors, col_factors: as they are after ``update_factored``.
+        row_axes, col_axes: axes A and B of each tensor.
+        slice_axes: none, or two axes of each tensor: every matrix over them counts as a tensor of its own. The same
+            axis twice: every vector along it.
+        momentum_decays, second_decays, factored_decays: of the accumulators.
+        clip, second_eps, diagonal_eps: see :class:`hf_lopt.features.ElementFeatures`.
+    """
+
+    OPERATOR: ClassVar[str] = "feature_sums"
+    RETURNS: ClassVar[str] = "Tensor"
+    DEVICE_OF: ClassVar[str] = "params"
+
+    features: Names
+    params: Tensors
+    grads: Tensors
+    momenta: Tensors
+    second_moments: Tensors
+    diagonals: Tensors
+    rows: Tensors
+    cols: Tensors
+    row_factors: Tensors
+    col_factors: Tensors
+    row_axes: Integers
+    col_axes: Integers
+    slice_axes: Integers
+    momentum_decays: Numbers
+    second_decays: Numbers
+    factored_decays: Numbers
+    clip: Number
+    second_eps: Number
+    diagonal_eps: Number
+
+
+@dataclass(frozen=True)
+class ApplyNetwork(FeatureSums):
+    """Pass 2: the network, the new accumulators and the new parameters, in place.
+
+    Attributes:
+        weights: matrices of the layers, (T or 1, in, out) float32, the first with the feature scales in it.
+        biases: (T or 1, out) float32.
+        scale: what the first output is multiplied with, (T,) float32.
+        decay: the share of the parameter that is taken off, (T,) float32.
+        exp_mult: what the second output is multiplied with under the exponential.
+        skip: bool, 0-d; where it is true nothing is changed.
+        out: empty, or a float32 tensor for each parameter that receives the step instead of the parameter.
+
+    The others are those of :class:`FeatureSums`.
+    """
+
+    OPERATOR: ClassVar[str] = "apply_network"
+    RETURNS: ClassVar[str] = "(Tensor, Tensor)"
+
+    params: WrittenTensors
+    momenta: WrittenTensors
+    second_moments: WrittenTensors
+    diagonals: WrittenTensors
+    weights: Tensors
+    biases: Tensors
+    scale: OneTensor
+    decay: OneTensor
+    exp_mult: Number
+    skip: OneTensor
+    out: WrittenTensors
+
+
+@dataclass(frozen=True)
+class AdamStep(Arguments):
+    """A whole step of Adam, in place.
+
+    Attributes:
+        momentum_decay, second_decay: of the two accumulators, each with one decay.
+        clip: bound on the gradient (inf: none).
+        scale: size of the step of each tensor, (T,) float32, or a number for each of the equal slices of a tensor
+            along its first axis.
+        decay: the share of the parameter that is taken off, likewise.
+        momentum_correction, second_correction: bias corrections 1 / (1 - d^n), 0-d float32.
+        inner_eps, outer_eps: added under the root and to it.
+        skip: bool, 0-d; where it is true nothing is changed.
+    """
+
+    OPERATOR: ClassVar[str] = "adam_step"
+    RETURNS: ClassVar[str] = "Tensor"
+    DEVICE_OF: ClassVar[str] = "params"
+
+    params: WrittenTensors
+    grads: Tensors
+    momenta: WrittenTensors
+    second_moments: WrittenTensors
+    momentum_decay: Number
+    second_decay: Number
+    clip: Number
+    scale: OneTensor
+    decay: OneTensor
+    momentum_correction: OneTensor
+    second_correction: OneTensor
+    inner_eps: Number
+    outer_eps: Number
+    skip: OneTensor
+
+
+@dataclass(frozen=True)
+class Descend(Arguments):
+    """Applies steps that were computed before: p <- p - lr (step / rms + weight_decay p).
+
+    Attributes:
+        steps: float32, shaped like the parameters.
+        lr, weight_decay: (T,) float32, or a number for each slice.
+        squares, numel: sum of squares of each whole step or slice and its size, float64; None: rms is 1.
+        norm_eps: added to the mean square.
+        slice_axes: as in :class:`FeatureSums`.
+        skip: bool, 0-d; where it is true nothing is changed.
+    """
+
+    OPERATOR: ClassVar[str] = "descend"
+    RETURNS: ClassVar[str] = "()"
+    DEVICE_OF: ClassVar[str] = "params"
+
+    params: WrittenTensors
+    steps: Tensors
+    lr: OneTensor
+    weight_decay: OneTensor
+    squares: MaybeTensor
+    numel: MaybeTensor
+    norm_eps: Number
+    slice_axes: Integers
+    skip: OneTensor
+
+
+@dataclass(frozen=True)
+class Orthogonalize(Arguments):
+    """Newton-Schulz iteration: matrices with their singular values moved to about 1.
+
+    Attributes:
+        x: (..., R, C).
+        dtype: what the iteration runs in.
+        coefficients: the three of the quintic polynomial.
+        steps: number of iterations.
+        eps: added to the norm that the matrices are divided by first.
+        norm_eps: None, or each matrix is brought to a mean square of 1 at the end; added to what it was.
+    """
+
+    OPERATOR: ClassVar[str] = "orthogonalize"
+    RETURNS: ClassVar[str] = "(Tensor, Tensor)"
+    DEVICE_OF: ClassVar[str] = "x"
+
+    x: OneTensor
+    dtype: ScalarType
+    coefficients: Numbers
+    steps: Integer
+    eps: Number
+    norm_eps: MaybeNumber
+
+
+@dataclass(frozen=True)
+class Advance(Arguments):
+    """Decides about a step, counts it, and forms the features of the run and the inputs of the scheduler.
+
+    Attributes:
+        stats: statistics of pass 0, (T, S) float64, whose gradients have to be finite.
+        sums: sums of pass 1, (T, F) float64, which have to be finite.
+        nonfinite: None, or a bool, 0-d, that says the same of all shards.
+        loss: the mean over ranks, 0-d float32; None where the rule has none.
+        counters: (3,) int64, steps taken, steps skipped, steps skipped in a row.
+        loss_buffer: none, or the averages of the loss and their running minimum, (10,) float32 each.
+        horizon: length of the run in steps, 0 where the rule has none.
+        correction_decays: decays whose bias corrections are wanted.
+        tensor_inputs: none, or what VeLO's features of a tensor are made from: statistics with moments (T, S), sums
+            of squares (T, F), sizes (T,), all float64, and one-hot ranks (T, 5) float32.
+        p_column: the column of Σp² among the sums of squares.
+        rows: number of tensors that the scheduler has an input for.
+    """
+
+    OPERATOR: ClassVar[str] = "advance"
+    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
+    DEVICE_OF: ClassVar[str] = "counters"
+
+    stats: Tensors
+    sums: Tensors
+    nonfinite: MaybeTensor
+    loss: MaybeTensor
+    counters: WrittenTensor
+    loss_buffer: WrittenTensors
+    horizon: Number
+    correction_decays: Numbers
+    tensor_inputs: Tensors
+    p_column: Integer
+    rows: Integer
+
+
+@dataclass(frozen=True)
+class Pool(Arguments):
+    """The scheduler's mixing layer: a maximum over all tensors, added to the row of each.
+
+    Attributes:
+        mixed: both linear maps of the inputs side by side, (T, 2H) float32.
+        hidden: T hidden states (H,) float32.
+    """
+
+    OPERATOR: ClassVar[str] = "pool"
+    RETURNS: ClassVar[str] = "Tensor"
+    DEVICE_OF: ClassVar[str] = "mixed"
+
+    mixed: OneTensor
+    hidden: Tensors
+
+
+@dataclass(frozen=True)
+class LstmStep(Arguments):
+    """The scheduler's LSTM and its heads.
+
+    Attributes:
+        gates: (T, 4H) float32.
+        hidden, cell: T states (H,) float32 each.
+        heads: weights of the heads (H, K + 1), the last column for the multiplier of the step size.
+        heads_bias: (K + 1,).
+        bank: the bank of networks (K, P).
+        softmax: whether controls pass a softmax and the multiplier an exponential, as in Celo.
+        skip: bool, 0-d; where it is true the states stay.
+    """
+
+    OPERATOR: ClassVar[str] = "lstm_step"
+    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
+    DEVICE_OF: ClassVar[str] = "gates"
+
+    gates: OneTensor
+    hidden: WrittenTensors
+    cell: WrittenTensors
+    heads: OneTensor
+    heads_bias: OneTensor
+    bank: OneTensor
+    softmax: Flag
+    skip: OneTensor
+
+
+@dataclass(frozen=True)
+class SpecializeNetworks(Arguments):
+    """The network of each tensor for features that are not normalised, the size of its step and its decay.
+
+    Attributes:
+        networks: flat weights (T or 1, P), layer by layer the matrix and then the bias.
+        sizes: widths of the layers; none: there is no network.
+        outputs: how many outputs are kept.
+        constants: values of the last inputs, which are constant over a tensor, (C,) or (T, C); None without any.
+        sums: sums of squares of the features, (T, F) float64, or empty.
+        numel: over how many elements they were taken, (T,) float64.
+        norm_eps: added to the mean squares.
+        lr, weight_decay: (T,) float32.
+        factors: more factors of the step size, (T,) float32 each.
+        floor: None, or the least size of a parameter that the step is relative to, (T,) float32.
+        step_mult: a factor of all step sizes.
+        p_column: the column of Σp² in ``sums``, -1 for none.
+    """
+
+    OPERATOR: ClassVar[str] = "specialize_networks"
+    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
+    DEVICE_OF: ClassVar[str] = "lr"
+
+    networks: OneTensor
+    sizes: Integers
+    outputs: Integer
+    constants: MaybeTensor
+    sums: OneTensor
+    numel: OneTensor
+    norm_eps: Number
+    lr: OneTensor
+    weight_decay: OneTensor
+    factors: Tensors
+    floor: MaybeTensor
+    step_mult: Number
+    p_column: Integer
+
+
+@dataclass(frozen=True)
+class Assign(Arguments):
+    """Writes values into targets unless the step is skipped.
+
+    Attributes:
+        targets, values: pairs of one shape.
+        skip: bool, 0-d.
+    """
+
+    OPERATOR: ClassVar[str] = "assign"
+    RETURNS: ClassVar[str] = "()"
+    DEVICE_OF: ClassVar[str] = "skip"
+
+    targets: WrittenTensors
+    values: Tensors
+    skip: OneTensor
+
+
+@dataclass(frozen=True)
+class ZeroNan(Arguments):
+    """Writes 0 where there is NaN."""
+
+    OPERATOR: ClassVar[str] = "zero_nan"
+    RETURNS: ClassVar[str] = "()"
+    DEVICE_OF: ClassVar[str] = "tensors"
+
+    tensors: WrittenTensors

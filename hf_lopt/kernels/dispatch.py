@@ -1,0 +1,269 @@
+"""Loads the compiled kernels, and decides which calls they take.
+
+The kernels change speed, not numbers: without them, and for calls that they do not support, the operators of
+:mod:`hf_lopt.kernels.ops` run in plain PyTorch. ``HF_LOPT_KERNELS=torch`` in the environment switches them off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from hf_lopt.features import FEATURES
+from hf_lopt.kernels.arguments import (
+    AdamStep,
+    Advance,
+    ApplyNetwork,
+    Arguments,
+    Assign,
+    Descend,
+    FeatureSums,
+    LstmStep,
+    Orthogonalize,
+    Pool,
+    SpecializeNetworks,
+    Sums,
+    UpdateFactored,
+    ZeroNan,
+)
+
+
+# What the kernels are written for.
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FEATURES = frozenset(FEATURES) - {"log_abs_p"}
+_NOT_WITH_32_UNITS = frozenset(("clip_g", "g_rsqrt_v"))
+_UNITS = (4, 8, 32)
+_DECAYS = (3, 1, 3)  # numbers of momenta, second moments and factored accumulators
+_SMALL_SIDE, _SMALL_MATRIX = 64, 1 << 16
+
+_REMEDY = (
+    "learned optimizers will run in plain PyTorch, 5 to 20 times slower on a CPU. Install a C++17 compiler, then "
+    "hf_lopt again with `pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
+    "HF_LOPT_KERNELS=torch in the environment silences this warning."
+)
+_CUDA_REMEDY = (
+    "on a GPU learned optimizers will run in plain PyTorch, many times slower. Install the CUDA toolkit of torch's "
+    "own CUDA version (its nvcc is looked for on the path and under CUDA_HOME), then hf_lopt again with "
+    "`pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
+    "HF_LOPT_KERNELS=torch in the environment silences this warning."
+)
+# The devices that have compiled kernels.
+_loaded: set[str] = set()
+_enabled = True
+
+
+def load() -> bool:
+    """Load ``hf_lopt._C``, which defines the operators and registers their CPU kernels; whether that was possible.
+
+    On a torch for CUDA also ``hf_lopt._C_cuda``, the kernels for CUDA. Warns once about one that is missing, of the
+    latter only where there is a GPU. Raises ValueError for a value of ``HF_LOPT_KERNELS`` that means nothing.
+    """
+    choice = os.environ.get("HF_LOPT_KERNELS", "")
+    if choice not in ("", "torch"):
+        raise ValueError(f"HF_LOPT_KERNELS must be unset or 'torch', got {choice!r}")
+    if choice == "torch" or not _import("hf_lopt._C", _REMEDY):
+        return False
+    _loaded.add("cpu")
+    if torch.version.cuda and _import("hf_lopt._C_cuda", _CUDA_REMEDY if torch.cuda.is_available() else ""):
+        _loaded.add("cuda")
+    return True
+
+
+def _import(name: str, remedy: str) -> bool:
+    """Import an extension; without it warn, unless there is no remedy to tell."""
+    try:
+        importlib.import_module(name)
+        return True
+    except ModuleNotFoundError:
+        message = f"hf_lopt was installed without its compiled kernels {name}"
+    except ImportError as error:  # for example built for a newer torch
+        message = f"the compiled kernels {name} do not load ({error})"
+    if remedy:
+        warnings.warn(f"{message}: {remedy}", stacklevel=3)
+    return False
+
+
+def loaded(device: str = "cpu") -> bool:
+    """Whether there are compiled kernels for a type of device."""
+    return device in _loaded
+
+
+def enabled() -> bool:
+    """Whether compiled kernels are used: not within :func:`plain`."""
+    return _enabled
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """A context within which the operators run in plain PyTorch, for comparisons."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+Kind = TypeVar("Kind", bound=Arguments)
+
+
+class Operator(Generic[Kind]):
+    """Calls one operator of the library with its arguments as an object.
+
+    The call goes to the operator of PyTorch, except where compiled kernels are loaded: then what they do not support
+    goes to the plain kernel, and what they change is told to autograd, which does not see it. Which arguments these
+    are is read from the schema.
+    """
+
+    def __init__(self, arguments: type[Kind], reference: Callable[[Kind], Any]):
+        self.name, self.arguments, self.reference = arguments.OPERATOR, arguments, reference
+        self._overload = getattr(torch.ops.hf_lopt, self.name).default
+        schema = self._overload._schema.arguments
+        self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
+        self.__doc__ = reference.__doc__
+
+    def __call__(self, arguments: Kind) -> Any:
+        device = arguments.device.type
+        if not _loaded or (device != "cpu" and device not in _loaded):
+            # No kernels at all, a device without kernels of its own, or a fake tensor.
+            return self._overload(**vars(arguments))
+        if not (_enabled and supports(arguments, device)):
+            return self.reference(arguments)
+        if self._written:
+            torch.autograd.graph.increment_version(self._changed(arguments))
+        return self._overload(**vars(arguments))
+
+    def _changed(self, arguments: Kind) -> list[Tensor]:
+        values = (getattr(arguments, name) for name in self._written)
+        lists = ([x] if isinstance(x, Tensor) else x for x in values)
+        return [x for xs in lists for x in xs if not x.is_inference()]
+
+
+# ---- what the compiled kernels support ------------------------------------------------------------------------------
+
+
+def supports(arguments: Arguments, device: str) -> bool:
+    """Whether the compiled kernels of a type of device, "cpu" or "cuda", take a call."""
+    kind = type(arguments)
+    return kind not in (_ONLY_CPU if device == "cuda" else _ONLY_CUDA) and _SUPPORTS[kind](arguments, device)
+
+
+def _are_floating(tensors: Sequence[Tensor]) -> bool:
+    return _DTYPES.issuperset([x.dtype for x in tensors])
+
+
+def _supports_pairs(x: Sums | AdamStep, device: str) -> bool:
+    return _are_floating([*x.params, *x.grads])
+
+
+def _supports_factored(x: UpdateFactored, device: str) -> bool:
+    if device == "cuda" and len(x.decays) != 3:
+        return False
+    lists = (x.rows, x.cols, x.row_sums, x.col_sums, x.row_means)
+    return bool(x.rows) and all(y.dtype == torch.float32 for ys in lists for y in ys)
+
+
+def _supports_features(x: FeatureSums, device: str) -> bool:
+    decays = (len(x.momentum_decays), len(x.second_decays), len(x.factored_decays))
+    return (
+        _FEATURES.issuperset(x.features)
+        and decays == _DECAYS
+        and _are_floating([*x.params, *x.grads])
+        and _supports_slices(x.params, x.row_axes, x.col_axes, x.slice_axes, device)
+    )
+
+
+def _supports_slices(
+    params: Sequence[Tensor], row_axes: Sequence[int], col_axes: Sequence[int], slice_axes: Sequence[int], device: str
+) -> bool:
+    """Slices over the last axis of vectors; and of larger tensors over the last two axes, which have to be the
+    factored ones, on a GPU over any two."""
+    pairs = zip(slice_axes[::2], slice_axes[1::2], strict=True) if slice_axes else ()
+    for p, a, b, pair in zip(params, row_axes, col_axes, pairs, strict=bool(slice_axes)):
+        n = p.dim()
+        if n == 2 and pair[0] == pair[1] and not (a < 0 and pair[0] == 1):
+            return False
+        last_two = set(pair) == {n - 2, n - 1} and (a < 0 or {a, b} == set(pair))
+        if n > 2 and device != "cuda" and not last_two:
+            return False
+    return True
+
+
+def _supports_network(x: ApplyNetwork, device: str) -> bool:
+    if len(x.weights) != 3 or x.weights[0].shape[2] not in _UNITS:
+        return False
+    units = x.weights[0].shape[2]
+    return (
+        all(w.dtype == torch.float32 for w in x.weights)
+        and x.weights[1].shape[1:] == (units, units)
+        and x.weights[2].shape[1:] == (units, 2)
+        and (units <= 8 or _NOT_WITH_32_UNITS.isdisjoint(x.features))
+        and _supports_features(x, device)
+    )
+
+
+def _supports_descend(x: Descend, device: str) -> bool:
+    none = [-1] * len(x.params)
+    return _are_floating([*x.params, *x.steps]) and _supports_slices(x.params, none, none, x.slice_axes, device)
+
+
+def _supports_matrices(x: Orthogonalize, device: str) -> bool:
+    """Small ones, in a core's cache: for others a library takes all threads."""
+    rows, columns = x.x.shape[-2:]
+    return (
+        x.x.dtype == x.dtype == torch.float32 and min(rows, columns) <= _SMALL_SIDE and rows * columns <= _SMALL_MATRIX
+    )
+
+
+def _supports_advance(x: Advance, device: str) -> bool:
+    # The kernel's arguments have room for eight of each, and it is written for VeLO's numbers of decays.
+    short = max(len(x.stats), len(x.sums), len(x.correction_decays)) <= 8
+    return short and (not x.tensor_inputs or x.tensor_inputs[0].shape[1] == 11)
+
+
+def _supports_pool(x: Pool, device: str) -> bool:
+    return x.mixed.dtype == torch.float32
+
+
+def _supports_lstm(x: LstmStep, device: str) -> bool:
+    return x.gates.dtype == torch.float32 and x.heads.shape[0] <= 2048 and x.heads.shape[1] <= 1024
+
+
+def _supports_specialize(x: SpecializeNetworks, device: str) -> bool:
+    return len(x.sizes) in (0, 4) and len(x.factors) <= 4
+
+
+def _supports_assign(x: Assign, device: str) -> bool:
+    return True
+
+
+def _supports_zero_nan(x: ZeroNan, device: str) -> bool:
+    return _are_floating(x.tensors)
+
+
+_SUPPORTS: dict[type[Arguments], Callable[[Any, str], bool]] = {
+    Sums: _supports_pairs,
+    UpdateFactored: _supports_factored,
+    FeatureSums: _supports_features,
+    ApplyNetwork: _supports_network,
+    AdamStep: _supports_pairs,
+    Descend: _supports_descend,
+    Orthogonalize: _supports_matrices,
+    Advance: _supports_advance,
+    Pool: _supports_pool,
+    LstmStep: _supports_lstm,
+    SpecializeNetworks: _supports_specialize,
+    Assign: _supports_assign,
+    ZeroNan: _supports_zero_nan,
+}
+# A few calls of PyTorch on the CPU, but launches on a GPU.
+_ONLY_CUDA = frozenset((Advance, Pool, LstmStep, Assign, ZeroNan))
+# On a GPU these are matrix products of a library.
+_ONLY_CPU = frozenset((Orthogonalize,))
