@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import golden
 import hub_stand_in
-from hf_lopt import LearnedOptimizer, formats, rules, weights, writers
+from hf_lopt import LearnedOptimizer, rules, weights
 
 
 FORMATS = Path(__file__).parent / "golden" / "formats"
@@ -141,11 +141,6 @@ def test_rules_without_a_published_folder_format(name, tmp_path):
     with pytest.raises(ValueError, match="fit no published folder format.*theta_state"):
         weights.save(golden_weights(name), tmp_path, format="published")
     assert not any(tmp_path.glob("*"))
-
-
-def test_every_reader_has_its_writer():
-    assert [w.name for w in writers.WRITERS] == [r.name for r in formats.READERS]
-    assert [w.absent for w in writers.WRITERS] == [r.absent for r in formats.READERS]
 
 
 @pytest.mark.parametrize("rule", sorted(file.stem for file in weights.EMBEDDED.glob("*.safetensors")))
