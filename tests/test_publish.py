@@ -148,7 +148,10 @@ def test_embedded_weights_there_and_back(rule, tmp_path):
     loaded = load(rule, "bundled")
     for form in ("theta_state", "safetensors"):
         weights.save(loaded, tmp_path / form, format=form, rule=rule)
-        assert load(rule, tmp_path / form).sha256 == loaded.sha256
+        again = load(rule, tmp_path / form)
+        assert again.sha256 == loaded.sha256
+        # The step on pretrained models is a choice made for the embedded files, not for copies of them.
+        assert again.finetune_lr is None and again.finetune_settings == {}
     record = json.loads((tmp_path / "safetensors" / "hf_lopt.json").read_text())
     assert (record["origin"], record["source"], record["licence"]) == ("bundled", f"bundled:{rule}", "apache-2.0")
 

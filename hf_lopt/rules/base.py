@@ -44,9 +44,6 @@ class Rule:
         update: the step itself.
         own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
         needs_horizon, needs_loss: whether a step is undefined without them.
-        finetune_lr: multiplier for embedded weights on a pretrained model, where a step made for training from
-            scratch is too large (where the schedule is the caller's: the lr itself); None: as elsewhere.
-        finetune_settings: further settings that belong to ``finetune_lr``.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
     """
 
@@ -63,8 +60,6 @@ class Rule:
     own_schedule: bool = True
     needs_horizon: bool = True
     needs_loss: bool = True
-    finetune_lr: float | None = None
-    finetune_settings: Mapping[str, Any] = field(default_factory=dict)
     nan_to_zero: bool = False
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:

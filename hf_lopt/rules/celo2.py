@@ -348,15 +348,12 @@ CELO2_RULE = replace(
     prepare=prepare,
     update=update,
     own_schedule=False,
-    finetune_lr=1e-4,
-    finetune_settings={"adam_lr_mult": 1.0},
 )
 CELO2_BASE_RULE = replace(
     CELO2_RULE,
     name="celo2_base",
     summary="Celo2 without orthogonalisation; every tensor goes through the network.",
     defaults=_DEFAULTS | {"orthogonalize": False, "branch": "network"},
-    finetune_lr=5e-5,
 )
 ELO_CELO2_RULE = replace(
     CELO2_RULE,

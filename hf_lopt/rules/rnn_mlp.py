@@ -201,7 +201,6 @@ RNN_MLP_RULE = replace(
     prepare=prepare,
     update=update,
     needs_horizon=False,
-    finetune_lr=0.05,
 )
 
 RULES = (RNN_MLP_RULE,)

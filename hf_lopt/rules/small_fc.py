@@ -102,7 +102,6 @@ SMALL_FC_RULE = base.Rule(
     update=update,
     needs_horizon=False,
     needs_loss=False,
-    finetune_lr=0.03,
 )
 MULO_RULE = replace(
     SMALL_FC_RULE,
@@ -120,7 +119,6 @@ ELO_RULE = replace(
     summary="ELO: the small_fc network without decay offsets, under an ordinary learning-rate schedule.",
     defaults=dict(SMALL_FC_RULE.defaults) | {"lr": 1e-3, "step_mult": 1.0},
     own_schedule=False,
-    finetune_lr=5e-5,
     nan_to_zero=True,
 )
 

@@ -194,7 +194,6 @@ VELO_RULE = base.Rule(
     init_run=lambda theta: init_loss_buffer(),
     prepare=prepare,
     update=update,
-    finetune_lr=0.05,
 )
 
 # The 64-unit network of the Celo paper's repository: the same rule with the bank taken as it is.

@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Weights:
         sha256: hex digest of the content (`content_sha256`), the same whatever file format it came from.
         origin: "published", "bundled" or "user".
         settings: hyperparameters that go with the weights and are not part of theta.
+        finetune_lr: the lr for a pretrained model, where steps made for training from scratch are too large: a
+            multiplier, or the lr itself where the schedule is the caller's. None: the same as from scratch.
+        finetune_settings: further settings that belong to `finetune_lr`.
     """
 
     theta: Theta
@@ -56,6 +59,8 @@ class Weights:
     sha256: str
     origin: str
     settings: dict[str, Any] = field(default_factory=dict)
+    finetune_lr: float | None = None
+    finetune_settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,9 +248,11 @@ def _bundled(request: _Request) -> Weights:
         names = ", ".join(sorted(f.stem for f in EMBEDDED.glob("*.safetensors"))) or "none"
         raise ValueError(f"no weights are embedded for the rule {request.rule!r} (embedded: {names}). {_WAYS_OUT}.")
     card = file.with_suffix(".json")
-    settings = json.loads(card.read_text(encoding="utf-8")).get("settings", {}) if card.is_file() else {}
+    record = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     theta, absent = formats.read([file], bank_scale=request.bank_scale)
-    return _finish(theta, request, f"bundled:{request.rule}", "bundled", absent, settings)
+    weights = _finish(theta, request, f"bundled:{request.rule}", "bundled", absent, record.get("settings", {}))
+    finetune = {key: record[key] for key in ("finetune_lr", "finetune_settings") if key in record}
+    return replace(weights, **finetune)
 
 
 def _published(request: _Request) -> Weights:
