@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import formats, publish, rules
+from hf_lopt import rules
 from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
+from hf_lopt.weights import content_sha256, publish
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,7 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
     if save is not None:
         folder, weights = ROOT / "build" / f"{Path(run).name}_scaled", scaled(save)
         publish.save(weights, folder, rule=rule)
-        changed = {"sha256": formats.content_sha256(weights), "mixture": numbers, "log_scale_factor": save}
+        changed = {"sha256": content_sha256(weights), "mixture": numbers, "log_scale_factor": save}
         (folder / export.PROVENANCE).write_text(json.dumps(provenance | changed, indent=2) + "\n")
     found = {"constructed": start} | {f"{factor:g}": scaled(factor) for factor in factors}
     found = {name: mixtures.narrowed(rule, weights) for name, weights in found.items()}

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_experiments import RESULTS, judge, write
-from hf_lopt import publish
 from hf_lopt.meta import data, evaluate, tasks, theta
 from hf_lopt.meta.head import head_leaves
+from hf_lopt.weights import save
 
 
 HEADS = {
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(curves.losses.mean(0).tolist())
         record(long=found)
     else:
-        publish.save(candidates()[CHOSEN], args.folder, rule="velo")
+        save(candidates()[CHOSEN], args.folder, rule="velo")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Ownership:
         self.routes = [_Route(members, shardings, self.shapes, costs) for members in by_ranks.values()]
 
     def apply(self, function: Callable[[int, Tensor], Tensor], shards: Sequence[Tensor]) -> list[Tensor]:
-        """``function(i, tensor)``, which keeps shape and dtype, of each whole tensor, sharded as the ``shards`` are."""
+        """``function(i, tensor)``, which keeps shape and dtype, of each whole tensor, sharded like ``shards``."""
         out = list(shards)
         for i in self.alone:
             out[i] = function(i, shards[i])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from hf_lopt import hub, weights
+from hf_lopt.weights import hub, loading
 
 
 def isolate(monkeypatch, cache):
@@ -18,7 +18,7 @@ def isolate(monkeypatch, cache):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(hub, "_failed", {})
-    monkeypatch.setattr(weights, "_warned", set())
+    monkeypatch.setattr(loading, "_warned", set())
 
 
 def use_endpoint(monkeypatch, endpoint):

@@ -360,7 +360,7 @@ def test_trainer_logs_and_follows_the_schedule(tmp_path):
 def test_embedded_weights_fine_tune_at_their_own_multiplier(tmp_path):
     cases.tiny_llama().save_pretrained(tmp_path)
     pretrained = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    finetune = rules.get("velo").finetune_lr
+    finetune = rules.get("velo").load_weights("bundled").finetune_lr
     args = cases.arguments("unused")
     _, keywords, warned = chosen(args, pretrained)
     assert keywords["lr"] == args.learning_rate == finetune
@@ -396,7 +396,8 @@ def test_adapters_start_from_scratch(tmp_path):
 
 
 def test_published_weights_keep_their_multiplier_on_pretrained_models(tmp_path, monkeypatch):
-    published = dataclasses.replace(rules.get("velo").load_weights("bundled"), origin="published")
+    bundled = rules.get("velo").load_weights("bundled")
+    published = weights.Weights(bundled.theta, "someone/velo", bundled.sha256, "published")
     monkeypatch.setattr(weights, "load", lambda *args, **kwargs: published)
     model = cases.tiny_llama()
     model.config._name_or_path = "someone/model"
@@ -407,7 +408,7 @@ def test_published_weights_keep_their_multiplier_on_pretrained_models(tmp_path, 
 def test_rules_without_a_schedule_keep_that_of_trainer(monkeypatch):
     """Their lr is a step size: the rule's recommendation instead of AdamW's default."""
     velo = rules.get("velo")
-    rule = dataclasses.replace(velo, own_schedule=False, finetune_lr=None, defaults=dict(velo.defaults) | {"lr": 3e-4})
+    rule = dataclasses.replace(velo, own_schedule=False, defaults=dict(velo.defaults) | {"lr": 3e-4})
     monkeypatch.setitem(rules._RULES, "velo", rule)
     args = cases.arguments("unused")
     _, keywords, warned = chosen(args)

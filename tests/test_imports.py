@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_lopt"
-# What each module may import from the package. A package name stands for its modules.
-LEAVES = {"distributed", "formats", "hub", "weights", "embedded"}
+# What each module may import from the package. A package name stands for its modules that have no line of their own.
+LEAVES = {"distributed", "weights", "embedded"}
 ALLOWED = {
     "_load": set(),
     "_plain": set(),
@@ -22,11 +22,13 @@ ALLOWED = {
     "_ops": {"_load", "_plain", "_plain_scheduler", "_plain_steps"},
     "distributed": set(),
     "embedded": set(),
-    "formats": set(),
-    "hub": set(),
-    "writers": {"formats"},
-    "publish": {"formats", "hub", "writers"},
-    "weights": {"formats", "hub", "publish", "distributed", "embedded"},
+    "weights.formats": {"weights.formats"},
+    "weights.hub": set(),
+    "weights.checks": set(),
+    "weights.published": {"weights.formats"},
+    "weights.loading": {"weights.formats", "weights.hub", "weights.checks", "weights.published"},
+    "weights.publish": {"weights.formats", "weights.hub", "weights.loading"},
+    "weights": {"weights.formats", "weights.published", "weights.loading", "weights.publish"},
     "accumulators": {"_ops", "_plain", "distributed"},
     "features": {"_ops", "_plain_scheduler", "accumulators", "distributed"},
     "networks": {"_plain_scheduler"},
@@ -37,15 +39,22 @@ ALLOWED = {
     "hf": {"optimizer", "rules", "param_groups", "hf", *LEAVES},
     "launch": {"hf"},
     "plot": set(),
-    "meta": {"rules", "networks", "features", "accumulators", "_ops", "publish", "meta", *LEAVES},
+    "meta": {"rules", "networks", "features", "accumulators", "_ops", "weights.publish", "meta", *LEAVES},
     "__init__": {"optimizer", "rules", "param_groups", "hf"},
     "__main__": {"__init__", "_load", "_ops", "optimizer", "rules", "hf", *LEAVES},
 }
 
 
+def line_of(name: str) -> str:
+    """The line of ``ALLOWED`` for the module, or the name in a module, ``name``: the longest that it begins with."""
+    parts = name.split(".")
+    lines = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    is_module = (PACKAGE / parts[0]).is_dir() or (PACKAGE / f"{parts[0]}.py").exists()
+    return next((line for line in lines if line in ALLOWED), parts[0] if name and is_module else "__init__")
+
+
 def unit(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).parts
-    return parts[0] if len(parts) > 1 else path.stem
+    return line_of(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
 def imported(path: Path) -> set[str]:
@@ -62,9 +71,7 @@ def imported(path: Path) -> set[str]:
         for name in names:
             package, _, rest = name.partition(".")
             if package == "hf_lopt":
-                first = rest.split(".")[0]
-                exists = (PACKAGE / first).is_dir() or (PACKAGE / f"{first}.py").exists()
-                found.add(first if first and exists else "__init__")
+                found.add(line_of(rest))
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_lopt import LearnedOptimizer, formats, publish
+from hf_lopt import LearnedOptimizer, weights
 from hf_lopt.meta import cli, config, evaluate, export, mixtures, search, tasks, theta
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from hf_lopt.meta.train import CHECKPOINT, Trainer
@@ -100,9 +100,9 @@ def test_command_line_and_export(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "weights")]) == 0
     record = json.loads((tmp_path / "weights" / export.PROVENANCE).read_text())
     trainer = Trainer(settings(), tmp_path / "run")
-    assert record["origin"] == "meta-trained" and record["sha256"] == formats.content_sha256(trainer.theta())
+    assert record["origin"] == "meta-trained" and record["sha256"] == weights.content_sha256(trainer.theta())
     assert config.from_dict(record["config"]) == trainer.config and record["outer_step"] == trainer.best["step"]
-    assert record["start_sha256"] == formats.content_sha256(theta.starting_weights("celo2", "constructed"))
+    assert record["start_sha256"] == weights.content_sha256(theta.starting_weights("celo2", "constructed"))
 
     model = nn.Linear(4, 3)
     optimizer = LearnedOptimizer(model.parameters(), "celo2", weights=str(tmp_path / "weights"))
@@ -135,7 +135,7 @@ def test_a_bad_start_gets_better(tmp_path):
     """From weights that follow the parameter rather than the gradient, a short training lowers the loss elsewhere."""
     start = theta.starting_weights("celo2", "constructed")
     bad = mixtures.mixture_leaves("celo2", start, {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15})
-    publish.save(bad, tmp_path, rule="celo2")
+    weights.save(bad, tmp_path, rule="celo2")
     trained = search.GradientSearch(
         config.from_dict(
             {

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hub_stand_in
-from hf_lopt import formats, rules, weights
+from hf_lopt import rules, weights
+from hf_lopt.weights.formats import velo_split
 
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -277,7 +278,7 @@ def test_half_without_the_other(tmp_path):
     ],
 )
 def test_name_of_the_other_half(name, other):
-    assert formats.sibling(name) == other
+    assert velo_split.other_half(name) == other
 
 
 # --- leaves, shapes, values

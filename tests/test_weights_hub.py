@@ -21,7 +21,8 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 import hub_stand_in
-from hf_lopt import hub, rules, weights
+from hf_lopt import rules, weights
+from hf_lopt.weights import hub
 from hub_stand_in import Hub, put_in_cache, stuck_server, use_endpoint
 
 
@@ -221,7 +222,8 @@ def test_download_that_stalls_is_given_up(hub_server, monkeypatch):
 
 
 HANGING_SCRIPT = """
-from hf_lopt import hub, rules, weights
+from hf_lopt import rules, weights
+from hf_lopt.weights import hub
 hub.FIRST_ANSWER_S = 0.5
 loaded = weights.load("velo", "auto", rules.get("velo").shapes)
 print(loaded.source)

@@ -9,7 +9,9 @@ enough, and shows everywhere.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hf_lopt import rules
 from hf_lopt.hf import limits
@@ -34,6 +36,21 @@ _HARDLY_MOVES = 1e-3
 # The size that a relative step assumes for a tensor of an adapter at least. With embedded weights the step is then
 # about that of AdamW at 6e-4; at 0.01, LoRA on a 135M language model learned a third as much in as many steps.
 _ADAPTER_SCALE = 0.1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[_T]):
+    """A value that was chosen, and the words for it.
+
+    Attributes:
+        value: what will be used.
+        reason: what to tell the user about it; "" where there is nothing to tell. Nothing is decided by it.
+    """
+
+    value: _T
+    reason: str = ""
 
 
 def optim_name(args: TrainingArguments) -> str:
@@ -133,30 +150,26 @@ def pretrained_name(model: nn.Module | None) -> str | None:
     return next((str(name) for name in names if name), None)
 
 
-def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> tuple[float, str]:
-    """The lr that ``rule`` wants by itself, and why it is not the default of its class ("" if it is)."""
+def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
+    """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
     lr = rule.defaults["lr"]
-    if rule.finetune_lr is None or weights.origin != "bundled":
-        return lr, ""
     name = pretrained_name(model)
-    if name is None:
-        return lr, ""
+    if weights.finetune_lr is None or name is None:
+        return Choice(lr)
     reason = "the embedded weights take steps for training from scratch, which wreck pretrained parameters"
-    return rule.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch"
+    return Choice(weights.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
 
 
-def own_settings(
-    rule: Rule, weights: Weights, model: nn.Module | None, finetunes: bool
-) -> tuple[dict[str, float], list[str]]:
-    """Settings that embedded weights want for this kind of model, and what to tell about them."""
-    if finetunes:
-        settings, why = dict(rule.finetune_settings), "which suits embedded weights on a pretrained model"
+def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[str, Choice[float]]:
+    """Settings that embedded weights want for this kind of model."""
+    if weights.finetune_lr is not None and pretrained_name(model) is not None:
+        settings, why = weights.finetune_settings, "which suits embedded weights on a pretrained model"
     elif weights.origin == "bundled" and "min_param_scale" in rule.defaults and has_adapters(model):
         settings = {"min_param_scale": _ADAPTER_SCALE}
         why = "because adapters start with matrices of zeros, to whose size the step is relative"
     else:
-        settings, why = {}, ""
-    return settings, [f"{key} is {value:g}, {why}" for key, value in settings.items()]
+        return {}
+    return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
 
 
 def _untouched(args: TrainingArguments, field: str) -> bool:
@@ -165,53 +178,52 @@ def _untouched(args: TrainingArguments, field: str) -> bool:
     return value == type(args).__dataclass_fields__[field].default or value == getattr(args, _WRITTEN, {}).get(field)
 
 
-def _choose_lr(
-    args: TrainingArguments, rule: Rule, given: float | None, own: tuple[float, str]
-) -> tuple[float, list[str]]:
-    """The lr, and what to tell about it."""
+def _choose_lr(args: TrainingArguments, rule: Rule, given: float | None, own: Choice[float]) -> Choice[float]:
+    """The lr: that of optim_args, that of the arguments, or the rule's own."""
     name = rule.class_name
     if given is not None:
         known = getattr(args, _WRITTEN, {}).get("learning_rate")
         if _untouched(args, "learning_rate") or args.learning_rate in (given, known):
-            return given, []
-        return given, [f"learning_rate={args.learning_rate:g} gave way to lr={given:g} of optim_args"]
+            return Choice(given)
+        return Choice(given, f"learning_rate={args.learning_rate:g} gave way to lr={given:g} of optim_args")
     if not _untouched(args, "learning_rate"):
         lr = args.learning_rate
         if rule.own_schedule and 0 < lr < _HARDLY_MOVES and not hasattr(args, _WRITTEN):  # once
-            why = f"it multiplies {name}'s own step size, which is meant for {own[0]:g}: training will hardly move"
-            return lr, [f"learning_rate={lr:g} is kept, but {why}"]
-        return lr, []
-    lr, reason = own
+            why = f"it multiplies {name}'s own step size, which is meant for {own.value:g}: training will hardly move"
+            return Choice(lr, f"learning_rate={lr:g} is kept, but {why}")
+        return Choice(lr)
+    lr = own.value
     if lr == args.learning_rate:
-        return lr, []
+        return Choice(lr)
     meaning = f"a multiplier of {name}'s own step size" if rule.own_schedule else f"what {name} is used with"
     said = f"learning_rate was not set ({args.learning_rate:g}) and is now {lr:g}, {meaning}"
-    return lr, [said + (f", because {reason}" if reason else "")]
+    return Choice(lr, f"{said}, because {own.reason}" if own.reason else said)
 
 
-def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> tuple[str, list[str]]:
-    """The scheduler type, and what to tell about it."""
+def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> Choice[str]:
+    """The scheduler type."""
     current = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if not rule.own_schedule or schedule == "keep" or not _untouched(args, "lr_scheduler_type"):
-        return current, []
+        return Choice(current)
     # Asked with a large number, a ratio of the steps counts as well.
     wanted = "constant_with_warmup" if args.get_warmup_steps(1_000_000) > 0 else "constant"
     if wanted == current:
-        return wanted, []
+        return Choice(wanted)
     why = f"{rule.class_name} decides the course of the step size itself"
-    return wanted, [f"lr_scheduler_type was not set ({current}) and is now {wanted}, because {why}"]
+    return Choice(wanted, f"lr_scheduler_type was not set ({current}) and is now {wanted}, because {why}")
 
 
-def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> tuple[float, list[str]]:
-    """The decay of the parameters that decay, and what to tell about it."""
+def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> Choice[float]:
+    """The decay of the parameters that decay."""
     own = rule.defaults["weight_decay"]
     if not _untouched(args, "weight_decay") or args.weight_decay == own:
-        return args.weight_decay, []
+        return Choice(args.weight_decay)
     default = f"weight_decay was not set ({args.weight_decay:g}) and is now {own:g}"
-    return own, [f"{default}, what {rule.class_name} is used with"]
+    return Choice(own, f"{default}, what {rule.class_name} is used with")
 
 
-def _tell(args: TrainingArguments, rule: Rule, said: list[str]) -> None:
+def _tell(args: TrainingArguments, rule: Rule, choices: Iterable[Choice[Any]]) -> None:
+    said = [choice.reason for choice in choices if choice.reason]
     if not said or not getattr(args, "should_log", True):  # one process speaks for all
         return
     rest = "Whatever you set stays; optim_args='lr=...,schedule=keep' overrides."
@@ -240,25 +252,23 @@ def optimizer_class_and_arguments(
     spec = given.pop("weights", rule.defaults["weights"])
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
 
-    own = own_multiplier(rule, weights, model)
-    lr, said = _choose_lr(args, rule, given.pop("lr", None), own)
-    settings, said_settings = own_settings(rule, weights, model, bool(own[1]))
-    said += [text for key, text in zip(settings, said_settings, strict=True) if key not in given]
-    given = settings | given
-    scheduler, said_scheduler = _choose_schedule(args, rule, schedule)
-    weight_decay, said_decay = _choose_weight_decay(args, rule)
-    _tell(args, rule, said + said_scheduler + said_decay)
-    written = {"learning_rate": lr, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler)}
-    written["weight_decay"] = weight_decay
+    lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
+    settings = {key: own for key, own in own_settings(rule, weights, model).items() if key not in given}
+    given |= {key: own.value for key, own in settings.items()}
+    scheduler = _choose_schedule(args, rule, schedule)
+    weight_decay = _choose_weight_decay(args, rule)
+    _tell(args, rule, [lr, *settings.values(), scheduler, weight_decay])
+    written = {"learning_rate": lr.value, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler.value)}
+    written["weight_decay"] = weight_decay.value
     changed = {field: value for field, value in written.items() if getattr(args, field) != value}
     # A value written before may be replaced too, for another model or other weights.
     setattr(args, _WRITTEN, getattr(args, _WRITTEN, {}) | changed)
     for field, value in changed.items():
         setattr(args, field, value)
-    keywords = {**given, "lr": lr, "weights": weights}
+    keywords = {**given, "lr": lr.value, "weights": weights}
     if model is not None:
         per_group = {key: given[key] for key in rule.per_group if key in given}
         keywords["params"] = param_groups(
-            model, rule.name, weight_decay=weight_decay, base_width=base_width, **per_group
+            model, rule.name, weight_decay=weight_decay.value, base_width=base_width, **per_group
         )
     return PUBLIC_CLASSES[rule.name], keywords

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hf_lopt import publish
 from hf_lopt.meta import config, export, table
 from hf_lopt.meta.search import processes
 from hf_lopt.meta.train import Trainer
+from hf_lopt.weights.publish import FORMATS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     save = commands.add_parser("export", help="write trained weights to a folder that weights=... takes")
     save.add_argument("run", type=Path, help="output folder of train")
     save.add_argument("folder", type=Path)
-    save.add_argument("--format", default="theta_state", choices=publish.FORMATS)
+    save.add_argument("--format", default="theta_state", choices=FORMATS)
     save.add_argument("--last", action="store_true", help="the last weights, not the selected ones")
     return parser
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_lopt import formats, publish, rules
+from hf_lopt import rules, weights
 from hf_lopt.meta import atomic
 from hf_lopt.meta.config import from_dict
 from hf_lopt.meta.search import search
@@ -49,14 +49,14 @@ def load(run: str | os.PathLike, last: bool = False) -> tuple[dict[str, torch.Te
     record = {
         "origin": "meta-trained",
         "rule": config.rule,
-        "sha256": formats.content_sha256(theta),
+        "sha256": weights.content_sha256(theta),
         "generator": "python -m hf_lopt.meta train",
         "config": saved["config"],
         "config_sha256": _config_hash(saved["config"]),
         "outer_step": step,
         "selected": bool(best),
         "start": config.start,
-        "start_sha256": formats.content_sha256(start),
+        "start_sha256": weights.content_sha256(start),
         "torch": torch.__version__,
     }
     return {name: leaf.clone() for name, leaf in theta.items()}, record
@@ -65,10 +65,10 @@ def load(run: str | os.PathLike, last: bool = False) -> tuple[dict[str, torch.Te
 def export(
     run: str | os.PathLike, folder: str | os.PathLike, format: str = "theta_state", last: bool = False
 ) -> list[Path]:
-    """Write the weights of a training folder, as :func:`hf_lopt.publish.save` does, and where they come from."""
+    """Write the weights of a training folder, as :func:`hf_lopt.weights.save` does, and where they come from."""
     theta, record = load(run, last)
     settings = {k: v for k, v in record["config"]["settings"].items() if k in rules.get(record["rule"]).defaults}
-    written = publish.save(theta, folder, format=format, rule=record["rule"], settings=settings)
+    written = weights.save(theta, folder, format=format, rule=record["rule"], settings=settings)
     target = Path(folder).expanduser() / PROVENANCE
     atomic.replace(target, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     return [*written, target]

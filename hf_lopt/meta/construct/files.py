@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_lopt import weights
 from hf_lopt.meta import atomic
+from hf_lopt.meta.construct.finetune import FINETUNE
 
 
 EMBEDDED = weights.EMBEDDED
@@ -50,13 +51,15 @@ def safetensors_bytes(theta: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
 
 def files(rule: str, built: Construction) -> dict[str, bytes]:
-    """File name -> content of the embedded weights of a rule and of their provenance."""
+    """File name -> content of the embedded weights of a rule, and of their provenance and use."""
     record = {
         "rule": rule,
         "sha256": weights.content_sha256(built.theta),
         "licence": "Apache-2.0",
         "generator": GENERATOR,
         **built.provenance,
+        "finetune_lr": FINETUNE[rule].lr,
+        "finetune_settings": dict(FINETUNE[rule].settings),
     }
     metadata = {"format": "pt", "rule": rule}
     return {

@@ -1,8 +1,7 @@
-"""Finds, loads and checks the meta-trained weights of a rule, and says where they came from.
+"""What `weights=` names, and loading it.
 
-`load` takes what a user writes as `weights=` and returns `Weights`. Published weights come from the Hugging Face hub
-(its cache first, then the network with a bounded wait), embedded ones from the package. Under torch.distributed rank 0
-decides for all. `save` and `push_to_hub` are the other direction.
+Published weights come from the Hugging Face hub (its cache first, then the network with a bounded wait), embedded ones
+from the package. Under torch.distributed rank 0 decides for all.
 """
 
 from __future__ import annotations
@@ -14,21 +13,20 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hf_lopt import formats, hub
-from hf_lopt.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, content_sha256
-from hf_lopt.publish import push_to_hub, save
+from hf_lopt.weights import formats, hub
+from hf_lopt.weights.checks import Shapes, check
+from hf_lopt.weights.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, content_sha256, velo_split
+from hf_lopt.weights.published import PUBLISHED, Published
 
 
-__all__ = ["PUBLISHED", "Published", "Weights", "content_sha256", "find", "load", "push_to_hub", "save"]
-
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parents[1] / "embedded"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_SUFFIXES = (".safetensors", ".state", ".msgpack", ".npz", ".pt", ".bin")
@@ -41,55 +39,6 @@ _WAYS_OUT = (
 _warned: set[str] = set()
 
 
-@dataclass(frozen=True)
-class Published:
-    """One published set of weights.
-
-    Attributes:
-        ids: hub repositories; two when the network is split over them.
-        file: the file in each.
-        settings: figures that go with the weights and are not in the file.
-    """
-
-    ids: tuple[str, ...]
-    file: str = THETA_STATE
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-
-_MULO_OFFSETS = {
-    "momentum_decays": (0.15216392, 0.14245212, 0.06812963),
-    "rms_decays": (0.01079706,),
-    "adafactor_decays": (0.18621896, -0.10864615, -0.06185547),
-}
-
-# Rule name -> published sets, the preferred one first.
-PUBLISHED: dict[str, tuple[Published, ...]] = {
-    "velo": (
-        Published(("amoudgl/velo-4000",), settings={"bank_scale": 100.0}),
-        Published(("Pauljanson002/VeLO_RNN", "Pauljanson002/VeLO_MLP"), SAFETENSORS, {"bank_scale": 100.0}),
-    ),
-    "velo_s": (Published(("amoudgl/velo-s",), settings={"bank_scale": 1.0}),),
-    "small_fc_lopt": (Published(("amoudgl/adafac-mlp-lopt",), settings={"step_mult": 0.001}),),
-    "mulo": (Published(("btherien/mulo",), SAFETENSORS, {"step_mult": 0.01, **_MULO_OFFSETS}),),
-    "elo": (Published(("DiamondXL/elo",), SAFETENSORS, {"lr": 1e-3, "exp_mult": 0.001}),),
-    "celo": (Published(("amoudgl/celo",)),),
-    "celo_adam": (Published(("amoudgl/celo-adam",)),),
-    "celo2": (
-        Published(("amoudgl/celo2",), settings={"adam_lr_mult": 20.0}),
-        Published(("DiamondXL/celo2",), SAFETENSORS, {"adam_lr_mult": 20.0}),
-    ),
-    "celo2_base": (Published(("amoudgl/celo2-base",)),),
-    "elo_celo2": (
-        Published(
-            ("DiamondXL/elo-celo2",),
-            SAFETENSORS,
-            {"lr": 3.16e-4, "weight_decay": 0.1, "max_grad_norm": 1.0, "adam_lr_mult": 20.0},
-        ),
-    ),
-    "rnn_mlp": (Published(("amoudgl/rnn-mlp-lopt",)),),
-}
-
-
 @dataclass(frozen=True, eq=False)
 class Weights:
     """Meta-trained weights, checked, with their origin.
@@ -100,6 +49,9 @@ class Weights:
         sha256: hex digest of the content (`content_sha256`), the same whatever file format it came from.
         origin: "published", "bundled" or "user".
         settings: hyperparameters that go with the weights and are not part of theta.
+        finetune_lr: the lr for a pretrained model, where steps made for training from scratch are too large: a
+            multiplier, or the lr itself where the schedule is the caller's. None: the same as from scratch.
+        finetune_settings: further settings that belong to `finetune_lr`.
     """
 
     theta: Theta
@@ -107,12 +59,14 @@ class Weights:
     sha256: str
     origin: str
     settings: dict[str, Any] = field(default_factory=dict)
+    finetune_lr: float | None = None
+    finetune_settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Request:
     rule: str
-    shapes: Mapping[str, tuple[int | str, ...]] | None
+    shapes: Shapes | None
     bank_scale: float
     settings: Mapping[str, Any]
     deadline: float
@@ -121,7 +75,7 @@ class _Request:
 def load(
     rule_name: str,
     spec: Any = "auto",
-    shapes: Mapping[str, tuple[int | str, ...]] | None = None,
+    shapes: Shapes | None = None,
     *,
     bank_scale: float = 100.0,
     settings: Mapping[str, Any] | None = None,
@@ -149,7 +103,7 @@ def load(
         raise ValueError(f"bank_scale must be a positive number, got {bank_scale}")
     request = _Request(rule_name, shapes, float(bank_scale), dict(settings or {}), time.monotonic() + hub.TOTAL_S)
     if isinstance(spec, Weights):
-        _check(spec.theta, request, spec.source)
+        check(spec.theta, request.shapes, request.rule, spec.source)
         return spec
     if isinstance(spec, Mapping):
         try:
@@ -214,8 +168,8 @@ def _named(items: Sequence[str | Path], request: _Request) -> Weights:
                 raise ValueError(_not_available(items, error)) from error
     try:
         files = [file for item in items for file in _locate(item, request.deadline)]
-        if len(files) == 1 and formats.lacks_other_half(files[0]):
-            other = formats.sibling(str(items[0]))
+        if len(files) == 1 and velo_split.lacks_other_half(files[0]):
+            other = velo_split.other_half(str(items[0]))
             if other is None:
                 raise ValueError(
                     f"weights={str(items[0])!r} holds one half of a network that is split in an RNN and an MLP. "
@@ -294,9 +248,11 @@ def _bundled(request: _Request) -> Weights:
         names = ", ".join(sorted(f.stem for f in EMBEDDED.glob("*.safetensors"))) or "none"
         raise ValueError(f"no weights are embedded for the rule {request.rule!r} (embedded: {names}). {_WAYS_OUT}.")
     card = file.with_suffix(".json")
-    settings = json.loads(card.read_text(encoding="utf-8")).get("settings", {}) if card.is_file() else {}
+    record = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
     theta, absent = formats.read([file], bank_scale=request.bank_scale)
-    return _finish(theta, request, f"bundled:{request.rule}", "bundled", absent, settings)
+    weights = _finish(theta, request, f"bundled:{request.rule}", "bundled", absent, record.get("settings", {}))
+    finetune = {key: record[key] for key in ("finetune_lr", "finetune_settings") if key in record}
+    return replace(weights, **finetune)
 
 
 def _published(request: _Request) -> Weights:
@@ -358,7 +314,7 @@ def _read(files: Sequence[Path], request: _Request, entry: Published) -> Weights
     return _finish(theta, request, " + ".join(entry.ids), "published", absent, entry.settings)
 
 
-# --- checks
+# --- what is returned
 
 
 def _finish(
@@ -375,55 +331,8 @@ def _finish(
             theta[leaf] = torch.tensor(settings[leaf], dtype=torch.float32)
         elif leaf in absent:
             theta[leaf] = torch.zeros(shape)
-    _check(theta, request, source)
+    check(theta, request.shapes, request.rule, source)
     return Weights(theta, source, content_sha256(theta), origin, settings)
-
-
-def _check(theta: Mapping[str, torch.Tensor], request: _Request, source: str) -> None:
-    """Leaves, shapes and values; ValueError naming the first thing that is wrong."""
-    where = f"weights {source!r} for the rule {request.rule!r}"
-    if request.shapes is not None:
-        missing = sorted(request.shapes.keys() - theta.keys())
-        extra = sorted(theta.keys() - request.shapes.keys())
-        if missing or extra:
-            raise ValueError(
-                f"{where}: missing leaves {missing or 'none'}, unexpected leaves {extra or 'none'}. "
-                "They belong to another rule, or the file is incomplete; pass this rule's, or weights='bundled'."
-            )
-        _check_shapes(theta, request.shapes, where)
-    for name, leaf in theta.items():
-        if not torch.isfinite(leaf).all():
-            count = int((~torch.isfinite(leaf)).sum())
-            raise ValueError(
-                f"{where}: leaf {name!r} has {count} values that are NaN or infinite. Get the file again, or use "
-                "weights='bundled'."
-            )
-
-
-def _check_shapes(theta: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int | str, ...]], where: str) -> None:
-    sizes: dict[str, int] = {}
-    bound_by: dict[str, str] = {}
-    for name, shape in shapes.items():
-        for dim, size in zip(shape, theta[name].shape, strict=False):
-            if isinstance(dim, str) and dim.isalpha() and dim not in sizes:
-                sizes[dim], bound_by[dim] = size, name
-    for name, shape in shapes.items():
-        want = tuple(_size(dim, sizes) for dim in shape)
-        got = tuple(theta[name].shape)
-        if got != want or 0 in got:
-            symbols = sorted({re.sub(r"^\d+", "", dim) for dim in shape if isinstance(dim, str)})
-            why = ", ".join(f"{s} = {sizes.get(s)} from {bound_by.get(s)!r}" for s in symbols)
-            raise ValueError(
-                f"{where}: leaf {name!r} has shape {got}, wanted {want}{f' ({why})' if why else ''}. "
-                "They belong to another rule or size; pass weights of this rule, or weights='bundled'."
-            )
-
-
-def _size(dim: int | str, sizes: Mapping[str, int]) -> int:
-    if isinstance(dim, int):
-        return dim
-    factor, symbol = re.fullmatch(r"(\d*)([A-Za-z]+)", dim).groups()
-    return int(factor or 1) * sizes.get(symbol, -1)
 
 
 # --- the hub

@@ -18,8 +18,9 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lopt import formats, hub, writers
-from hf_lopt.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta
+from hf_lopt.weights import formats, hub
+from hf_lopt.weights.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, flax, safetensors_file
+from hf_lopt.weights.formats.theta import BANK
 
 
 FORMATS = ("theta_state", "safetensors", "published")
@@ -212,14 +213,14 @@ def _files(what: _Set, format: str, license: str | None) -> dict[str, bytes]:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     absent: tuple[str, ...] = ()
     if format == "theta_state":
-        files = {THETA_STATE: writers.write_flax(what.theta)}
+        files = {THETA_STATE: flax.write(what.theta)}
     elif format == "safetensors":
         if not any("/" in leaf for leaf in what.theta):
             raise ValueError(f"format='safetensors' needs theta paths such as 'nn/~/w0', got {', '.join(what.theta)}")
-        files = {SAFETENSORS: writers.write_safetensors(what.theta)}
+        files = {SAFETENSORS: safetensors_file.write(what.theta)}
     else:
         bank_scale = float(what.settings.get("bank_scale", 100.0))
-        files, absent = writers.write_published(what.theta, bank_scale=bank_scale)
+        files, absent = formats.write_published(what.theta, bank_scale=bank_scale)
     absent = tuple(leaf for leaf in absent if leaf in what.theta)
     beside = {leaf: what.theta[leaf].tolist() for leaf in absent}
     lost = [leaf for leaf in absent if what.theta[leaf].any()]
@@ -246,7 +247,7 @@ def sizes(theta: Mapping[str, torch.Tensor]) -> dict[str, int]:
     found = {"leaves": len(theta), "values": sum(leaf.numel() for leaf in theta.values())}
     if "lstm_init_state/hidden" in theta:
         found["lstm_units"] = theta["lstm_init_state/hidden"].shape[-1]
-    bank = theta.get(f"{formats.BANK}b0")
+    bank = theta.get(f"{BANK}b0")
     if bank is not None and bank.ndim == 2:
         found["bank"] = bank.shape[0]
     return found
