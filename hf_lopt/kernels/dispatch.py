@@ -21,7 +21,6 @@ from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
     ApplyNetwork,
-    Arguments,
     Assign,
     Descend,
     FeatureSums,
@@ -33,6 +32,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
+from hf_lopt.kernels.schema import Arguments
 
 
 # What the kernels are written for.
