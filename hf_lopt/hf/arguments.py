@@ -189,7 +189,8 @@ def _choose_lr(args: TrainingArguments, rule: Rule, given: float | None, default
     if not _untouched(args, "learning_rate"):
         lr = args.learning_rate
         if rule.own_schedule and 0 < lr < _HARDLY_MOVES and not hasattr(args, _WRITTEN):  # once
-            why = f"it multiplies {name}'s own step size, which is meant for {default.value:g}: training hardly moves"
+            meant = f"which is meant for {default.value:g}"
+            why = f"it multiplies {name}'s own step size, {meant}: training will hardly move"
             return Choice(lr, f"learning_rate={lr:g} is kept, but {why}")
         return Choice(lr)
     lr = default.value

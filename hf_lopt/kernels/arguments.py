@@ -1,5 +1,4 @@
 """The arguments of the operators: one dataclass for each, whose fields are the only order that arguments have.
-
 Schemas are made from the fields, calls pass them by name, and plain kernels receive the object. To add an argument,
 add a field here, read it in the plain kernel, and add it in the same place to the C++ function of that name
 (``csrc/passes.h``, ``csrc/cuda/operators.h``).

@@ -86,8 +86,8 @@ def _split(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[tuple[s
             columns = [f"{group}[{places[0]} to {places[-1]}]" for group, places in GROUPS.items()]
             features = [f"{group}[{column}]" for group, column in DIRECTION]
             raise ValueError(
-                f"{name!r} is no input of a head on VeLO's scheduler ({', '.join([*KINDS, *columns])}) and no feature of "
-                f"the constructed direction ({', '.join(features)})"
+                f"{name!r} is no input of a head on VeLO's scheduler ({', '.join([*KINDS, *columns])}) and no feature "
+                f"of the constructed direction ({', '.join(features)})"
             )
     return head, direction
 
