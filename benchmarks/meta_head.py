@@ -5,7 +5,7 @@
     python -m benchmarks.meta_head long                       # 20,000 steps, into the same file
     python -m benchmarks.meta_head save FOLDER                # the weights of the chosen head
 
-One thread. The numbers of the heads were chosen on the training tasks, see docs/meta_training.md.
+One thread. The numbers of the heads were chosen on the training tasks.
 """
 
 from __future__ import annotations

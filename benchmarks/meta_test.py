@@ -2,7 +2,7 @@
 
     python -m benchmarks.meta_test small_fc_lopt FOLDER     # -> benchmarks/results/meta_test_small_fc_lopt.json
 
-One thread. The first seven tasks had been opened before for other weights, the others never (docs/meta_training.md).
+One thread. The first seven tasks had been opened before for other weights, the others never.
 """
 
 from __future__ import annotations
