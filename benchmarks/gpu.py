@@ -41,6 +41,7 @@ import torch
 
 import hf_lopt
 from benchmarks.step import RESULTS, build, gpt2
+from benchmarks.storing import use_palette
 from hf_lopt import _load, rules
 
 
@@ -355,6 +356,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{content['about'].get('device')}, torch {content['about'].get('torch')}", size=9)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
+    use_palette(path)
     pyplot.close(figure)
 
 

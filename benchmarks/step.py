@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 import hf_lopt
+from benchmarks.storing import use_palette
 from hf_lopt import _load, _ops, _plain, rules
 
 
@@ -278,6 +279,7 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+    use_palette(path)
     pyplot.close(figure)
 
 

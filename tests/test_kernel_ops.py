@@ -77,7 +77,7 @@ def test_uncovered_calls_take_the_plain_path():
     names, *rest = x.common(f)
     got = _ops.feature_sums((*names, "log_abs_p"), *rest)
     assert torch.allclose(got[0, :30], _ops.feature_sums(names, *rest)[0], rtol=1e-5)
-    with pytest.raises(RuntimeError, match="no fused kernel for the feature log_abs_p"):
+    with pytest.raises(RuntimeError, match="log_abs_p"):
         torch.ops.hf_lopt.feature_sums(("log_abs_p",), *rest)
 
 
@@ -90,14 +90,14 @@ def test_errors_name_what_does_not_fit():
     def apply(weights, biases, scale=one, skip=no):
         return _ops.apply_network(*x.common(f), weights, biases, scale, one, 1e-3, skip, ())
 
-    with pytest.raises(RuntimeError, match="the first layer has 29 inputs, the features have 30 columns"):
+    with pytest.raises(RuntimeError, match="29.*30"):
         apply([weights[0][:, :29], *weights[1:]], biases)
-    with pytest.raises(RuntimeError, match="the network is for 3 tensors, there are 2"):
+    with pytest.raises(RuntimeError, match="3 tensors.*2"):
         apply(weights, biases, scale=torch.ones(3))
-    with pytest.raises(RuntimeError, match="skip must be a bool tensor"):
+    with pytest.raises(RuntimeError, match="skip.*bool"):
         apply(weights, biases, skip=one[0])
     x.momenta[1] = x.momenta[1][:, :2]
-    with pytest.raises(RuntimeError, match="another shape than its parameter"):
+    with pytest.raises(RuntimeError, match="shape"):
         apply(weights, biases)
 
 
@@ -116,7 +116,7 @@ def test_non_contiguous_accumulators_are_updated_in_place():
 
 
 def test_unknown_kernels_are_an_error():
-    with pytest.raises(RuntimeError, match="choose avx512, avx2 or portable"):
+    with pytest.raises(RuntimeError, match="avx512.*avx2.*portable"):
         torch.ops.hf_lopt.cpu_kernels("sse")
 
 

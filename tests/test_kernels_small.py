@@ -83,9 +83,9 @@ def test_what_the_plain_kernel_keeps():
     half = orthogonalize(x[:8], dtype=torch.bfloat16)
     plain, _ = _plain_steps.orthogonalize(x[:8], torch.bfloat16, COEFFICIENTS, 5, 1e-8, 1e-9)
     assert half.dtype == torch.float32 and torch.equal(half, plain)
-    with pytest.raises(RuntimeError, match="there must be matrices"):
+    with pytest.raises(RuntimeError, match="matrices"):
         torch.ops.hf_lopt.orthogonalize(x[0], torch.float32, COEFFICIENTS, 5, 1e-8, None)
-    with pytest.raises(RuntimeError, match="three coefficients"):
+    with pytest.raises(RuntimeError, match="coefficients"):
         torch.ops.hf_lopt.orthogonalize(x, torch.float32, (1.0,), 5, 1e-8, None)
 
 
@@ -146,10 +146,10 @@ def test_no_networks_and_what_does_not_fit():
 
     fold()
     for wrong, message in (
-        ({"flat": flat[:, 1:]}, "networks of 299 numbers were given as 298"),
-        ({"flat": flat.repeat(2, 1)}, "there are 2 rows for 6 tensors"),
-        ({"sums": sums[:, 1:]}, "the first layer has 30 inputs, there are 29 features"),
-        ({"numel": numel[:5]}, "there are 5 sizes for 6 tensors"),
+        ({"flat": flat[:, 1:]}, "299.*298"),
+        ({"flat": flat.repeat(2, 1)}, "2 rows.*6"),
+        ({"sums": sums[:, 1:]}, "30.*29"),
+        ({"numel": numel[:5]}, "5 sizes.*6"),
     ):
         with pytest.raises(RuntimeError, match=message):
             fold(**wrong)

@@ -203,7 +203,7 @@ def test_public_class_and_pickle(name):
 
 
 def test_rank_limits():
-    with pytest.raises(ValueError, match=r"at most 4 axes, got a parameter of shape \(1, 1, 1, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 1, 1, 1, 2\)"):
         p = nn.Parameter(torch.ones(1, 1, 1, 1, 2))
         p.grad = torch.ones_like(p)
         make("rnn_mlp", [p]).step(1.0)
@@ -212,7 +212,7 @@ def test_rank_limits():
 def test_unknown_branch():
     p = nn.Parameter(torch.ones(2, 2))
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="branch must be one of auto, network, adam, got 'muon'"):
+    with pytest.raises(ValueError, match="branch.*auto, network, adam.*'muon'"):
         make("celo2", [p], branch="muon").step()
 
 
@@ -340,7 +340,7 @@ def test_newton_schulz_in_bfloat16_is_close():
     error = torch.linalg.matrix_norm(half - whole) / torch.linalg.matrix_norm(whole)
     assert 1e-4 < error.min() and error.max() < 0.1  # eight bits; a bound that float32 would miss below
     params = make_params()
-    with pytest.raises(ValueError, match="ns_dtype must be one of float32, bfloat16, got 'float16'"):
+    with pytest.raises(ValueError, match="ns_dtype.*float32, bfloat16.*'float16'"):
         make("celo2", params, ns_dtype="float16")
 
 
