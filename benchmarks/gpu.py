@@ -42,7 +42,8 @@ import torch
 import hf_lopt
 from benchmarks.step import RESULTS, build, gpt2
 from benchmarks.storing import use_palette
-from hf_lopt import _load, rules
+from hf_lopt import rules
+from hf_lopt.kernels import dispatch
 
 
 ROOT = Path(__file__).parents[1]
@@ -383,7 +384,7 @@ def main(arguments: list[str] | None = None) -> None:
         files["json"].unlink(missing_ok=True)
         Report(files, not_run()["about"]).write()
         return
-    if device == "cuda" and not (torch.cuda.is_available() and _load.loaded("cuda")):
+    if device == "cuda" and not (torch.cuda.is_available() and dispatch.loaded("cuda")):
         raise SystemExit("no GPU, or no CUDA kernels (see docs/kernels.md): nothing was run")
     if options.small_steps:
         small_steps(device)

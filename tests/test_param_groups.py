@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_lopt import LearnedOptimizer
-from hf_lopt.accumulators import reference_axes
 from hf_lopt.param_groups import describe, param_groups
+from hf_lopt.step.accumulators import reference_axes
 
 
 def tiny(kind: str) -> nn.Module:
