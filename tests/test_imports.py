@@ -17,8 +17,9 @@ LEAVES = {"distributed", "weights", "embedded"}
 KERNELS = {"kernels.arguments", "kernels.ops", "kernels.reference"}
 ALLOWED = {
     "features": set(),
-    "kernels.arguments": set(),
-    "kernels.dispatch": {"features", "kernels.arguments"},
+    "kernels.schema": set(),
+    "kernels.arguments": {"kernels.schema"},
+    "kernels.dispatch": {"features", "kernels.arguments", "kernels.schema"},
     "kernels.reference": {"features", "kernels.arguments", "kernels.reference"},
     "kernels.ops": {"features", "kernels.arguments", "kernels.dispatch", "kernels.reference"},
     "kernels": set(),
