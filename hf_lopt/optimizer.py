@@ -190,8 +190,9 @@ class LearnedOptimizer(Optimizer):
                 happens, which is how checkpoints are loaded), for sparse gradients, and after ``max_nonfinite_steps``
                 steps in a row with a non-finite loss, gradient or parameter. Such steps change nothing.
         """
-        result = closure
-        if callable(closure):
+        if not callable(closure):
+            result = closure
+        else:
             with torch.enable_grad():
                 result = closure()
         if result is not None:
@@ -262,28 +263,27 @@ class LearnedOptimizer(Optimizer):
     def _update(self, active: _Parameters, loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         params, groups = [p for p, _ in active], [group for _, group in active]
-        first, device = self.param_groups[0], params[0].device
-        text_settings = [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], str)]
-        number_settings = [name for name in self._rule.per_group if isinstance(self._rule.defaults[name], float)]
+        rule, first, device = self._rule, self.param_groups[0], params[0].device
+        text_settings = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
+        number_settings = ("lr", "weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float)))
         key = tuple((id(p), p.device, *(group[name] for name in text_settings)) for p, group in active)
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
-                self._prepared = Plan(key, params, groups, self._rule, self._weights.theta)
+                self._prepared = Plan(key, params, groups, rule, self._weights.theta)
             run = self._run.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
-            numbers = ("lr", "weight_decay", *number_settings)
             batch = Batch(
                 layout=self._prepared.layout,
                 params=[distributed.local(p) for p in params],
                 grads=self._gradients(params),
                 state=self._local_state(params),
-                settings={name: self._prepared.per_tensor(name, groups) for name in numbers},
+                settings={name: self._prepared.per_tensor(name, groups) for name in number_settings},
                 labels={name: [group[name] for group in groups] for name in text_settings},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
             settings = first | {"num_training_steps": self._run.num_updates}
-            outcome = self._rule.update(batch, run, self._prepared.weights, settings, loss)
+            outcome = rule.update(batch, run, self._prepared.weights, settings, loss)
             self._run.write(outcome.run)
             self._report = outcome.report
             self._monitor.check(run["counters"], first["max_nonfinite_steps"], self._run.num_updates)

@@ -96,7 +96,7 @@ def check_parameter(p: Tensor) -> None:
 
 def check_gradient(p: Tensor, name: str) -> None:
     """Refuse a sparse gradient of the parameter ``p`` of the optimizer ``name`` with a RuntimeError."""
-    if p.grad.is_sparse:
+    if p.grad is not None and p.grad.is_sparse:
         raise RuntimeError(
             f"{name} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
             "create the embedding with sparse=False"

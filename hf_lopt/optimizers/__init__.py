@@ -12,6 +12,21 @@ from hf_lopt.optimizers.small_fc import ELO, MuLO, SmallFC
 from hf_lopt.optimizers.velo import VeLO, VeLOSmall
 
 
+__all__ = [
+    "OPTIMIZERS",
+    "Celo",
+    "Celo2",
+    "Celo2Base",
+    "CeloAdam",
+    "ELO",
+    "ELOCelo2",
+    "MuLO",
+    "RNNMLP",
+    "SmallFC",
+    "VeLO",
+    "VeLOSmall",
+]
+
 # By ``optim=`` name. The classes of two names are variants, which have no public name of their own.
 OPTIMIZERS: dict[str, type[LearnedOptimizer]] = {
     "celo": Celo,
