@@ -56,7 +56,7 @@ format: setup
 	@$(if $(CSRC),$(VENV)/bin/clang-format -i $(CSRC),true)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 define TOO_OLD
 import sys

@@ -115,6 +115,11 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
     return x.to_local()
 
 
+def local_gradient(p: Tensor) -> Tensor:
+    """The local shard of the gradient of ``p``, cut as ``p`` is. A collective where the gradient comes otherwise."""
+    return local(p.grad, like=sharding_of(p))
+
+
 def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     """Zero float32 state for the parameter ``p``, sharded as it is: (leading, *shape without the axis ``dropped``), or
     shaped like ``p`` where ``leading`` is None.

@@ -81,17 +81,17 @@ def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = hf_lopt.LearnedOptimizer(params, rule, weights=random_weights(rules.get(rule)), **settings)
-    optimizer._watch = Watch()
+    optimizer._monitor = Monitor()
     return optimizer
 
 
-class Watch:
+class Monitor:
     """Counters go to the host in one copy that nobody waits for; what it says there has no values here."""
 
     def start(self, skipped_before) -> None:
         pass
 
-    def look(self, counters, limit, horizon) -> None:
+    def check(self, counters, limit, horizon) -> None:
         assert counters.shape == (3,) and counters.device.type == "cuda"
 
 
@@ -165,7 +165,7 @@ def test_a_setting_that_changes_is_copied_to_where_it_was():
     for lr in (1.0, 1.0, 0.5):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        numbers = optimizer._plan.per_tensor("lr", optimizer.param_groups)
+        numbers = optimizer._prepared.per_tensor("lr", optimizer.param_groups)
         places.append(numbers.data_ptr())
         assert numbers.tolist() == [lr]
     assert len(set(places)) == 1

@@ -349,3 +349,17 @@ def test_a_group_can_be_added_after_loading():
     late = torch.nn.Parameter(torch.ones(2, 3))
     fresh.add_param_group({"params": [late]})
     assert fresh.param_groups[1]["step"] is fresh.param_groups[0]["step"]
+
+
+def test_a_wrapper_with_the_same_dict_shares_the_waiting_loss():
+    """Wrappers exist that take over an optimizer's ``__dict__``; a loss given to one is there for the other's step."""
+    params = make_params()
+    optimizer = make(params)
+    wrapper = object.__new__(VeLO)
+    wrapper.__dict__.update(optimizer.__dict__)
+    wrapper.observe_loss(1.0)
+    assert optimizer.has_observed_loss
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert not wrapper.has_observed_loss and wrapper.steps_done == 1

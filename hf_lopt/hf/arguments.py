@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from hf_lopt import rules
 from hf_lopt.hf import limits
-from hf_lopt.optimizer import PUBLIC_CLASSES, LearnedOptimizer
+from hf_lopt.optimizer import LearnedOptimizer
+from hf_lopt.optimizers import OPTIMIZERS
 from hf_lopt.param_groups import param_groups
 from hf_lopt.rules.base import Rule
 from hf_lopt.weights import Weights
@@ -272,4 +273,4 @@ def optimizer_class_and_arguments(
         keywords["params"] = param_groups(
             model, rule.name, weight_decay=weight_decay.value, base_width=base_width, **per_group
         )
-    return PUBLIC_CLASSES[rule.name], keywords
+    return OPTIMIZERS[rule.name], keywords

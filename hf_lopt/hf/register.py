@@ -16,9 +16,9 @@ from typing import Any
 
 from packaging.version import Version
 
-from hf_lopt import rules
 from hf_lopt.hf import loss_feed
 from hf_lopt.hf.import_hook import when_imported
+from hf_lopt.optimizers import OPTIMIZERS
 
 
 _MARK = "_hf_lopt_original"
@@ -81,12 +81,12 @@ def optimizer_handler(context: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _extend_names(module: Any) -> None:
-    for name in rules.names():
+    for name in OPTIMIZERS:
         extend_enum(module.OptimizerNames, name)
 
 
 def _add_handlers(module: Any) -> None:
-    for name in rules.names():
+    for name in OPTIMIZERS:
         if module._OPTIMIZER_HANDLERS.setdefault(name, optimizer_handler) is not optimizer_handler:
             warnings.warn(f"optim={name!r} is already taken in transformers; hf_lopt leaves it as it is", stacklevel=2)
 
@@ -101,7 +101,7 @@ def _wrap_static_method(trainer: type) -> None:
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         from hf_lopt.hf.arguments import optim_name, optimizer_class_and_arguments
 
-        if optim_name(args) in rules.names():
+        if optim_name(args) in OPTIMIZERS:
             return optimizer_class_and_arguments(args, model)
         return original(args, model)
 

@@ -1,0 +1,17 @@
+"""Types of arguments that the optimizers share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from hf_lopt.weights import Weights
+
+
+_Path = str | os.PathLike[str]
+
+WeightsSource = _Path | Sequence[_Path] | Mapping[str, Any] | Weights
+AxisOrder = Literal["torch", "jax", "torch_transposed", "torch_stacked"]
+Branch = Literal["auto", "network", "adam"]
+NewtonSchulzDtype = Literal["float32", "bfloat16"]

@@ -1,0 +1,120 @@
+"""VeLO in two sizes, the optimizers of :mod:`hf_lopt.rules.velo`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_lopt.optimizer import LearnedOptimizer
+from hf_lopt.optimizers.argument_types import AxisOrder, WeightsSource
+
+
+class VeLO(LearnedOptimizer):
+    """VeLO: an LSTM per tensor mixes a bank of per-element networks. Needs the loss and the length of the run.
+
+    Metz et al. 2022, "VeLO: Training Versatile Learned Optimizers by Scaling Up", arXiv:2211.09760; reference:
+    google/learned_optimization, general_lopt hyper_v2.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: multiplier of the rule's own step size, no unit, per group. Default 1.0.
+        num_training_steps: length of the run in optimizer steps; None (default): set later, before the first step.
+        weights: "auto" (default), "published", "bundled", a hub id, a path, a mapping or ``Weights``; see
+            :func:`hf_lopt.weights.load`.
+        weight_decay: decoupled decay, p <- p - lr * weight_decay * p; no unit, per group. Default 0.0.
+        axis_order: how the axes of a tensor lie, per group. Default "torch", (out, in, *kernel).
+        min_param_scale: least RMS of a tensor that its step is relative to, in units of the parameter, per group.
+            Default 0.0.
+        bank_scale: factor of the mean over the bank of networks, no unit; it belongs to the weights. Default 100.0.
+        max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
+            0 (default): no limit. The reference's wrapper has 150,000.
+
+    Raises:
+        ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
+    """
+
+    _optim_name: ClassVar[str] = "velo"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        num_training_steps: int | None = None,
+        weights: WeightsSource = "auto",
+        weight_decay: float = 0.0,
+        axis_order: AxisOrder = "torch",
+        min_param_scale: float = 0.0,
+        bank_scale: float = 100.0,
+        max_nonfinite_steps: int = 10,
+        max_training_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            self._optim_name,
+            lr=lr,
+            num_training_steps=num_training_steps,
+            weights=weights,
+            weight_decay=weight_decay,
+            axis_order=axis_order,
+            min_param_scale=min_param_scale,
+            bank_scale=bank_scale,
+            max_nonfinite_steps=max_nonfinite_steps,
+            max_training_steps=max_training_steps,
+        )
+
+
+class VeLOSmall(VeLO):
+    """``velo_s``: VeLO with an LSTM of 64 units and a bank of 32 networks. Needs the loss and the length of the run.
+
+    From the repository of Celo, github.com/amoudgl/celo, which compares with it (Moudgil et al. 2025,
+    arXiv:2501.12670). It takes the bank as it is, without VeLO's factor.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: multiplier of the rule's own step size, no unit, per group. Default 1.0.
+        num_training_steps: length of the run in optimizer steps; None (default): set later, before the first step.
+        weights: "auto" (default), "published", "bundled", a hub id, a path, a mapping or ``Weights``; see
+            :func:`hf_lopt.weights.load`.
+        weight_decay: decoupled decay, p <- p - lr * weight_decay * p; no unit, per group. Default 0.0.
+        axis_order: how the axes of a tensor lie, per group. Default "torch", (out, in, *kernel).
+        min_param_scale: least RMS of a tensor that its step is relative to, in units of the parameter, per group.
+            Default 0.0.
+        bank_scale: factor of the mean over the bank of networks, no unit; it belongs to the weights. Default 1.0.
+        max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
+            0 (default): no limit.
+
+    Raises:
+        ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
+    """
+
+    _optim_name: ClassVar[str] = "velo_s"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        num_training_steps: int | None = None,
+        weights: WeightsSource = "auto",
+        weight_decay: float = 0.0,
+        axis_order: AxisOrder = "torch",
+        min_param_scale: float = 0.0,
+        bank_scale: float = 1.0,
+        max_nonfinite_steps: int = 10,
+        max_training_steps: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            lr=lr,
+            num_training_steps=num_training_steps,
+            weights=weights,
+            weight_decay=weight_decay,
+            axis_order=axis_order,
+            min_param_scale=min_param_scale,
+            bank_scale=bank_scale,
+            max_nonfinite_steps=max_nonfinite_steps,
+            max_training_steps=max_training_steps,
+        )

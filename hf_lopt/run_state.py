@@ -1,0 +1,321 @@
+"""What belongs to a run as a whole: how far it has come, what it has skipped, the losses it has seen, its length.
+
+``state_dict`` saves tensors per parameter and settings per group, and nothing for the optimizer as a whole. So these
+values stand in every parameter group, the same in all of them, and :class:`RunState` is the view that reads and writes
+them. Two things of a run are not saved: the loss that waits for the next step (:class:`PendingLoss`), and what
+:class:`RunMonitor` has already warned about.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import distributed
+from hf_lopt.rules.base import Rule
+from hf_lopt.settings import positive_int
+from hf_lopt.weights import Weights
+
+
+# int64, 0-d: steps taken, steps skipped, steps skipped in a row up to now.
+COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
+
+
+class RunState:
+    """The values of a run in the parameter groups of its optimizer.
+
+    Beside the :data:`COUNTERS` these are ``num_training_steps``, the length of the run in calls of ``step()`` (0: not
+    set); the rule's own tensors, such as its buffer of losses; and for rules with ``max_training_steps`` the calls and
+    the loss (0-d float32) that the next update has so far.
+
+    ``groups`` is the optimizer's list. torch replaces the list when it restores a checkpoint, so the optimizer sets it
+    anew whenever it hands out its run state.
+    """
+
+    def __init__(self, rule: Rule, weights: Weights):
+        self.groups: list[dict[str, Any]] = []
+        self._rule, self._weights = rule, weights
+        self._tensor_names = tuple(rule.init_run(weights.theta))
+        # All counters in one tensor (3,), and views of its elements.
+        self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    # ---- storage ----------------------------------------------------------------------------------------------------
+
+    def initial_values(self) -> dict[str, Any]:
+        """The values of a run that has not begun, settings aside."""
+        values: dict[str, Any] = {}
+        if "max_training_steps" in self._rule.defaults:
+            values |= {"accumulated": 0, "accumulated_loss": torch.zeros(())}
+        return values | self._initial_tensors()
+
+    def _initial_tensors(self) -> dict[str, Tensor]:
+        counters = {name: torch.zeros((), dtype=torch.int64) for name in COUNTERS}
+        return counters | self._rule.init_run(self._weights.theta)
+
+    def keys(self, defaults: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of the optimizer's ``defaults`` that have one value for the whole run, the same in all groups."""
+        # torch adds "differentiable" to the defaults, not to the groups, when a state is loaded.
+        per_group = {"lr", "weight_decay", "differentiable", *self._rule.per_group}
+        return tuple(key for key in defaults if key not in per_group)
+
+    def without_run_settings(
+        self, group: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[str]]:
+        """What a new group sets for itself; and the settings of the run that it would have otherwise."""
+        keys = self.keys(defaults)
+        own = {key: value for key, value in group.items() if key not in keys}
+        return own, [k for k in self._rule.defaults if k in group and k in keys and group[k] != defaults[k]]
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Set values in all groups."""
+        for group in self.groups:
+            group.update(values)
+
+    def reset(self) -> None:
+        """Back to the first step: counters and the rule's tensors. Settings stay."""
+        self.write(self._initial_tensors())
+        self.forget_counters()
+
+    def forget_counters(self) -> None:
+        """Do not rely on the counters of earlier steps: the groups have been written by someone else."""
+        self._counters = None
+
+    def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """See that the ``param_groups`` of a checkpoint are of this rule and these weights.
+
+        Raises:
+            ValueError: if they are of another optimizer, another rule or other weights.
+        """
+        rule, weights = self._rule.name, self._weights
+        for group in groups:
+            saved_rule, saved_weights = group.get("rule"), group.get("weights_sha256")
+            if saved_rule != rule:
+                got = f"the rule {saved_rule!r}" if saved_rule else "another optimizer, which names no rule"
+                raise ValueError(f"this checkpoint is of {got}; this optimizer is {rule!r}. Use the same one.")
+            if saved_weights != weights.sha256:
+                raise ValueError(
+                    f"this checkpoint was made with the weights {group.get('weights_source')!r} (sha256 "
+                    f"{str(saved_weights)[:12]}), but {weights.source!r} (sha256 "
+                    f"{weights.sha256[:12]}) are loaded. Pass weights=... of the checkpoint, or start afresh."
+                )
+
+    # ---- length -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_training_steps(self) -> int:
+        """Length of the run in calls of ``step()``; 0 while it is not set, and for rules without one."""
+        return self.groups[0].get("num_training_steps", 0)
+
+    @num_training_steps.setter
+    def num_training_steps(self, value: int) -> None:
+        self.write({"num_training_steps": positive_int("num_training_steps", value)})
+
+    @property
+    def calls_per_update(self) -> int:
+        """Calls of ``step()`` for one update: more than 1 in a run of more than ``max_training_steps``."""
+        longest = self.groups[0].get("max_training_steps", 0)
+        return math.ceil(self.num_training_steps / longest) if longest else 1
+
+    @property
+    def num_updates(self) -> int:
+        """Length of the run in updates; 0 while it is not set."""
+        return self.num_training_steps // self.calls_per_update
+
+    # ---- progress ---------------------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps taken so far, skipped ones left out. Reading it waits for the device."""
+        return int(self.groups[0]["step"])
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self.write({"step": torch.full_like(self.groups[0]["step"], operator.index(value))})
+
+    def check_ready(self, has_loss: bool) -> None:
+        """See that the rule has what it needs for a step.
+
+        Raises:
+            RuntimeError: without a loss or a horizon, where the rule needs them.
+        """
+        name = self._rule.class_name
+        if self._rule.needs_loss and not has_loss:
+            raise RuntimeError(
+                f"{name} needs the training loss: call optimizer.observe_loss(loss) before "
+                "optimizer.step(), or optimizer.step(loss). Under Trainer and Accelerate `import hf_lopt` delivers it "
+                "from accelerator.backward(loss)."
+            )
+        if self._rule.needs_horizon and not self.num_training_steps:
+            raise RuntimeError(
+                f"{name} needs the length of the run: pass num_training_steps=... or set "
+                "optimizer.num_training_steps before the first step. Trainer's callback does it by itself."
+            )
+
+    def accumulate(
+        self,
+        active: Sequence[Tensor],
+        trainable: Iterable[Tensor],
+        state: Mapping[Tensor, dict[str, Any]],
+        loss: Tensor | float,
+    ) -> Tensor | None:
+        """Add up gradients and losses where one update takes several calls of ``step()``.
+
+        The last of these calls sets the gradients to their means and returns the mean loss, 0-d. The others return
+        None.
+
+        Args:
+            active: parameters with a gradient in this call.
+            trainable: all parameters that may have had one.
+            state: of each parameter, with ``gradient_sum`` (float32, like the parameter) and ``gradients_summed``.
+            loss: of this call.
+        """
+        for p in active:
+            distributed.local(state[p]["gradient_sum"]).add_(distributed.local_gradient(p))
+            state[p]["gradients_summed"] += 1
+        first, calls = self.groups[0], self.calls_per_update
+        count = first["accumulated"] + 1
+        total = first["accumulated_loss"].to(active[0].device if active else "cpu") + loss
+        if count < calls:
+            self.write({"accumulated": count, "accumulated_loss": total})
+            return None
+        self.write({"accumulated": 0, "accumulated_loss": torch.zeros_like(total)})
+        for p in trainable:
+            if state[p].get("gradients_summed"):
+                gradient_sum, state[p]["gradients_summed"] = state[p]["gradient_sum"], 0
+                p.grad = (gradient_sum / calls).to(p.dtype)
+                distributed.local(gradient_sum).zero_()
+        return total / calls
+
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of the run on ``device``, which a step changes in place; ``counters`` (3,) holds all counters.
+
+        On an accelerator they stay where they are, so that a CUDA graph that has been captured goes on with them. On
+        the CPU each step gets new ones, and what a caller holds keeps its values.
+        """
+        group, is_cpu = self.groups[0], device.type == "cpu"
+        if is_cpu or self._counters is None or not self._holds(self._counters[1]):
+            counters = torch.stack([group[name].to(device, non_blocking=True) for name in COUNTERS])
+            self._counters = counters, counters.unbind()
+            self.write(dict(zip(COUNTERS, self._counters[1], strict=True)))
+        values = {name: group[name].to(device, non_blocking=True, copy=is_cpu) for name in self._tensor_names}
+        self.write(values)
+        return values | {name: group[name] for name in COUNTERS} | {"counters": self._counters[0]}
+
+    def _holds(self, counters: tuple[Tensor, ...]) -> bool:
+        """Whether the groups still hold these very tensors: a caller may have set others."""
+        return all(self.groups[0][name] is x for name, x in zip(COUNTERS, counters, strict=True))
+
+
+class PendingLoss:
+    """The loss that waits for the next step, on its device, or none.
+
+    An object of its own, so that a wrapper which copies the ``__dict__`` of an optimizer shares it: a loss that is
+    given to either of them is there for the step of the other.
+    """
+
+    def __init__(self) -> None:
+        self.value: Tensor | float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a loss waits."""
+        return self.value is not None
+
+    def add(self, loss: Tensor | float) -> None:
+        """Add a scalar tensor, which is detached, or a number.
+
+        Raises:
+            ValueError: if it holds more than one number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first"
+                )
+            loss = loss.detach().reshape(()).float()
+        else:
+            loss = float(loss)
+        self.value = loss if self.value is None else self.value + loss
+
+    def replace(self, loss: Tensor | float) -> None:
+        """Take ``loss`` instead of what waits; see :meth:`add`."""
+        self.discard()
+        self.add(loss)
+
+    def scale(self, factor: float) -> None:
+        """Multiply the loss, if there is one."""
+        if self.value is not None:
+            self.value = self.value * factor
+
+    def discard(self) -> None:
+        """Forget the loss."""
+        self.value = None
+
+    def take(self) -> Tensor | float | None:
+        """The loss, which no longer waits."""
+        value, self.value = self.value, None
+        return value
+
+
+class RunMonitor:
+    """Warns and raises by the counters of a run. An accelerator's are read one step late, without waiting."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.warned_horizon = False
+        self._reported: int | None = None  # skipped steps that have been warned about
+        self._host: Tensor | None = None  # counters as an accelerator last sent them
+
+    def start(self, skipped_before: Tensor) -> None:
+        """Take the steps that were skipped before this monitor's first step, 0-d, as known. Later calls do nothing."""
+        if self._reported is None:
+            self._reported = int(skipped_before)
+
+    def check(self, counters: Tensor, limit: int, horizon: int) -> None:
+        """Look at the run after a step.
+
+        Args:
+            counters: (3,) int64, the :data:`COUNTERS`.
+            limit: steps skipped in a row that are an error.
+            horizon: length of the run in updates, 0 for none.
+
+        Raises:
+            RuntimeError: when ``limit`` steps in a row have been skipped.
+        """
+        if counters.device.type == "cpu":
+            step, skipped, in_a_row = counters.tolist()
+        else:
+            if self._host is None:
+                self._host = counters.cpu().pin_memory()
+            step, skipped, in_a_row = self._host.tolist()
+            self._host.copy_(counters, non_blocking=True)
+        if skipped > (self._reported or 0):
+            self._reported = skipped
+            self._report_skipped(skipped, in_a_row, limit)
+        if horizon and step > horizon and not self.warned_horizon:
+            self.warned_horizon = True
+            warnings.warn(
+                f"{self.name} has taken {step} steps, more than num_training_steps={horizon}: its schedule ended and "
+                "it goes on with the last stretch of it. Set the length of the whole run.",
+                stacklevel=2,
+            )
+
+    def _report_skipped(self, skipped: int, in_a_row: int, limit: int) -> None:
+        if in_a_row >= limit:
+            raise RuntimeError(
+                f"{in_a_row} steps in a row had a non-finite loss, gradient or parameter and were skipped "
+                f"(max_nonfinite_steps={limit}). Nothing was changed by them: lower lr, check the data and the loss, "
+                "or raise max_nonfinite_steps."
+            )
+        warnings.warn(
+            f"skipped a step with a non-finite loss, gradient or parameter ({skipped} so far, {in_a_row} in a row; an "
+            f"error follows at {limit} in a row)",
+            RuntimeWarning,
+            stacklevel=2,
+        )

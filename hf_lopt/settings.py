@@ -1,0 +1,128 @@
+"""What the settings, parameters and gradients of an optimizer may be; and that all ranks have the same."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import distributed
+from hf_lopt.rules.base import Rule
+from hf_lopt.step.accumulators import AXIS_ORDERS
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NON_NEGATIVE = (
+    *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
+    *("adam_lr_mult", "max_grad_norm"),
+)
+# What the Newton-Schulz iteration may run in.
+NS_DTYPES = ("float32", "bfloat16")
+# Where the weights were found may differ from machine to machine; their content may not.
+_MAY_DIFFER = ("weights_source", "weights_origin")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """``value`` as an int above 0; ValueError otherwise."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = int(value) if isinstance(value, float) and value.is_integer() else 0
+    if number <= 0 or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number of optimizer steps above 0, got {value!r}")
+    return number
+
+
+def complete_settings(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule's defaults and what was ``given`` instead, checked. A horizon that is not set becomes 0.
+
+    Raises:
+        ValueError: for a setting that the rule does not take, and for values out of range.
+    """
+    unknown = sorted(set(given) - set(rule.defaults))
+    if unknown:
+        raise ValueError(
+            f"{rule.class_name} takes no argument {', '.join(unknown)}; it takes {', '.join(rule.defaults)}"
+        )
+    settings = dict(rule.defaults) | dict(given)
+    if rule.needs_horizon:
+        # 0 stands for None, which a checkpoint cannot hold.
+        steps = settings.get("num_training_steps")
+        settings["num_training_steps"] = 0 if steps is None else positive_int("num_training_steps", steps)
+    check_settings(settings)
+    return settings
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Range checks for the settings of a constructor or of a group.
+
+    Raises:
+        ValueError: naming the setting, its value and what it may be.
+    """
+    for name in _NON_NEGATIVE:
+        value = settings.get(name, 0.0)
+        if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+    if settings.get("axis_order", "torch") not in AXIS_ORDERS:
+        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {settings['axis_order']!r}")
+    if settings.get("ns_dtype", "float32") not in NS_DTYPES:
+        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {settings['ns_dtype']!r}")
+    longest = settings.get("max_training_steps", 0)
+    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
+        raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")
+    if "max_nonfinite_steps" in settings:
+        positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
+
+
+def check_parameter(p: Tensor) -> None:
+    """Refuse a parameter that cannot be updated.
+
+    Raises:
+        ValueError: for a dtype other than float32, bfloat16 and float16, and for a partial DTensor.
+    """
+    distributed.sharding_of(p)
+    if p.dtype not in _DTYPES:
+        raise ValueError(
+            f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "
+            "convert the model first, or leave this parameter to another optimizer"
+        )
+
+
+def check_gradient(p: Tensor, name: str) -> None:
+    """Refuse a sparse gradient of the parameter ``p`` of the optimizer ``name`` with a RuntimeError."""
+    if p.grad is not None and p.grad.is_sparse:
+        raise RuntimeError(
+            f"{name} does not support sparse gradients (parameter of shape {tuple(p.shape)}); "
+            "create the embedding with sparse=False"
+        )
+
+
+def check_ranks_agree(
+    run: Mapping[str, Any],
+    parameters: Sequence[tuple[Tensor, Mapping[str, Any]]],
+    active: Collection[int],
+    per_group: Sequence[str],
+) -> None:
+    """Compare over all ranks the settings of the run and the list of trainable parameters. A collective.
+
+    Args:
+        run: settings that have one value for all groups; tensors among them are not compared.
+        parameters: the trainable parameters with their groups.
+        active: ids of the parameters that have a gradient in this step.
+        per_group: settings of the groups that are compared.
+
+    Raises:
+        ValueError: on all ranks, naming what differs.
+    """
+    described = {k: str(v) for k, v in run.items() if k not in _MAY_DIFFER and isinstance(v, (str, int, float))}
+    for i, (p, group) in enumerate(parameters):
+        gradient = "with" if id(p) in active else "without"
+        described[f"parameter {i}"] = f"{distributed.describe(p)} {gradient} a gradient"
+        described |= {f"{name} of parameter {i}": str(group[name]) for name in per_group}
+    distributed.check_agreement(described, parameters[0][0].device)
