@@ -1,6 +1,6 @@
 """Parameters and state after eight steps of every rule, dtype, layout and kernel are those of numbers.json.
 
-On the machine of the record every bit counts, elsewhere 1e-7 of a tensor's norm.
+On the machine of the record every bit counts, elsewhere 1e-7 of a tensor's norm (see frozen_runs.TOLERANCE).
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ import hf_lopt
 RECORD = json.loads((runs.FOLDER / "numbers.json").read_text())
 
 
+def tolerance_of(name: str) -> float:
+    rule, _, layout = name.split()
+    lower = layout == "options" and "ns_dtype" in runs.settings_of(rule)
+    return runs.BFLOAT16_STEPS if lower else runs.TOLERANCE[torch.float32]
+
+
 def all_differences(kernels: str, got: dict[str, dict]) -> list[str]:
     bitwise = runs.exact(RECORD["machine"])
     return [
         f"{name}: {line}"
         for name, outcome in got.items()
-        for line in runs.differences(outcome, RECORD[kernels][name], bitwise, runs.TOLERANCE[torch.float32])
+        for line in runs.differences(outcome, RECORD[kernels][name], bitwise, tolerance_of(name))
     ]
 
 
