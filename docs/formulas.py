@@ -1,12 +1,10 @@
-"""Every formula of docs/features.md, as an expression that NumPy can evaluate.
+"""What docs/features.md says beyond the rows of `hf_lopt.features`: formulas of accumulators, schedulers and steps.
 
-`tests/test_docs.py` evaluates these strings in float64 and compares them with what the optimizers do, so the numbers
-in them are written out here and not taken from the code. Names that an expression may use are in `SYMBOLS`.
+Text for readers; `tests/reference_steps.py` has the same in float64, and the optimizers are compared with it. Names
+that a formula may use are in `SYMBOLS`.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 
 REFERENCES = {
@@ -46,46 +44,26 @@ SYMBOLS = {
 }
 
 
-@dataclass(frozen=True)
-class Formula:
-    """One feature.
-
-    Attributes:
-        text: the expression; `vector` for tensors of rank < 2 where it differs.
-        words: what it is.
-        source: whose idea it is, a key of `REFERENCES`; "" for what needs none.
-        without: the axis along which it is constant in a tensor of rank >= 2, "" for none.
-    """
-
-    text: str
-    words: str
-    source: str = ""
-    vector: str = ""
-    without: str = ""
-
-
-# Per-element features by the names of hf_lopt.features. second_eps and diagonal_eps are the rule's own numbers.
+# Per-element features by the names of hf_lopt.features: what each is, and whose idea, a key of `REFERENCES`.
 ELEMENT = {
-    "g": Formula("g", "gradient"),
-    "clip_g": Formula("clip(g, -0.1, 0.1)", "clipped gradient"),
-    "p": Formula("p", "parameter"),
-    "log_abs_p": Formula("log(abs(p) + 1e-8)", "size of the parameter"),
-    "m": Formula("m", "momentum"),
-    "v": Formula("v", "second moment"),
-    "m_rsqrt_v": Formula("m / sqrt(v + second_eps)", "Adam's direction", "Adam"),
-    "rsqrt_v": Formula("1 / sqrt(v + second_eps)", "inverse root of the second moment", "Adam"),
-    "g_rsqrt_v": Formula("g / sqrt(v + second_eps)", "gradient in units of its size", "Adam"),
-    "fac_g": Formula(
-        "g * r * c", "gradient over the factored root", "Adafactor", vector="g / sqrt(maximum(D + 1e-9, 1e-9))"
-    ),
-    "fac_m": Formula("m * r * c", "momentum over the factored root", "Adafactor", vector="m / sqrt(D + diagonal_eps)"),
-    "row": Formula("R", "row accumulator", "Adafactor", vector="D", without="A"),
-    "col": Formula("C", "column accumulator", "Adafactor", vector="D", without="B"),
-    "rsqrt_row": Formula("1 / sqrt(R + 1e-8)", "its inverse root", "Adafactor", "1 / sqrt(D + 1e-8)", "A"),
-    "rsqrt_col": Formula("1 / sqrt(C + 1e-8)", "its inverse root", "Adafactor", "1 / sqrt(D + 1e-8)", "B"),
+    "g": ("gradient", ""),
+    "clip_g": ("clipped gradient", ""),
+    "p": ("parameter", ""),
+    "log_abs_p": ("size of the parameter", ""),
+    "m": ("momentum", ""),
+    "v": ("second moment", ""),
+    "m_rsqrt_v": ("Adam's direction", "Adam"),
+    "rsqrt_v": ("inverse root of the second moment", "Adam"),
+    "g_rsqrt_v": ("gradient in units of its size", "Adam"),
+    "fac_g": ("gradient over the factored root", "Adafactor"),
+    "fac_m": ("momentum over the factored root", "Adafactor"),
+    "row": ("row accumulator", "Adafactor"),
+    "col": ("column accumulator", "Adafactor"),
+    "rsqrt_row": ("its inverse root", "Adafactor"),
+    "rsqrt_col": ("its inverse root", "Adafactor"),
 }
 
-# (symbol, expression, remark), evaluated from top to bottom; a symbol on both sides is the old value on the right.
+# (symbol, expression, remark), read from top to bottom; a symbol on both sides is the old value on the right.
 Program = tuple[tuple[str, str, str], ...]
 
 ELEMENTWISE: Program = (
@@ -95,8 +73,8 @@ ELEMENTWISE: Program = (
 FACTORED: Program = (
     ("R", "b * R + (1 - b) * mean(g**2 + 1e-30, A)", "rank >= 2"),
     ("C", "b * C + (1 - b) * mean(g**2 + 1e-30, B)", "rank >= 2"),
-    ("r", "1 / sqrt(maximum(R / (mean(R, B) + 1e-9), 1e-9))", "rank >= 2; further axes stay separate"),
-    ("c", "1 / sqrt(maximum(C, 1e-9))", "rank >= 2"),
+    ("r", "1 / sqrt(max(R / (mean(R, B) + 1e-9), 1e-9))", "rank >= 2; further axes stay separate"),
+    ("c", "1 / sqrt(max(C, 1e-9))", "rank >= 2"),
 )
 DIAGONAL: Program = (("D", "b * D + (1 - b) * (g**2 + 1e-30)", "rank < 2"),)
 LEARNED_DECAY = "1 - (1 - b) * exp(10 * offset)"
@@ -111,18 +89,18 @@ LOSS: Program = (
     ("d", "exp(-1 / h)", "their decays"),
     ("k", "1 - d**(i + 1)", "bias correction"),
     ("top", "max(u / k) if i > 0 else loss", "largest mean so far; u starts at 0"),
-    ("loss", "minimum(loss, 2 * abs(top))", "a spike counts as twice that at most"),
+    ("loss", "min(loss, 2 * abs(top))", "a spike counts as twice that at most"),
     ("u", "d * u + (1 - d) * loss", "running means"),
-    ("low", "minimum(low, u / k)", "their minima, which start at 999999999999"),
+    ("low", "min(low, u / k)", "their minima, which start at 999999999999"),
     (
         "loss_features",
-        "clip((u / k - low)[:9] / maximum((u / k)[1:] - low[:9], 1e-8) - 1, -1, 1) if i >= 2 else zeros(9)",
+        "clip((u / k - low)[:9] / max((u / k)[1:] - low[:9], 1e-8) - 1, -1, 1) if i >= 2 else zeros(9)",
         "each mean against the next slower one",
     ),
 )
 
 LOG_SIZE = "0.5 * clip(log(1e-8 + abs(10 * x)), -5, 5)"
-UNIT = "1 / sqrt(maximum(mean(p**2), 1e-9))"
+UNIT = "1 / sqrt(max(mean(p**2), 1e-9))"
 
 # (name, columns, expression, words); L is LOG_SIZE, s is UNIT.
 Inputs = tuple[tuple[str, int, str, str], ...]
@@ -185,7 +163,7 @@ NEWTON_SCHULZ: Program = (
 )
 # Rule -> expressions that end in `step`; then p <- p - lr weight_decay p - step.
 _VELO: Program = (
-    ("s", "maximum(sqrt(mean(p**2) + 1e-9), min_param_scale)", "size of the tensor"),
+    ("s", "max(sqrt(mean(p**2) + 1e-9), min_param_scale)", "size of the tensor"),
     ("step", "lr * lr_mult * 0.001 * s * o0 * exp(0.001 * o1)", "o2 is not used"),
 )
 _SMALL_FC: Program = (("step", "lr * step_scale * step_mult * o0 * exp(exp_mult * o1)", ""),)

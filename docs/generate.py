@@ -3,7 +3,8 @@
     python docs/generate.py            # writes both pages
     python docs/generate.py --check    # exit status 1 if they are not what would be written
 
-Formulas are in formulas.py beside this file; `tests/test_docs.py` runs the check and evaluates them.
+Formulas of the elements are the rows of `hf_lopt.features`, others are in formulas.py beside this file;
+`tests/test_docs.py` runs the check.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import formulas
 import torch
 
 from hf_lopt import LearnedOptimizer, features, rules
-from hf_lopt.features import ElementFeatures
+from hf_lopt.features import ElementFeatures, Feature
 from hf_lopt.rules.base import Rule
 from hf_lopt.step.accumulators import AXIS_ORDERS
 from hf_lopt.weights import PUBLISHED
@@ -157,7 +158,7 @@ class ElementRow:
     name: str
     text: str
     vector: str  # for rank < 2; "" where there is none
-    formula: formulas.Formula
+    feature: Feature
 
 
 def element_rows(section: Section) -> Iterator[ElementRow]:
@@ -166,10 +167,10 @@ def element_rows(section: Section) -> Iterator[ElementRow]:
     only = (section.vector_features or own).names
     start = 0
     for group, (name, width) in enumerate(zip(own.names, own.widths(), strict=True)):
-        formula = formulas.ELEMENT[name]
+        feature = features.FEATURES[name]
         numbers = {"second_eps": number(own.second_eps), "diagonal_eps": number(own.diagonal_eps)}
-        texts = [_with(text, numbers) for text in (formula.text, formula.vector or formula.text)]
-        yield ElementRow(start, width, group, name, texts[0], texts[1] if name in only else "", formula)
+        texts = [_with(text, numbers) for text in (feature.text, feature.vector_text or feature.text)]
+        yield ElementRow(start, width, group, name, texts[0], texts[1] if name in only else "", feature)
         start += width
 
 
@@ -181,7 +182,7 @@ def _with(text: str, numbers: Mapping[str, str]) -> str:
 
 
 def _shape(row: ElementRow) -> str:
-    rest = f"s without {row.formula.without}" if row.formula.without else "s"
+    rest = {"row": "s without A", "col": "s without B"}.get(row.feature.constant_along, "s")
     return f"{row.count} × {rest}"
 
 
@@ -206,10 +207,11 @@ def _section(section: Section) -> list[str]:
     lines += [text + "\n" for text in section.remarks]
     body = []
     for row in element_rows(section):
+        words, source = formulas.ELEMENT[row.name]
         vector = "—" if not row.vector else "same" if row.vector == row.text else f"`{row.vector}`"
         body.append(
             (span(row.start, row.count), row.group, f"`{row.name}`", f"`{row.text}`", vector, _shape(row))
-            + (row.formula.words + (f" ({row.formula.source})" if row.formula.source else ""),)
+            + (words + (f" ({source})" if source else ""),)
         )
     start = count
     for name, columns, text, words in section.more:

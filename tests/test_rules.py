@@ -1,4 +1,4 @@
-"""What every rule has to do beyond its numbers, and the numbers of rules that have no reference file.
+"""What every rule has to do beyond its numbers.
 
 Weights are the synthetic ones of the reference files, so nothing here depends on what is embedded.
 """
@@ -220,108 +220,7 @@ def test_unknown_branch():
         make("celo2", [p], branch="muon").step()
 
 
-# ---- rules without a reference file: float64, from the formulas ----------------------------------------------------
-
-
-def normal(x: np.ndarray, eps: float, axes=None) -> np.ndarray:
-    return x / np.sqrt(eps + (x**2).mean(axes, keepdims=True))
-
-
-def accumulators64(grads: list[np.ndarray], v_decay: float):
-    """(m, v, R or D, C or D) after these gradients of a matrix with more columns than rows, or of a vector."""
-    decays = (0.9, 0.99, 0.999)
-    m, v = [np.zeros_like(grads[0])] * 3, np.zeros_like(grads[0])
-    row, col = [0.0] * 3, [0.0] * 3
-    for g in grads:
-        q = g**2 + 1e-30
-        m = [b * x + (1 - b) * g for b, x in zip(decays, m, strict=True)]
-        v = v_decay * v + (1 - v_decay) * g**2
-        matrix = g.ndim == 2
-        row = [b * x + (1 - b) * (q.mean(1, keepdims=True) if matrix else q) for b, x in zip(decays, row, strict=True)]
-        col = [b * x + (1 - b) * (q.mean(0, keepdims=True) if matrix else q) for b, x in zip(decays, col, strict=True)]
-    return m, v, row, col
-
-
-def factors64(row, col, matrix: bool):
-    if not matrix:
-        return [np.maximum(d + 1e-9, 1e-9) ** -0.5 for d in row]
-    r = [np.maximum(x / (x.mean(0, keepdims=True) + 1e-9), 1e-9) ** -0.5 for x in row]
-    return [a * np.maximum(c, 1e-9) ** -0.5 for a, c in zip(r, col, strict=True)]
-
-
-def test_elo_against_float64():
-    """ELO: the small_fc network without decay offsets, p <- p - lr (o0 exp(0.001 o1) + wd p), three steps."""
-    weights = theta("elo") | {
-        k: np.zeros(3 if "rms" not in k else 1, np.float32) for k in theta("elo") if "decays" in k
-    }
-    t64 = {k: v.astype(np.float64) for k, v in weights.items()}
-    rng = np.random.default_rng(1)
-    lr, wd = 2e-3, 0.1
-    for shape in ((4, 6), (5,)):
-        p = rng.standard_normal(shape).astype(np.float32).astype(np.float64)
-        grads = [rng.standard_normal(shape).astype(np.float32).astype(np.float64) for _ in range(3)]
-        parameter = nn.Parameter(torch.tensor(p, dtype=torch.float32))
-        optimizer = make("elo", [parameter], weights=weights, lr=lr, weight_decay=wd, axis_order="jax")
-        for i, g in enumerate(grads):
-            m, v, row, col = accumulators64(grads[: i + 1], 0.999)
-            f, root = factors64(row, col, p.ndim == 2), (v + 1e-6) ** -0.5
-            last = [x * y for x, y in zip(m, f, strict=True)] if p.ndim == 2 else None
-            last = last or [x * (d + 1e-6) ** -0.5 for x, d in zip(m, row, strict=True)]
-            columns = [g, p, *m, v, *(x * root for x in m), root, *(g * y for y in f), *row, *col]
-            columns += [*((x + 1e-8) ** -0.5 for x in row), *((x + 1e-8) ** -0.5 for x in col), *last]
-            features = [normal(np.broadcast_to(x, shape), 1e-5).ravel() for x in columns]
-            scales = np.array([1, 3, 10, 30, 100, 300, 1000, 3000, 1e4, 3e4, 1e5])
-            z = np.concatenate([np.array(features).T, np.tile(np.tanh(i / scales - 1), (p.size, 1))], 1)
-            for layer in range(3):
-                z = z @ t64[f"nn/~/w{layer}"] + t64[f"nn/~/b{layer}"]
-                z = np.maximum(z, 0) if layer < 2 else z
-            p = p - lr * ((z[:, 0] * np.exp(0.001 * z[:, 1])).reshape(shape) + wd * p)
-            parameter.grad = torch.tensor(g, dtype=torch.float32)
-            optimizer.step()
-        np.testing.assert_allclose(parameter.detach().numpy(), p, rtol=0, atol=1e-6 * np.abs(p).max())
-
-
-def test_elo_celo2_against_float64():
-    """ELO-Celo2: global-norm clip at 1, weight decay 0.1, Celo2's network on a matrix, the usual Adam on a vector."""
-    weights = theta("elo_celo2")
-    t64 = {k: v.astype(np.float64) for k, v in weights.items()}
-    rng = np.random.default_rng(2)
-    start = [rng.standard_normal(s).astype(np.float32).astype(np.float64) for s in ((4, 6), (5,))]
-    raw = [[rng.standard_normal(s).astype(np.float32).astype(np.float64) for s in ((4, 6), (5,))] for _ in range(3)]
-    parameters = [nn.Parameter(torch.tensor(p, dtype=torch.float32)) for p in start]
-    optimizer = make("elo_celo2", parameters, lr=3e-3, axis_order="jax")
-    matrix, vector = start
-    clipped, m, v = [], np.zeros(5), np.zeros(5)
-    for t, pair in enumerate(raw, 1):
-        norm = np.sqrt(sum((g**2).sum() for g in pair))
-        g, h = (g * min(1.0, 1.0 / (norm + 1e-6)) for g in pair)
-        clipped.append(g)
-        # Adam, at 20 times lr, decay included.
-        m, v = 0.9 * m + 0.1 * h, 0.95 * v + 0.05 * h**2
-        step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
-        vector = vector - 20 * 3e-3 * (step + 0.1 * vector)
-        # The network.
-        ms, vs, row, col = accumulators64(clipped, 0.95)
-        f, root = factors64(row, col, True), (vs + 1e-8) ** -0.5
-        columns = [g, g.clip(-0.1, 0.1), matrix, *ms, vs, *(x * root for x in ms), root, *(g * y for y in f)]
-        columns += [g * root, *row, *col, *((x + 1e-8) ** -0.5 for x in row), *((x + 1e-8) ** -0.5 for x in col)]
-        columns += [x * y for x, y in zip(ms, f, strict=True)]
-        z = np.array([normal(np.broadcast_to(x, g.shape), 1e-9).ravel() for x in columns]).T
-        first = np.concatenate([t64[f"ff_mod_stack/~/w0__{k}"] for k in range(14)])
-        for layer, w in enumerate((first, t64["ff_mod_stack/~/w1"], t64["ff_mod_stack/~/w2"])):
-            z = z @ w + t64[f"ff_mod_stack/~/b{layer}"]
-            z = np.maximum(z, 0) if layer < 2 else z
-        x = z[:, 0].reshape(g.shape)
-        x = x / (np.linalg.norm(x) + 1e-8)
-        for _ in range(5):
-            a = x @ x.T
-            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-        matrix = matrix - 3e-3 * (normal(x, 1e-9) + 0.1 * matrix)
-        for p, gradient in zip(parameters, pair, strict=True):
-            p.grad = torch.tensor(gradient, dtype=torch.float32)
-        optimizer.step()
-    for p, want in zip(parameters, (matrix, vector), strict=True):
-        np.testing.assert_allclose(p.detach().numpy(), want, rtol=0, atol=3e-6 * np.abs(want).max())
+# ---- orthogonal steps ----------------------------------------------------------------------------------------------
 
 
 def test_newton_schulz_orthogonalises():
