@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_lopt import _ops, _plain_scheduler
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import Assign
+from hf_lopt.kernels.reference import scheduler
 from hf_lopt.meta import data, graphs, tasks, theta
 from hf_lopt.meta.particles import TOGETHER
 from hf_lopt.meta.runs import WORST, Objective, RunSettings, TaskRuns, schedule
@@ -159,16 +161,17 @@ class NothingFromTheHost(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def assign_as_on_a_gpu(targets, values, skip):
-    torch._foreach_copy_(list(targets), [torch.where(skip, *pair) for pair in zip(targets, values, strict=True)])
+def assign_as_on_a_gpu(x: Assign) -> None:
+    pairs = zip(x.targets, x.values, strict=True)
+    torch._foreach_copy_(list(x.targets), [torch.where(x.skip, *pair) for pair in pairs])
 
 
 @pytest.mark.parametrize("rule", TOGETHER)
 @pytest.mark.parametrize("name", ["regions_mlp", "characters", "autoencoder"])
 def test_a_step_takes_nothing_from_the_host(monkeypatch, rule, name):
     """Where the CPU and a GPU go different ways, that of a GPU: neither reads nor copies, which a capture refuses."""
-    monkeypatch.setattr(_ops, "assign", assign_as_on_a_gpu)
-    monkeypatch.setattr(_plain_scheduler, "_constant", lambda values, like: _plain_scheduler._filled(values, like))
+    monkeypatch.setattr(ops, "assign", assign_as_on_a_gpu)
+    monkeypatch.setattr(scheduler, "_constant", lambda values, like: scheduler._filled(values, like))
     runs = task_runs(rule, name)
     runs.particles._waits = False
     runs.unroll(points(runs, 0))

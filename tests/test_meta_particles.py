@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_lopt import LearnedOptimizer, _ops
+from hf_lopt import LearnedOptimizer
+from hf_lopt.kernels import ops
 from hf_lopt.meta import data, tasks, theta
 from hf_lopt.meta.particles import IN_TURN, TOGETHER, Particles, supported
 
@@ -87,7 +88,7 @@ def test_stacks_of_runs_on_the_plain_kernels(rule):
         for batch in batches:
             step = gradients(TASK, particles.params, batch)
             if plain:
-                with _ops.plain():
+                with ops.plain():
                     particles.update(*step, LR * 1e-2, HORIZONS)
             else:
                 particles.update(*step, LR * 1e-2, HORIZONS)
@@ -240,7 +241,7 @@ def test_a_stack_of_matrices_is_its_matrices(shape, order):
         for t in range(3):
             whole.grad = grads * (t + 1)
             if plain:
-                with _ops.plain():
+                with ops.plain():
                     optimizer.step()
             else:
                 optimizer.step()
