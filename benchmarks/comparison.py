@@ -1,8 +1,9 @@
 """Learned optimizers against AdamW on four recipes, three seeds each: `python -m benchmarks.comparison`.
 
 Runs recipes/compare.py on small settings of four recipes and writes benchmarks/results/comparison/RECIPE.json,
-comparison.md and comparison.png. The JSON files hold every run under its arguments and the SHA-256 of its weights:
-what is there is not done again, so that new weights of one optimizer cost only its own runs.
+comparison.md and comparison.png. The JSON files hold the final numbers of every run and sixteen points of its
+training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there is not done again, so
+that new weights of one optimizer cost only its own runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,6 +21,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare as comparing  # noqa: E402
 from benchmarks.recipes import cut_down_encoder  # noqa: E402
+from benchmarks.storing import rounded, thinned, use_palette  # noqa: E402
 from report import comparison_cells, draw_comparisons, write_json  # noqa: E402
 
 
@@ -47,8 +51,17 @@ NOTES = {
 """What the page says about a recipe beyond its arguments."""
 
 
+def final_numbers(run: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """What is kept of a run: its facts, evaluations, final numbers, and a thinned training loss."""
+    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in run["history"] if "loss" in entry]
+    # The last entry stays the last: compare.py reads the time of a run from it.
+    history = [*rounded(thinned(losses, 16), 4), *(entry for entry in run["history"] if "eval_loss" in entry)]
+    final = {key: run["final"][key] for key in ("train_loss", "eval_loss", metric)}
+    return dict(run) | {"final": rounded(final, 8), "history": history}
+
+
 def run(recipe: str, seeds: list[int]) -> dict:
-    """Do what is missing of one recipe's comparison."""
+    """Do what is missing of one recipe's comparison; what is stored of it."""
     rates, options = SETTINGS[recipe]
     folder = ROOT / "runs" / "comparison" / recipe
     stored = RESULTS / f"{recipe}.json"
@@ -63,9 +76,9 @@ def run(recipe: str, seeds: list[int]) -> dict:
     results = comparing.main([*argv, *options.split()])
     results["recipe_arguments"].pop("output_dir", None)
     # Only what is compared: earlier weights belong to earlier pages.
-    kept = {key: results["runs"][key] for key in results["compared"]}
+    kept = {key: final_numbers(results["runs"][key], results["metric"]) for key in results["compared"]}
     write_json(stored, results | {"runs": kept}, indent=None)
-    return results
+    return results | {"runs": kept}
 
 
 def render(found: list[dict]) -> str:
@@ -115,7 +128,8 @@ def main() -> None:
     os.chdir(ROOT)  # the arguments of the runs name no machine's folders
     found = [run(recipe, options.seeds) for recipe in options.recipes]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found)
+        draw_comparisons(PICTURE, found, dpi=85)
+        use_palette(PICTURE)
         PAGE.write_text(render(found), encoding="utf-8")
 
 

@@ -41,7 +41,9 @@ import torch
 
 import hf_lopt
 from benchmarks.step import RESULTS, build, gpt2
-from hf_lopt import _load, rules
+from benchmarks.storing import use_palette
+from hf_lopt import rules
+from hf_lopt.kernels import dispatch
 
 
 ROOT = Path(__file__).parents[1]
@@ -357,6 +359,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{content['about'].get('device')}, torch {content['about'].get('torch')}", size=9)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
+    use_palette(path)
     pyplot.close(figure)
 
 
@@ -383,7 +386,7 @@ def main(arguments: list[str] | None = None) -> None:
         files["json"].unlink(missing_ok=True)
         Report(files, not_run()["about"]).write()
         return
-    if device == "cuda" and not (torch.cuda.is_available() and _load.loaded("cuda")):
+    if device == "cuda" and not (torch.cuda.is_available() and dispatch.loaded("cuda")):
         raise SystemExit("no GPU, or no CUDA kernels (see docs/kernels.md): nothing was run")
     if options.small_steps:
         small_steps(device)

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from hf_lopt import LearnedOptimizer, _ops
+from hf_lopt import LearnedOptimizer
+from hf_lopt.kernels import ops
 from hf_lopt.meta import tasks, theta
 from hf_lopt.meta.estimators import Estimator
 from hf_lopt.meta.particles import supported
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 rates = {"together": together(rule, name, pairs), "one by one": one_by_one(rule, name)}
-                with _ops.plain():
+                with ops.plain():
                     rates["eager"] = one_by_one(rule, name, particles=2)
             rows.append({"rule": rule, "task": name, "parameters": size, "particles": 2 * pairs, **rates})
             print(rows[-1], flush=True)

@@ -4,10 +4,10 @@
     python -m benchmarks.meta_experiments candidates RUN ...   # output folders of training against their start
     python -m benchmarks.meta_experiments scales RUN           # step sizes around that of a mixture
     python -m benchmarks.meta_experiments long                 # 20,000 steps with the embedded weights
-    python -m benchmarks.meta_experiments figures              # the pictures of the results
+    python -m benchmarks.meta_experiments figures              # the picture of meta_evaluation.json
 
-One thread. The table of all embedded weights comes from ``python -m hf_lopt.meta evaluate``; docs/meta_training.md has
-the commands.
+One thread. The files hold final numbers; the course of a training is in the log of its folder. The table of all
+embedded weights comes from ``python -m hf_lopt.meta evaluate``; docs/meta_training.md has the commands.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.storing import rounded, use_palette
 from hf_lopt import rules
 from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
@@ -36,7 +37,12 @@ BAD = {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15}
 
 def write(name: str, record: Mapping[str, Any], command: str, module: str = "meta_experiments") -> None:
     whole = {"machine": table.machine(), "command": f"python -m benchmarks.{module} {command}", **record}
-    (RESULTS / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(whole), indent=1) + "\n")
+
+
+def without_runs(judged: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of `judge`: its summary, which has the mean losses, and not the loss of every run."""
+    return {key: value for key, value in judged.items() if key != "results"}
 
 
 def judge(
@@ -47,8 +53,18 @@ def judge(
     seeds: int,
     rates: Sequence[float] = table.RATES,
 ) -> dict[str, Any]:
-    """Final losses of weights by task, compared with the first of them. ``rates``: the best of each task counts, where
-    the schedule is the caller's."""
+    """Final losses of weights by task, compared with the first of them.
+
+    Args:
+        candidates: name -> weights.
+        part: of the tasks.
+        rates: the best of each task counts, where the schedule is the caller's.
+
+    Returns:
+        `results`: task -> name -> final and mean training loss of every run. `summary`: name -> ratio of its geometric
+        mean loss to that of the first candidate, with an interval of two standard errors over the tasks, and `tasks`:
+        the same over the paired runs of each, with the mean final loss.
+    """
     rates = (1.0,) if rules.get(rule).own_schedule else rates
     results: dict[str, dict[str, Any]] = {}
     for task in tasks.of_part(part):
@@ -65,7 +81,10 @@ def judge(
         own = table.comparisons(results, name, first)
         total = evaluate.over_tasks(list(own.values()))
         summary[name] = {"ratio": total.ratio, "interval": total.interval()}
-        summary[name]["tasks"] = {task: {"ratio": c.ratio, "interval": c.interval()} for task, c in own.items()}
+        summary[name]["tasks"] = {
+            task: {"ratio": c.ratio, "interval": c.interval(), "loss": sum(results[task][name]["final"]) / seeds}
+            for task, c in own.items()
+        }
         print(name, f"{total.ratio:.4f}", [f"{x:.4f}" for x in total.interval()], flush=True)
     return {"part": part, "steps": steps, "seeds": seeds, "against": first, "results": results, "summary": summary}
 
@@ -78,40 +97,43 @@ def bad_start() -> None:
     publish.save(weights, folder, rule="celo2")
     trainer = Trainer(config.read(ROOT / "recipes" / "meta" / "bad_start.yaml"), run)
     start = time.perf_counter()
-    losses: list[float] = []
-    trainer.run(report=lambda metrics: losses.append(metrics["meta_loss"]))
+    trainer.run()
     seconds = time.perf_counter() - start
     found = {"start": weights, "trained": trainer.theta()}
     found["constructed"] = theta.starting_weights("celo2", "constructed")
-    judged = judge("celo2", found, "validation", 200, 4, (3e-3, 1e-2))
+    judged = without_runs(judge("celo2", found, "validation", 200, 4, (3e-3, 1e-2)))
     steps = trainer.search.steps_per_call * trainer.steps
-    write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, "meta_loss": losses, **judged}, "bad-start")
+    write("meta_bad_start", {"seconds": seconds, "particle_steps": steps, **judged}, "bad-start")
 
 
-def course_of(run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The last weights of a training folder; its configuration, time and course."""
+def last_of(run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The last weights of a training folder; its configuration, time, speed and last numbers."""
     weights, provenance = export.load(run, last=True)
     log = [json.loads(line) for line in (Path(run) / "log.jsonl").open()]
     speed = sorted(entry["particle_steps_per_second"] for entry in log if "meta_loss" in entry)
     seconds = torch.load(Path(run) / "checkpoint.pt", weights_only=True)["seconds"]
     keep = ("step", "meta_loss", "best", "gradient_norm", "distance")
-    course = [{k: v for k, v in e.items() if k in keep or k.startswith(("mixture/", "selection/"))} for e in log]
-    record = {"provenance": provenance, "course": course, "seconds": seconds, "median_speed": speed[len(speed) // 2]}
-    return weights, record
+    last = {k: v for k, v in log[-1].items() if k in keep or k.startswith(("mixture/", "selection/"))}
+    return weights, {
+        "provenance": provenance,
+        "last": last,
+        "seconds": seconds,
+        "median_speed": speed[len(speed) // 2],
+    }
 
 
 def candidates(runs: Sequence[str], part: str, steps: int, seeds: int) -> None:
-    """The last weights of training folders of one rule against the constructed ones; with the course of training."""
+    """The last weights of training folders of one rule against the constructed ones."""
     record: dict[str, Any] = {}
     found: dict[str, Mapping[str, Tensor]] = {}
     for run in runs:
-        found[Path(run).name], record[Path(run).name] = course_of(run)
+        found[Path(run).name], record[Path(run).name] = last_of(run)
     rules_of = {run["provenance"]["rule"] for run in record.values()}
     if len(rules_of) != 1:
         raise ValueError(f"runs of one rule can be compared, these are of {', '.join(sorted(rules_of))}")
     (rule,) = rules_of
     found = {"constructed": theta.starting_weights(rule, "constructed"), **found}
-    judged = judge(rule, found, part, steps, seeds)
+    judged = without_runs(judge(rule, found, part, steps, seeds))
     write(
         f"meta_candidates_{rule}_{part}_{steps}",
         {**judged, "runs": record},
@@ -124,10 +146,10 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
 
     ``save``: the factor whose weights go to build/NAME_scaled.
     """
-    _, trained = course_of(run)
+    _, trained = last_of(run)
     provenance = trained["provenance"]
     rule, start = provenance["rule"], theta.starting_weights(provenance["rule"], "constructed")
-    last = trained["course"][-1].items()
+    last = trained["last"].items()
     numbers = {key.removeprefix("mixture/"): value for key, value in last if key.startswith("mixture/")}
 
     def scaled(factor: float) -> dict[str, Tensor]:
@@ -145,14 +167,14 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
         (tasks.transformer("transformer, two layers of 96", 96, 2, 32, part="validation"), 2),
         (tasks.mlp("perceptron 64-256-256-10", wide, data.digits, tasks.cross_entropy, part="validation"), 4),
     ]
-    record: dict[str, Any] = {"steps": 200, "results": {}, "ratio": {}}
+    record: dict[str, Any] = {"steps": 200, "loss": {}, "ratio": {}}
     for task, count in larger:
-        own = {name: evaluate.learned(task, rule, w, 200, count, looks=4).losses for name, w in found.items()}
-        record["results"][task.name] = {name: losses.mean(0).tolist() for name, losses in own.items()}
-        first = own["constructed"][:, -1]
-        record["ratio"][task.name] = {name: evaluate.paired(x[:, -1], first).ratio for name, x in own.items()}
+        own = {name: evaluate.learned(task, rule, w, 200, count, looks=1).final for name, w in found.items()}
+        record["loss"][task.name] = {name: losses.mean().item() for name, losses in own.items()}
+        first = own["constructed"]
+        record["ratio"][task.name] = {name: evaluate.paired(x, first).ratio for name, x in own.items()}
         print(task.name, record["ratio"][task.name], flush=True)
-    judged = judge(rule, found, "validation", steps, seeds)
+    judged = without_runs(judge(rule, found, "validation", steps, seeds))
     write(
         f"meta_scale_{rule}_{steps}",
         {**judged, "numbers": numbers, "larger": record, "runs": {Path(run).name: trained}},
@@ -160,34 +182,41 @@ def scales(run: str, factors: Sequence[float], steps: int, seeds: int, save: flo
     )
 
 
+def looks_of(curves: evaluate.Curves) -> dict[str, Any]:
+    """Of a long run: mean loss at four of twenty looks, the lowest one, the largest rise from one look to the next."""
+    mean = curves.losses.mean(0)
+    at = [len(mean) * k // 20 - 1 for k in (1, 5, 10, 20)]
+    rise = (mean[1:] / mean[:-1]).max().item() - 1.0
+    record = {"at": curves.steps[at].tolist(), "loss": mean[at].tolist(), "lowest": mean.min().item()}
+    return record | {"largest rise": rise}
+
+
 def long_runs(steps: int, seeds: int) -> None:
-    """Long runs on one small task, with their course."""
+    """Long runs on one small task."""
     task, record = tasks.named("functions_wide"), {}
     for name in ("velo", "celo", "small_fc_lopt", "celo2"):
         lr = 3e-3 if name == "celo2" else 1.0
         weights = theta.starting_weights(name, "bundled")
         curves = evaluate.learned(task, name, weights, steps, seeds, lr, looks=20)
-        record[name] = {"lr": lr, "losses": curves.losses.tolist(), "train": curves.train.tolist()}
-        print(name, curves.losses.mean(0).tolist(), flush=True)
+        record[name] = {"lr": lr, **looks_of(curves)}
+        print(name, record[name], flush=True)
     curves = evaluate.adamw(task, steps, seeds, 1e-3, looks=20)
-    record["AdamW"] = {"lr": 1e-3, "losses": curves.losses.tolist(), "train": curves.train.tolist()}
-    print("AdamW", curves.losses.mean(0).tolist(), flush=True)
-    at = curves.steps.tolist()
+    record["AdamW"] = {"lr": 1e-3, **looks_of(curves)}
+    print("AdamW", record["AdamW"], flush=True)
     write(
         "meta_long",
-        {"task": task.name, "steps": steps, "seeds": seeds, "at": at, "runs": record},
+        {"task": task.name, "steps": steps, "seeds": seeds, "runs": record},
         f"long --steps {steps} --seeds {seeds}",
     )
 
 
 def figures() -> None:
-    """benchmarks/results/meta_*.png from the JSON files that are there."""
+    """benchmarks/results/meta_evaluation.png from the JSON file beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = ("#0072B2", "#E69F00")
     path = RESULTS / "meta_evaluation.json"
     if path.is_file():
         record = json.loads(path.read_text())
@@ -208,24 +237,7 @@ def figures() -> None:
         axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
         figure.legend(fontsize=8, ncols=4, frameon=False, loc="outside lower center")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
-        plt.close(figure)
-    courses: dict[str, Any] = {}
-    for path in sorted((*RESULTS.glob("meta_candidates_*.json"), *RESULTS.glob("meta_scale_*.json"))):
-        courses |= json.loads(path.read_text())["runs"]
-    if courses:
-        rows = -(-len(courses) // 2)
-        figure, panels = plt.subplots(rows, 2, figsize=(9, 2.8 * rows), constrained_layout=True, squeeze=False)
-        for axes in panels.flat[len(courses) :]:
-            axes.axis("off")
-        for axes, (name, run) in zip(panels.flat, courses.items(), strict=False):
-            course = [(e["step"], e["meta_loss"]) for e in run["course"] if "meta_loss" in e]
-            axes.plot(*zip(*course, strict=True), color=colours[0], linewidth=1.0, label="meta-loss, training tasks")
-            chosen = [(e["step"], e["selection/mean"]) for e in run["course"] if "selection/mean" in e]
-            if chosen:
-                axes.plot(*zip(*chosen, strict=True), "o-", color=colours[1], label="log loss, validation tasks")
-            axes.set(title=name, xlabel="outer step")
-            axes.legend(fontsize=7, frameon=False)
-        figure.savefig(RESULTS / "meta_candidates.png", dpi=110)
+        use_palette(RESULTS / "meta_evaluation.png")
         plt.close(figure)
 
 

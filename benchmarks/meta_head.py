@@ -5,7 +5,7 @@
     python -m benchmarks.meta_head long                       # 20,000 steps, into the same file
     python -m benchmarks.meta_head save FOLDER                # the weights of the chosen head
 
-One thread. The numbers of the heads were chosen on the training tasks, see docs/meta_training.md.
+One thread. The numbers of the heads were chosen on the training tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.meta_experiments import RESULTS, judge, write
+from benchmarks.meta_experiments import RESULTS, judge, looks_of, without_runs, write
 from hf_lopt.meta import data, evaluate, tasks, theta
 from hf_lopt.meta.head import head_leaves
 from hf_lopt.weights import save
@@ -41,7 +41,7 @@ def candidates() -> dict[str, Mapping[str, Tensor]]:
 
 
 def finals(task: tasks.Task, steps: int, seeds: int, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Final losses of all candidates, and their ratio to the constructed weights'."""
+    """Mean final losses of all candidates, and their ratio to the constructed weights'."""
     runs = {
         name: evaluate.learned(task, "velo", weights, steps, seeds, settings=settings, looks=1).final
         for name, weights in candidates().items()
@@ -49,7 +49,7 @@ def finals(task: tasks.Task, steps: int, seeds: int, settings: Mapping[str, Any]
     ratios = {name: evaluate.paired(final, runs["constructed"]) for name, final in runs.items()}
     print(task.name, {name: f"{c.ratio:.3f} ± {2 * c.error * c.ratio:.3f}" for name, c in ratios.items()}, flush=True)
     return {
-        name: {"final": final.tolist(), "ratio": ratios[name].ratio, "interval": ratios[name].interval()}
+        name: {"loss": final.mean().item(), "ratio": ratios[name].ratio, "interval": ratios[name].interval()}
         for name, final in runs.items()
     }
 
@@ -62,7 +62,7 @@ def adapters(steps: int, seeds: int) -> dict[str, Any]:
     task = replace(task, part="validation")
     found = {str(floor): finals(task, steps, seeds, {"min_param_scale": floor}) for floor in FLOORS}
     rate, curves = evaluate.best_of(lambda lr: evaluate.adamw(task, steps, seeds, lr, looks=1), (3e-3, 1e-2, 3e-2))
-    return {"steps": steps, "floors": found, "AdamW": {"lr": rate, "final": curves.final.tolist()}}
+    return {"steps": steps, "floors": found, "AdamW": {"lr": rate, "loss": curves.final.mean().item()}}
 
 
 def scaled(steps: int, seeds: int) -> dict[str, Any]:
@@ -93,14 +93,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if args.what == "judge":
         for steps in args.steps:
-            record(**{f"validation, {steps} steps": judge("velo", candidates(), "validation", steps, args.seeds)})
+            judged = judge("velo", candidates(), "validation", steps, args.seeds)
+            record(**{f"validation, {steps} steps": without_runs(judged)})
     elif args.what == "robust":
         record(adapters=adapters(200, args.seeds), scaled=scaled(200, args.seeds))
     elif args.what == "long":
         task = tasks.named("functions_wide")
         curves = evaluate.learned(task, "velo", candidates()[CHOSEN], 20_000, 3, looks=20)
-        found = {"task": task.name, "at": curves.steps.tolist(), "losses": curves.losses.tolist()}
-        print(curves.losses.mean(0).tolist())
+        found = {"task": task.name, **looks_of(curves)}
+        print(found)
         record(long=found)
     else:
         save(candidates()[CHOSEN], args.folder, rule="velo")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.meta_test small_fc_lopt FOLDER     # -> benchmarks/results/meta_test_small_fc_lopt.json
 
-One thread. The first seven tasks had been opened before for other weights, the others never (docs/meta_training.md).
+One thread. The first seven tasks had been opened before for other weights, the others never.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.meta_experiments import judge, write
+from benchmarks.meta_experiments import judge, without_runs, write
 from hf_lopt.meta import evaluate, mixtures, table
 from hf_lopt.meta.theta import starting_weights
 
@@ -33,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     found |= {Path(folder).name: starting_weights(args.rule, folder) for folder in args.folders}
     if args.rule in mixtures.MIXTURES:  # the same functions, computed faster
         found = {name: mixtures.narrowed(args.rule, weights) for name, weights in found.items()}
-    record = judge(args.rule, found, "test", args.steps, args.seeds)
-    new = dict(list(record["results"].items())[OPENED_BEFORE:])
+    judged = judge(args.rule, found, "test", args.steps, args.seeds)
+    record = without_runs(judged)
+    new = dict(list(judged["results"].items())[OPENED_BEFORE:])
     record["new tasks"] = {}
     for name in found:
         total = evaluate.over_tasks(list(table.comparisons(new, name, "constructed").values()))

@@ -1,7 +1,7 @@
 """Every optimizer on two recipes from embedded weights, AdamW beside it: `python -m benchmarks.recipes`.
 
 Runs recipes/causal_lm.py and recipes/text_classification.py with every name of hf_lopt.available(), all arguments at
-their defaults, and writes benchmarks/results/recipes.json and recipes.md.
+their defaults, and writes benchmarks/results/recipes.json (first and final numbers of the runs) and recipes.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import hf_lopt
+from benchmarks.storing import rounded
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,17 +69,28 @@ def run(recipe: str, names: list[str], steps: int, folder: Path) -> dict:
     return json.loads((folder / recipe / "metrics.json").read_text(encoding="utf-8"))
 
 
+def first_and_final(run: dict, metric: str) -> dict:
+    """A run of metrics.json without its curves: the first and the final numbers of each kind."""
+    train = [row["loss"] for row in run["history"] if "loss" in row]
+    held_out = [row["eval_loss"] for row in run["history"] if "eval_loss" in row]
+    kept = {key: x for key, x in run.items() if key != "history"}
+    kept["first"] = {"train_loss": train[0], "eval_loss": held_out[0]}
+    kept["final"] = {"train_loss": train[-1]} | {
+        f"eval_{key}": run["final"][f"eval_{key}"] for key in ("loss", metric)
+    }
+    kept["finite"] = all(x is not None and math.isfinite(x) for x in train)
+    return rounded(kept, 6)
+
+
 def rows(metrics: dict, metric: str) -> list[str]:
     out = []
     for name, result in metrics["runs"].items():
-        train = [row["loss"] for row in result["history"] if "loss" in row]
-        final, held_out = result["final"], [row for row in result["history"] if "eval_loss" in row]
-        finite = all(math.isfinite(x) for x in train)
+        first, final = result["first"], result["final"]
         schedule = f"{result['learning_rate']:g}, {result['lr_scheduler_type']}"
         out.append(
-            f"| {name} | {schedule} | {train[0]:.3f} → {train[-1]:.3f} | "
-            f"{held_out[0]['eval_loss']:.3f} → {final['eval_loss']:.3f} | {final['eval_' + metric]:.3f} | "
-            f"{result['seconds']:.0f} |{'' if finite else ' not finite |'}"
+            f"| {name} | {schedule} | {first['train_loss']:.3f} → {final['train_loss']:.3f} | "
+            f"{first['eval_loss']:.3f} → {final['eval_loss']:.3f} | {final['eval_' + metric]:.3f} | "
+            f"{result['seconds']:.0f} |{'' if result['finite'] else ' not finite |'}"
         )
     return out
 
@@ -121,6 +133,7 @@ def main() -> None:
             for key in ("output_dir", "model"):  # folders of this machine
                 metrics["arguments"].pop(key)
             metrics["task"].pop("model", None)
+            metrics["runs"] = {name: first_and_final(run, METRIC[recipe]) for name, run in metrics["runs"].items()}
             metrics["note"] = options.note
             metrics["date"] = datetime.date.today().isoformat()
             metrics["machine"]["processor"] = platform.machine()

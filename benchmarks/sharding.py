@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from benchmarks.step import SIZES, build
 from hf_lopt import features
-from hf_lopt.accumulators import factored_axes
+from hf_lopt.step.accumulators import factored_axes
 
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,11 @@ from typing import Any
 import torch
 
 import hf_lopt
-from hf_lopt import _load, _ops, _plain, rules
+from benchmarks.storing import use_palette
+from hf_lopt import rules
+from hf_lopt.kernels import dispatch, ops
+from hf_lopt.kernels.arguments import Arguments
+from hf_lopt.kernels.reference import passes
 
 
 OPERATORS = ("sums", "update_factored", "feature_sums", "apply_network", "adam_step", "descend")
@@ -92,24 +96,24 @@ def parameters(shapes: Sequence[tuple[int, ...]]) -> list[torch.nn.Parameter]:
 @contextlib.contextmanager
 def timed_operators(spent: dict[str, float], clock: Callable[[], float]) -> Iterator[None]:
     """Adds the time inside each operator to ``spent``."""
-    originals = {name: getattr(_ops, name) for name in OPERATORS}
+    originals = {name: getattr(ops, name) for name in OPERATORS}
 
     def timed(name: str) -> Callable:
-        def call(*args: Any) -> Any:
+        def call(arguments: Arguments) -> Any:
             start = clock()
-            result = originals[name](*args)
+            result = originals[name](arguments)
             spent[name] = spent.get(name, 0.0) + clock() - start
             return result
 
         return call
 
     for name in OPERATORS:
-        setattr(_ops, name, timed(name))
+        setattr(ops, name, timed(name))
     try:
         yield
     finally:
         for name, original in originals.items():
-            setattr(_ops, name, original)
+            setattr(ops, name, original)
 
 
 def resident(field: str) -> int | None:
@@ -187,17 +191,17 @@ def measure_plain(
     torch.set_num_threads(threads)
     optimizer = build(rule, parameters(SIZES[size]))
     numel = sum(math.prod(s) for s in SIZES[size])
-    times, limit = [], _plain._BLOCK_CPU
+    times, limit = [], passes._BLOCK_CPU
     try:
-        _plain._BLOCK_CPU = 1 << 62 if unfused else limit
-        with _ops.plain():
+        passes._BLOCK_CPU = 1 << 62 if unfused else limit
+        with ops.plain():
             for _ in range(3 if numel < 1e6 else 2):
                 start = clock()
                 optimizer.step(1.0)
                 times.append(clock() - start)
             grown = peak_growth(lambda: optimizer.step(1.0))
     finally:
-        _plain._BLOCK_CPU = limit
+        passes._BLOCK_CPU = limit
     return min(times) * 1e9 / numel, None if grown is None else grown / numel
 
 
@@ -209,7 +213,7 @@ def machine() -> dict[str, Any]:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     return {
         "processor": model,
-        "kernels": torch.ops.hf_lopt.cpu_kernels("") if _load.loaded() else "plain PyTorch",
+        "kernels": torch.ops.hf_lopt.cpu_kernels("") if dispatch.loaded() else "plain PyTorch",
         "hf_lopt": hf_lopt.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -278,6 +282,7 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+    use_palette(path)
     pyplot.close(figure)
 
 

@@ -21,9 +21,9 @@ import formulas
 import torch
 
 from hf_lopt import LearnedOptimizer, features, rules
-from hf_lopt.accumulators import AXIS_ORDERS
 from hf_lopt.features import ElementFeatures
 from hf_lopt.rules.base import Rule
+from hf_lopt.step.accumulators import AXIS_ORDERS
 from hf_lopt.weights import PUBLISHED
 
 

@@ -115,17 +115,17 @@ def param_groups(
         weight_decay = rule_.defaults["weight_decay"]
     groups: dict[tuple, dict[str, Any]] = {}
     for parameter in found:
-        own: dict[str, Any] = {"weight_decay": weight_decay if parameter.decays else 0.0}
+        values: dict[str, Any] = {"weight_decay": weight_decay if parameter.decays else 0.0}
         if "axis_order" in rule_.per_group:
-            own["axis_order"] = parameter.axis_order
+            values["axis_order"] = parameter.axis_order
         if rule_.defaults.get("branch") == "auto":
-            own["branch"] = "network" if parameter.role == "matrix" else "adam"
+            values["branch"] = "network" if parameter.role == "matrix" else "adam"
         if scales:
-            own["step_scale"] = scales[parameter.name]
-        own |= settings
+            values["step_scale"] = scales[parameter.name]
+        values |= settings
         # Whether it decays is part of the key, so that the groups do not depend on the number.
-        key = (not parameter.decays, *own.values())
-        groups.setdefault(key, {"params": [], **own})["params"].append(parameter.tensor)
+        key = (not parameter.decays, *values.values())
+        groups.setdefault(key, {"params": [], **values})["params"].append(parameter.tensor)
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
@@ -186,8 +186,8 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
             if p is None:
                 continue
             owner = (holder, attribute or leaf)
-            known = owners.get(id(p))
-            if known is None or (isinstance(module, _TABLES) and not isinstance(known[0], _TABLES)):
+            found = owners.get(id(p))
+            if found is None or (isinstance(module, _TABLES) and not isinstance(found[0], _TABLES)):
                 owners[id(p)] = owner
     return owners
 

@@ -140,7 +140,7 @@ def _draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: st
         axis.fill_between(places, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]]) -> None:
+def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: int = 110) -> None:
     """Draw one row per comparison (results.json of compare.py): losses over the steps, and over the seconds.
 
     Of several learning rates of one optimizer the best one and the default are drawn. On a CPU, seconds are processor
@@ -166,13 +166,13 @@ def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]]) -> No
         names = ("training loss, optimizer steps", "held-out loss, optimizer steps")
         last = f"held-out loss, {'processor ' if on_cpu else ''}seconds in steps"
         for axis, name in zip(axes, (*names, last), strict=True):
-            axis.set_title(f"{results['recipe']}: {name}", fontsize=10)
+            axis.set_title(f"{results['recipe']}: {name}", fontsize=9)
             axis.set_yscale("log")
             axis.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2g"))
             axis.tick_params(labelsize=8, which="both")
             axis.grid(alpha=0.3, which="both")
         axes[0].legend(fontsize=8)
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
     pyplot.close(figure)
 
 

@@ -16,17 +16,17 @@ from test_optimizer import THETA, equal, make, make_params, train
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": -1.0}, "lr must be a finite number >= 0, got -1.0"),
-        ({"lr": float("nan")}, "lr must be a finite number"),
-        ({"lr": "fast"}, "lr must be a finite number >= 0, got 'fast'"),
-        ({"weight_decay": -0.1}, "weight_decay must be a finite number >= 0"),
-        ({"min_param_scale": -1e-3}, "min_param_scale must be a finite number >= 0"),
-        ({"num_training_steps": 0}, "num_training_steps must be a whole number of optimizer steps above 0, got 0"),
-        ({"num_training_steps": -5}, "num_training_steps .* got -5"),
-        ({"num_training_steps": 2.5}, "num_training_steps .* got 2.5"),
-        ({"num_training_steps": True}, "num_training_steps .* got True"),
-        ({"axis_order": "tf"}, "axis_order must be one of torch, jax.*got 'tf'"),
-        ({"max_nonfinite_steps": 0}, "max_nonfinite_steps .* got 0"),
+        ({"lr": -1.0}, "lr.*-1.0"),
+        ({"lr": float("nan")}, "lr"),
+        ({"lr": "fast"}, "lr.*fast"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"min_param_scale": -1e-3}, "min_param_scale"),
+        ({"num_training_steps": 0}, "num_training_steps.*0"),
+        ({"num_training_steps": -5}, "num_training_steps.*-5"),
+        ({"num_training_steps": 2.5}, "num_training_steps.*2.5"),
+        ({"num_training_steps": True}, "num_training_steps.*True"),
+        ({"axis_order": "tf"}, "axis_order.*torch, jax.*'tf'"),
+        ({"max_nonfinite_steps": 0}, "max_nonfinite_steps.*0"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -36,10 +36,10 @@ def test_bad_settings(settings, message):
 
 def test_bad_settings_of_a_group():
     params = make_params()
-    with pytest.raises(ValueError, match="axis_order must be one of"):
+    with pytest.raises(ValueError, match="axis_order"):
         make([{"params": params, "axis_order": "HWIO"}])
     optimizer = make(params[:1])
-    with pytest.raises(ValueError, match="lr must be"):
+    with pytest.raises(ValueError, match="lr"):
         optimizer.add_param_group({"params": params[1:], "lr": -2.0})
     assert len(optimizer.param_groups) == 1
 
@@ -52,15 +52,15 @@ def test_empty_parameter_list():
 def test_unknown_argument_and_rule():
     with pytest.raises(TypeError, match="beta1"):
         VeLO(make_params(), beta1=0.9)
-    with pytest.raises(ValueError, match="takes no argument beta1; it takes lr, num_training_steps, weights"):
+    with pytest.raises(ValueError, match="beta1.*num_training_steps"):
         LearnedOptimizer(make_params(), "velo", beta1=0.9)
-    with pytest.raises(ValueError, match="no update rule is called 'veloo'; the names are .*velo"):
+    with pytest.raises(ValueError, match="'veloo'.*small_fc_lopt"):
         LearnedOptimizer(make_params(), "veloo")
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float64])
 def test_refused_dtypes(dtype):
-    with pytest.raises(ValueError, match=f"must be float32, bfloat16 or float16, got {dtype}"):
+    with pytest.raises(ValueError, match=f"{dtype}"):
         make([nn.Parameter(torch.ones(3, dtype=dtype))])
 
 
@@ -69,7 +69,7 @@ def test_sparse_gradients_are_refused():
     optimizer = make(embedding.parameters())
     before = embedding.weight.detach().clone()
     embedding(torch.tensor([1, 2])).sum().backward()
-    with pytest.raises(RuntimeError, match="does not support sparse gradients .* sparse=False"):
+    with pytest.raises(RuntimeError, match="sparse=False"):
         optimizer.step(1.0)
     assert torch.equal(before, embedding.weight)
 
@@ -80,12 +80,12 @@ def test_step_without_loss_or_horizon():
         p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match="observe_loss"):
         make(params).step()
-    with pytest.raises(RuntimeError, match="pass num_training_steps"):
+    with pytest.raises(RuntimeError, match="num_training_steps"):
         make(params, num_training_steps=None).step(1.0)
 
 
 def test_loss_of_several_numbers():
-    with pytest.raises(ValueError, match=r"one number, got a tensor of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\)"):
         make(make_params()).observe_loss(torch.ones(2))
 
 
@@ -121,7 +121,7 @@ def test_a_non_finite_step_is_skipped_with_state_untouched(where, bad):
         p.grad = torch.ones_like(p)
     if where == "gradient":
         params[3].grad[1, 2, 3] = bad
-    with pytest.warns(RuntimeWarning, match=r"skipped a step .*1 so far, 1 in a row"):
+    with pytest.warns(RuntimeWarning, match="1 so far, 1 in a row"):
         optimizer.step(bad if where == "loss" else 1.0)
     after = snapshot(optimizer, params)
     assert same(after[1:], before[1:])
@@ -142,7 +142,7 @@ def test_too_many_in_a_row_is_an_error():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             optimizer.step(float(loss))
-    with pytest.raises(RuntimeError, match=r"3 steps in a row .*max_nonfinite_steps=3"):
+    with pytest.raises(RuntimeError, match="max_nonfinite_steps=3"):
         optimizer.step(float("nan"))
 
 
@@ -155,7 +155,7 @@ def test_the_count_survives_a_checkpoint():
         optimizer.step(float("nan"))
     fresh = make(params, max_nonfinite_steps=2)
     fresh.load_state_dict(optimizer.state_dict())
-    with pytest.raises(RuntimeError, match="2 steps in a row"):
+    with pytest.raises(RuntimeError, match="max_nonfinite_steps=2"):
         fresh.step(float("nan"))
 
 
@@ -164,13 +164,13 @@ def test_checkpoint_of_another_optimizer_rule_or_weights():
     optimizer = make(params)
     train(optimizer, params, range(2))
     before = snapshot(optimizer, params)
-    with pytest.raises(ValueError, match="another optimizer, which names no rule"):
+    with pytest.raises(ValueError, match="no rule"):
         optimizer.load_state_dict(torch.optim.AdamW(make_params()).state_dict())
     other = copy.deepcopy(optimizer.state_dict())
     other["param_groups"][0]["rule"] = "celo"
-    with pytest.raises(ValueError, match="of the rule 'celo'; this optimizer is 'velo'"):
+    with pytest.raises(ValueError, match="'celo'.*'velo'"):
         optimizer.load_state_dict(other)
     changed = {k: v + 0.5 if k.endswith("step_size/b") else v for k, v in THETA.items()}
-    with pytest.raises(ValueError, match="made with the weights 'mapping' .* Pass weights="):
+    with pytest.raises(ValueError, match="'mapping'.*weights="):
         optimizer.load_state_dict(make(make_params(), weights=changed).state_dict())
     assert same(snapshot(optimizer, params), before)

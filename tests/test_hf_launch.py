@@ -52,7 +52,7 @@ def test_without_a_script_it_says_how(arguments):
 
 
 def test_a_missing_script_is_named():
-    with pytest.raises(SystemExit, match="no script 'no_such.py'"):
+    with pytest.raises(SystemExit, match="no_such.py"):
         launch.main(["no_such.py"])
 
 

@@ -96,7 +96,7 @@ def test_off_unless_asked_and_then_only_for_steps_that_are_logged(tmp_path, monk
 
 
 def test_a_bad_value_is_named(tmp_path):
-    with pytest.raises(ValueError, match="log_layers must be true or false, got 'maybe'"):
+    with pytest.raises(ValueError, match="log_layers.*maybe"):
         trained(tmp_path, optim_args="log_layers=maybe")
 
 
@@ -178,10 +178,10 @@ def test_plot_draws_all_learned_runs_of_a_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "holds no metrics.json, trainer_state.json"),
-        ("{", "is not what Trainer or a recipe writes"),
-        ('{"other": 1}', "is not what Trainer or a recipe writes"),
-        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "no numbers of a learned optimizer"),
+        (None, "metrics.json.*trainer_state.json"),
+        ("{", "trainer_state.json"),
+        ('{"other": 1}', "trainer_state.json"),
+        ('{"log_history": [{"step": 1, "loss": 2.0}]}', "learned optimizer"),
     ],
 )
 def test_plot_names_what_it_cannot_read(tmp_path, content, message):

@@ -256,7 +256,7 @@ def test_the_wrappers_keep_names_and_signatures():
     [
         ({"distributed_type": "DEEPSPEED"}, "DeepSpeed"),
         ({"distributed_type": "MEGATRON_LM"}, "Megatron"),
-        ({"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=1)}, "FSDP1.*flattened"),
+        ({"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=1)}, "FSDP1"),
     ],
 )
 def test_sharding_accelerators_are_refused(state, match, monkeypatch):

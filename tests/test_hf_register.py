@@ -165,7 +165,7 @@ def test_versions_that_divide_twice_are_named(version, warns, monkeypatch):
 
 
 def test_foreign_internals_give_a_warning_not_an_error():
-    with pytest.warns(UserWarning, match="could not attach to transformers.training_args.*OptimizerNames"):
+    with pytest.warns(UserWarning, match="transformers.training_args.*OptimizerNames"):
         register._never_breaking(register._extend_names)(types.ModuleType("transformers.training_args"))
 
 
@@ -280,13 +280,13 @@ def test_booleans_and_numbers_are_told_apart():
 @pytest.mark.parametrize(
     ("text", "match"),
     [
-        ("beta=0.9", r"velo takes no beta; it takes lr, num_training_steps, weights, .*schedule"),
-        ("lr=fast", "lr must be a number, got 'fast'"),
-        ("lr=-1", "lr must be .*-1"),
-        ("num_training_steps=2.5", "num_training_steps must be a whole number, got '2.5'"),
-        ("num_training_steps=0", "num_training_steps must be .* above 0"),
-        ("schedule=cosine", "schedule must be one of auto, keep"),
-        ("axis_order=fortran", "axis_order must be one of"),
+        ("beta=0.9", "beta.*num_training_steps.*schedule"),
+        ("lr=fast", "lr.*fast"),
+        ("lr=-1", "lr.*-1"),
+        ("num_training_steps=2.5", "num_training_steps.*2.5"),
+        ("num_training_steps=0", "num_training_steps.*0"),
+        ("schedule=cosine", "schedule.*auto, keep"),
+        ("axis_order=fortran", "axis_order.*fortran"),
         ("weight_decay=0.1", r"TrainingArguments\(weight_decay"),
         ("lr=1,lr=2", "twice"),
         ("lr", "lr"),
@@ -444,14 +444,14 @@ def test_fsdp1_is_refused_and_fsdp2_is_not(version):
     if version == 2:
         assert Trainer.get_optimizer_cls_and_kwargs(args, cases.tiny_llama())[0] is hf_lopt.VeLO
         return
-    with pytest.raises(ValueError, match="FSDP1 .*flattened.*DistributedDataParallel"):
+    with pytest.raises(ValueError, match="FSDP1.*DistributedDataParallel"):
         Trainer.get_optimizer_cls_and_kwargs(args, cases.tiny_llama())
 
 
 @pytest.mark.parametrize(
     ("args", "match"),
     [
-        ({"deepspeed": "zero3.json"}, r"DeepSpeed \(TrainingArguments\(deepspeed"),
+        ({"deepspeed": "zero3.json"}, "DeepSpeed"),
         ({"fsdp": ["full_shard"], "fsdp_config": {}}, "FSDP1"),
         ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "FSDP1"),
     ],

@@ -14,13 +14,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_lopt"
 # What each module may import from the package. A package name stands for its modules that have no line of their own.
 LEAVES = {"distributed", "weights", "embedded"}
+KERNELS = {"kernels.arguments", "kernels.ops", "kernels.reference"}
 ALLOWED = {
-    "_load": set(),
-    "_plain": set(),
-    "_plain_scheduler": {"_plain"},
-    "_plain_steps": {"_plain"},
-    "_ops": {"_load", "_plain", "_plain_scheduler", "_plain_steps"},
+    "features": set(),
+    "kernels.schema": set(),
+    "kernels.arguments": {"kernels.schema"},
+    "kernels.dispatch": {"features", "kernels.arguments", "kernels.schema"},
+    "kernels.reference": {"features", "kernels.arguments", "kernels.reference"},
+    "kernels.ops": {"features", "kernels.arguments", "kernels.dispatch", "kernels.reference"},
+    "kernels": set(),
     "distributed": set(),
+    "ownership": {"distributed"},
     "embedded": set(),
     "weights.formats": {"weights.formats"},
     "weights.hub": set(),
@@ -29,19 +33,19 @@ ALLOWED = {
     "weights.loading": {"weights.formats", "weights.hub", "weights.checks", "weights.published"},
     "weights.publish": {"weights.formats", "weights.hub", "weights.loading"},
     "weights": {"weights.formats", "weights.published", "weights.loading", "weights.publish"},
-    "accumulators": {"_ops", "_plain", "distributed"},
-    "features": {"_ops", "_plain_scheduler", "accumulators", "distributed"},
-    "networks": {"_plain_scheduler"},
-    "rules": {"_ops", "_plain_scheduler", "accumulators", "features", "networks", "rules", *LEAVES},
-    "param_groups": {"accumulators", "rules"},
-    "_checks": {"accumulators", "distributed"},
-    "optimizer": {"_checks", "_ops", "rules", "accumulators", *LEAVES},
-    "hf": {"optimizer", "rules", "param_groups", "hf", *LEAVES},
+    "step": {"features", "ownership", "step", *KERNELS, *LEAVES},
+    "rules": {"features", "step", "rules", *KERNELS, *LEAVES},
+    "param_groups": {"step", "rules"},
+    "_checks": {"step", "distributed"},
+    "run_state": {"step", "rules", *KERNELS, *LEAVES},
+    "optimizer": {"_checks", "run_state", "rules", "step", *KERNELS, *LEAVES},
+    "optimizers": {"optimizer", "rules", *LEAVES},
+    "hf": {"optimizers", "optimizer", "rules", "param_groups", "hf", *LEAVES},
     "launch": {"hf"},
     "plot": set(),
-    "meta": {"rules", "networks", "features", "accumulators", "_ops", "weights.publish", "meta", *LEAVES},
-    "__init__": {"optimizer", "rules", "param_groups", "hf"},
-    "__main__": {"__init__", "_load", "_ops", "optimizer", "rules", "hf", *LEAVES},
+    "meta": {"features", "step", "rules", "weights.publish", "meta", *KERNELS, *LEAVES},
+    "__init__": {"optimizers", "optimizer", "rules", "param_groups", "hf"},
+    "__main__": {"__init__", "optimizers", "optimizer", "rules", "hf", *KERNELS, *LEAVES},
 }
 
 

@@ -1,4 +1,4 @@
-"""The example of docs/meta_training.md runs, and its commands and files exist."""
+"""The example of docs/meta_training.md runs, and its commands are ones that the programs take."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,15 @@ def test_recipes_are_valid(path):
 
 
 def test_commands_parse():
-    for line in re.findall(
-        r"^python -m hf_lopt\.meta (.*?)(?: +#.*)?$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
-    ):
-        cli._parser().parse_args(line.split())
+    text = PAGE.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^ *python -m hf_lopt\.meta (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    lines += re.findall(r"`python -m hf_lopt\.meta ([^`]*)`", text)
+    assert lines
+    for line in lines:
+        args = cli._parser().parse_args(line.split())
+        assert not hasattr(args, "config") or (ROOT / args.config).is_file(), line
+
+
+def test_modules_of_benchmarks_exist():
+    for name in re.findall(r"python -m benchmarks\.(\w+)", PAGE.read_text(encoding="utf-8")):
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), name

@@ -21,48 +21,48 @@ CMA = {"perturbation": {"method": "cma_es"}, "mixture": {"m[0]": 1.0}}
     [
         (
             {"perturbation": {"method": "sgd"}},
-            "method must be one of pes, truncated_es, cma_es, got 'sgd'",
+            "method.*pes, truncated_es, cma_es.*'sgd'",
         ),
-        ({"perturbation": {"std": 0.0}}, "perturbation.std and clip must be positive, got 0.0 and inf"),
-        ({"perturbation": {"clip": -1.0}}, "perturbation.std and clip must be positive, got 0.01 and -1.0"),
-        ({"outer": {"steps": 0}}, r"outer needs steps >= 1.*got 0, 0.0003"),
-        ({"outer": {"lr": 0.0}}, r"outer needs .* lr > 0"),
-        ({"outer": {"clip": 0.0}}, r"outer needs .* clip > 0"),
-        ({"outer": {"average": 1.0}}, r"average in \[0, 1\), got .* 1.0"),
-        ({"outer": {"weight_decay": -0.1}}, r"weight_decay >= 0 .*-0.1"),
-        ({"selection": {"tasks": ["char_lm"]}}, "selection.tasks names char_lm, a test task"),
-        ({"selection": {"tasks": ["nothing"]}}, "no task is called 'nothing'; the tasks are digits_mlp"),
-        ({"rule": "elo_celo2"}, "clips the gradients of a whole model.* train celo2"),
-        ({"tasks": {}}, "tasks must name at least one task and its pairs; there are digits_mlp"),
-        ({"tasks": {"char_lm": 4}}, "char_lm is a test task: train on others"),
-        ({"tasks": {"digits_mlp": 0}}, "tasks.digits_mlp must be a positive number of pairs, got 0"),
-        ({"tasks": {"digits_mlp": 1.5}}, "tasks.digits_mlp must be of type int, got 1.5"),
-        ({"perturbation": {"method": "cma_es"}}, "perturbation.method cma_es needs a mixture"),
-        ({"mixture": {"m[0]": 1.0}}, "a mixture by gradients is for .*velo.*use perturbation.method cma_es"),
-        (CMA | {"trained": ["*w0"]}, "trained names leaves and mixture numbers to train instead"),
-        (CMA | {"units": 8}, "units are for the gradients of celo2"),
-        ({"units": 8, "rule": "velo"}, "units are for the gradients of celo2"),
-        (CMA | {"population": 3}, "population must be at least 4.*got 3, 2 and 0.0"),
-        ({"checkpoint_every": 0}, "checkpoint_every at least 1.*got 12, 0 and 0.0"),
-        (CMA | {"balance": -1.0}, "balance not negative, got 12, 2 and -1.0"),
-        ({"seed": "one"}, "seed must be of type int, got 'one'"),
-        ({"seed": True}, "seed must be of type int, got True"),
-        ({"rule": 3}, "rule must be of type str, got 3"),
-        ({"outer": {"lr": "3e-4x"}}, "outer.lr must be of type float, got '3e-4x'"),
-        ({"outer": {"betas": 0.9}}, "outer.betas must be of type .*tuple.*, got 0.9"),
-        ({"outer": [1, 2]}, r"outer must be a mapping of settings, got \[1, 2\]"),
-        ({"runs": {"lr": [1e-3, "fast"]}}, r"runs.lr.* must be of type float, got 'fast'"),
-        ({"settings": 3}, "settings must be .*got 3"),
-        ({"outer": {"learning_rate": 1}}, "no setting outer.learning_rate; there are steps, lr"),
-        ({"task": {}}, "no setting task; there are rule, tasks"),
-        ({"objective": {"kind": "best"}}, "objective.kind must be one of mean, last, got 'best'"),
-        ({"objective": {"samples": "test"}}, "objective.samples must be one of fresh, train, got 'test'"),
-        ({"objective": {"every": 0}}, "objective.every and objective.batch must be positive, got 0, 2"),
-        ({"objective": {"batch": 0}}, "objective.every and objective.batch must be positive, got 5, 0"),
-        ({"runs": {"truncation": 0}}, "runs need 0 < truncation <= longest .* got truncation 0, shortest 100"),
+        ({"perturbation": {"std": 0.0}}, "perturbation.std.*0.0"),
+        ({"perturbation": {"clip": -1.0}}, "clip.*-1.0"),
+        ({"outer": {"steps": 0}}, "outer.*steps.*0, 0.0003"),
+        ({"outer": {"lr": 0.0}}, "outer.*lr > 0"),
+        ({"outer": {"clip": 0.0}}, "outer.*clip > 0"),
+        ({"outer": {"average": 1.0}}, "average.*1.0"),
+        ({"outer": {"weight_decay": -0.1}}, "weight_decay.*-0.1"),
+        ({"selection": {"tasks": ["char_lm"]}}, "selection.tasks.*char_lm"),
+        ({"selection": {"tasks": ["nothing"]}}, "'nothing'.*digits_mlp"),
+        ({"rule": "elo_celo2"}, "train celo2"),
+        ({"tasks": {}}, "tasks.*digits_mlp"),
+        ({"tasks": {"char_lm": 4}}, "char_lm.*test"),
+        ({"tasks": {"digits_mlp": 0}}, "tasks.digits_mlp.*0"),
+        ({"tasks": {"digits_mlp": 1.5}}, "tasks.digits_mlp.*int.*1.5"),
+        ({"perturbation": {"method": "cma_es"}}, "cma_es.*mixture"),
+        ({"mixture": {"m[0]": 1.0}}, "mixture.*velo.*cma_es"),
+        (CMA | {"trained": ["*w0"]}, "trained"),
+        (CMA | {"units": 8}, "units.*celo2"),
+        ({"units": 8, "rule": "velo"}, "units.*celo2"),
+        (CMA | {"population": 3}, "population.*3, 2 and 0.0"),
+        ({"checkpoint_every": 0}, "checkpoint_every.*12, 0 and 0.0"),
+        (CMA | {"balance": -1.0}, "balance.*-1.0"),
+        ({"seed": "one"}, "seed.*int.*'one'"),
+        ({"seed": True}, "seed.*int.*True"),
+        ({"rule": 3}, "rule.*str.*3"),
+        ({"outer": {"lr": "3e-4x"}}, "outer.lr.*float.*'3e-4x'"),
+        ({"outer": {"betas": 0.9}}, "outer.betas.*tuple.*0.9"),
+        ({"outer": [1, 2]}, r"outer.*\[1, 2\]"),
+        ({"runs": {"lr": [1e-3, "fast"]}}, "runs.lr.*float.*'fast'"),
+        ({"settings": 3}, "settings.*3"),
+        ({"outer": {"learning_rate": 1}}, "outer.learning_rate.*steps, lr"),
+        ({"task": {}}, "task.*rule, tasks"),
+        ({"objective": {"kind": "best"}}, "objective.kind.*mean, last.*'best'"),
+        ({"objective": {"samples": "test"}}, "objective.samples.*fresh, train.*'test'"),
+        ({"objective": {"every": 0}}, "objective.every.*0, 2"),
+        ({"objective": {"batch": 0}}, "objective.batch.*5, 0"),
+        ({"runs": {"truncation": 0}}, "truncation 0, shortest 100"),
         ({"runs": {"shortest": 30, "longest": 20, "truncation": 5}}, "shortest 30, longest 20"),
-        ({"runs": {"loss_scale": [2.0, 1.0]}}, r"runs.loss_scale must be two positive numbers, the smaller first"),
-        ({"runs": {"parameter_scale": [0.0, 1.0]}}, "runs.parameter_scale must be two positive numbers"),
+        ({"runs": {"loss_scale": [2.0, 1.0]}}, "runs.loss_scale"),
+        ({"runs": {"parameter_scale": [0.0, 1.0]}}, "runs.parameter_scale"),
     ],
 )
 def test_a_configuration(changes, message):
@@ -71,20 +71,20 @@ def test_a_configuration(changes, message):
 
 
 def test_what_a_configuration_lacks():
-    with pytest.raises(ValueError, match="the configuration lacks rule, tasks"):
+    with pytest.raises(ValueError, match="rule, tasks"):
         config.from_dict({"seed": 1})
-    with pytest.raises(ValueError, match="the configuration must be a mapping of settings, got 'celo2'"):
+    with pytest.raises(ValueError, match="mapping.*'celo2'"):
         config.from_dict("celo2")
 
 
 def test_files(tmp_path):
     pytest.importorskip("yaml")
     path = tmp_path / "c.yaml"
-    with pytest.raises(ValueError, match=r"c\.yaml cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"c\.yaml.*No such file"):
         config.read(path)
     for text, message in (
-        ("rule: [celo2\n", "expected ',' or ']'"),
-        ("rule: celo2\n", "lacks tasks"),
+        ("rule: [celo2\n", "line 1"),
+        ("rule: celo2\n", "tasks"),
         ("", "mapping"),
     ):
         path.write_text(text)
@@ -98,14 +98,14 @@ def test_the_command_line(tmp_path, capsys):
     path, output = tmp_path / "c.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(SMALL | {"rule": "adam"}))
     for arguments, message in (
-        (["train", "--config", str(path), "--output", str(output)], "no update rule is called 'adam'"),
+        (["train", "--config", str(path), "--output", str(output)], "'adam'"),
         (["train", "--config", str(tmp_path / "none.yaml"), "--output", str(output)], "cannot be read"),
-        (["export", str(tmp_path), str(output)], "give the output folder of"),
-        (["evaluate", "celo2", "--steps", "0"], "at least one step and two seeds, got 0 and 3"),
-        (["evaluate", "celo2", "--seeds", "1"], "at least one step and two seeds, got 300 and 1"),
-        (["evaluate", "celo2", "--tasks", "mnist"], "no task is called 'mnist'"),
-        (["evaluate", "velo:floor=1"], "velo takes no setting 'floor'"),
-        (["evaluate", "velo:min_param_scale=x"], "min_param_scale must be a number, got 'x'"),
+        (["export", str(tmp_path), str(output)], "output folder"),
+        (["evaluate", "celo2", "--steps", "0"], "got 0 and 3"),
+        (["evaluate", "celo2", "--seeds", "1"], "got 300 and 1"),
+        (["evaluate", "celo2", "--tasks", "mnist"], "'mnist'"),
+        (["evaluate", "velo:floor=1"], "'floor'"),
+        (["evaluate", "velo:min_param_scale=x"], "got 'x'"),
     ):
         assert cli.main(arguments) == 2, arguments
         error = capsys.readouterr().err
@@ -155,28 +155,28 @@ def test_what_is_not_installed_is_named(monkeypatch, tmp_path, package, capsys):
 
 
 def test_tasks():
-    with pytest.raises(ValueError, match="there is a task called 'digits_mlp' already"):
+    with pytest.raises(ValueError, match="'digits_mlp'"):
         tasks.add(tasks.named("digits_mlp"))
-    with pytest.raises(ValueError, match="no task is called 'mnist'; the tasks are digits_mlp"):
+    with pytest.raises(ValueError, match="'mnist'.*digits_mlp"):
         tasks.named("mnist")
-    with pytest.raises(ValueError, match="part must be one of train, validation, test, got 'all'"):
+    with pytest.raises(ValueError, match="train, validation, test.*'all'"):
         data.cut(torch.zeros(4, 1), None, "all")
     vector = theta.Vector("celo2", theta.starting_weights("celo2", "constructed"))
-    with pytest.raises(ValueError, match="digits_mlp needs at least one run, got 0"):
+    with pytest.raises(ValueError, match="digits_mlp.*0"):
         arguments = (tasks.named("digits_mlp"), vector, "celo2", 0, RunSettings(), Objective())
         TaskRuns(*arguments, torch.Generator())
 
 
 def test_weights_to_start_from(tmp_path):
     start = theta.starting_weights("celo2", "bundled")
-    with pytest.raises(ValueError, match=r"no leaf of celo2 fits nn/\*, w7; the leaves are ff_mod_stack/~/b0"):
+    with pytest.raises(ValueError, match=r"nn/\*, w7.*ff_mod_stack/~/b0"):
         theta.Vector("celo2", start, ["nn/*", "*/b0", "w7"])
     missing = tmp_path / "weights"
-    with pytest.raises(ValueError, match=f"start must be constructed, bundled or a path that exists, got '{missing}'"):
+    with pytest.raises(ValueError, match=f"start.*{missing}"):
         theta.starting_weights("celo2", str(missing))
-    with pytest.raises(ValueError, match="clips the gradients of a whole model"):
+    with pytest.raises(ValueError, match="elo_celo2"):
         theta.starting_weights("elo_celo2", "bundled")
-    with pytest.raises(ValueError, match="no update rule is called 'adam'"):
+    with pytest.raises(ValueError, match="'adam'"):
         theta.starting_weights("adam", "bundled")
 
 
@@ -186,5 +186,5 @@ def test_what_cannot_change_on_the_way():
     start = theta.starting_weights("small_fc_lopt", "bundled")
     weights = {name: leaf.expand(2, *leaf.shape) for name, leaf in start.items()}
     particles.set_weights(weights)
-    with pytest.raises(ValueError, match="features of the weights cannot change between truncations"):
+    with pytest.raises(ValueError, match="features"):
         particles.set_weights({name: leaf + 0.1 * ("decays" in name) for name, leaf in weights.items()})

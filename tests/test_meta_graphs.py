@@ -161,9 +161,9 @@ class NothingFromTheHost(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def assign_as_on_a_gpu(x: Assign) -> None:
+def assign_as_on_a_gpu(x: Assign):
     pairs = zip(x.targets, x.values, strict=True)
-    torch._foreach_copy_(list(x.targets), [torch.where(x.skip, *pair) for pair in pairs])
+    torch._foreach_copy_(list(x.targets), [torch.where(x.skip, old, new) for old, new in pairs])
 
 
 @pytest.mark.parametrize("rule", TOGETHER)
@@ -171,7 +171,7 @@ def assign_as_on_a_gpu(x: Assign) -> None:
 def test_a_step_takes_nothing_from_the_host(monkeypatch, rule, name):
     """Where the CPU and a GPU go different ways, that of a GPU: neither reads nor copies, which a capture refuses."""
     monkeypatch.setattr(ops, "assign", assign_as_on_a_gpu)
-    monkeypatch.setattr(scheduler, "_constant", lambda values, like: scheduler._filled(values, like))
+    monkeypatch.setattr(scheduler, "_constant", scheduler._filled)
     runs = task_runs(rule, name)
     runs.particles._waits = False
     runs.unroll(points(runs, 0))
@@ -266,7 +266,7 @@ def test_without_a_graph_it_goes_on_as_it_is(monkeypatch):
     driver, step = replayed(monkeypatch, refuses=True)
     for _ in range(graphs.WARMUP):
         step()
-    with pytest.warns(UserWarning, match="without a CUDA graph, which failed with: operation not permitted"):
+    with pytest.warns(UserWarning, match="operation not permitted"):
         step()
     driver.log.clear()
     with warnings.catch_warnings():

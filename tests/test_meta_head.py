@@ -129,13 +129,13 @@ def test_the_factor_is_bounded_whatever_the_numbers(start):
 
 @pytest.mark.parametrize("name", ["loss[9]", "small", "small[3]", "steady[0]", "rank", "m[0]", "p[1]"])
 def test_unknown_numbers(start, name):
-    with pytest.raises(ValueError, match="no input of a head.*fac_g"):
+    with pytest.raises(ValueError, match="fac_g"):
         head.head_leaves(start, {name: 1.0})
 
 
 def test_weights_without_a_free_channel(start):
     full = start | {"rnn_params/linear_2/b": torch.ones_like(start["rnn_params/linear_2/b"])}
-    with pytest.raises(ValueError, match="constructed weights"):
+    with pytest.raises(ValueError, match="constructed"):
         head.head_leaves(full, {"matrix": 1.0})
 
 

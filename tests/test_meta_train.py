@@ -186,13 +186,13 @@ def test_cma_es_improves_a_mixture():
 
 def test_mixtures_name_what_there_is_not():
     start = theta.starting_weights("celo2", "constructed")
-    with pytest.raises(ValueError, match="celo2 has no scale and schedule of its own, which power would"):
+    with pytest.raises(ValueError, match="celo2.*power"):
         mixtures.mixture_leaves("celo2", start, {"m[0]": 1.0, "power": 0.5})
     with pytest.raises(ValueError, match=r"'feature\[column\]'"):
         mixtures.mixture_leaves("celo2", start, {"m": 1.0})
     moved = theta.starting_weights("small_fc_lopt", "constructed")
     moved["nn/~/w2"][2, 1] *= 1.5
-    with pytest.raises(ValueError, match="can be mixed into constructed weights"):
+    with pytest.raises(ValueError, match="constructed"):
         mixtures.mixture_leaves("small_fc_lopt", moved, {"m[0]": 1.0, "power": 0.5})
 
 
@@ -280,7 +280,7 @@ def test_networks_of_other_widths_are_the_same_functions(rule, lr):
     used[f"{prefix}w1"][-1, 0] = 0.1
     assert same(mixtures.narrowed(rule, used), used)
     if rule == "small_fc_lopt":
-        with pytest.raises(ValueError, match="8 hidden units: the start uses 32"):
+        with pytest.raises(ValueError, match="8.*32"):
             mixtures.with_spare_units(rule, used, 8, torch.Generator())
 
 
@@ -317,7 +317,7 @@ def test_vector_is_the_part_that_the_rule_uses():
     assert torch.equal(last[0], start["ff_mod_stack/~/w2"]) and torch.equal(last[1, :, 1:], last[0, :, 1:])
     assert torch.equal(last[1, :, 0], last[0, :, 0] + 1.0)
     assert len(theta.Vector("celo2", start, ["*/b?"]).start()) == 8 + 8 + 1
-    with pytest.raises(ValueError, match="no leaf of celo2 fits nn"):
+    with pytest.raises(ValueError, match="celo2.*nn"):
         theta.Vector("celo2", start, ["nn/*"])
 
 
@@ -389,7 +389,7 @@ def test_adamw_of_all_seeds_is_adamw_of_each():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rule": "adam"}, "no update rule is called 'adam'"),
+        ({"rule": "adam"}, "'adam'"),
         ({"task": {}}, "no setting task"),
         ({"tasks": {}}, "at least one task"),
         ({"tasks": {"mnist": 4}}, "no task is called 'mnist'"),
@@ -405,7 +405,7 @@ def test_adamw_of_all_seeds_is_adamw_of_each():
         ({"objective": {"kind": "best"}}, "objective.kind"),
         ({"start": "nowhere"}, "start must be"),
         ({"trained": ["nn/*"]}, "no leaf"),
-        ({"units": 16}, "16 hidden units: the start uses 2, and there are kernels for 4, 8, 32"),
+        ({"units": 16}, "16.*2.*4, 8, 32"),
         ({"units": 8, "rule": "velo"}, "units are for the gradients of celo2"),
     ],
 )
@@ -416,7 +416,7 @@ def test_mistakes_are_named(changes, message, tmp_path):
 
 def test_a_folder_belongs_to_one_configuration(tmp_path):
     Trainer(settings(), tmp_path).run(until=1)
-    with pytest.raises(ValueError, match="differs in outer"):
+    with pytest.raises(ValueError, match="outer"):
         Trainer(settings(outer={"steps": 7}), tmp_path)
     assert (tmp_path / CHECKPOINT).is_file() and not list(tmp_path.glob(".*"))
     saved = torch.load(tmp_path / CHECKPOINT, weights_only=True)
@@ -434,5 +434,5 @@ def test_yaml_without_a_point_is_a_number(tmp_path):
     path.write_text("rule: [celo2\n")
     with pytest.raises(ValueError, match=r"c\.yaml"):
         config.read(path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"none\.yaml"):
         config.read(tmp_path / "none.yaml")

@@ -221,7 +221,7 @@ def test_a_group_added_later_joins_the_run():
     assert optimizer.param_groups[1]["num_training_steps"] == 20
     train(optimizer, params, range(3, 5))
     assert [int(g["step"]) for g in optimizer.param_groups] == [5, 5]
-    with pytest.warns(UserWarning, match="bank_scale of a parameter group is one setting"):
+    with pytest.warns(UserWarning, match="bank_scale"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "bank_scale": 7.0})
 
 
@@ -330,7 +330,7 @@ def test_past_the_horizon_it_goes_on_with_one_warning():
     """tanh(10 (i / n - tau)) has no end: the formula goes on for i > n."""
     params = make_params()
     optimizer = make(params, num_training_steps=5)
-    with pytest.warns(UserWarning, match="6 steps, more than num_training_steps=5") as record:
+    with pytest.warns(UserWarning, match="6 steps.*num_training_steps=5") as record:
         train(optimizer, params, range(9))
     assert sum("num_training_steps" in str(w.message) for w in record) == 1
     i = 8

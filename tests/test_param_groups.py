@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from hf_lopt import LearnedOptimizer
-from hf_lopt.accumulators import reference_axes
 from hf_lopt.param_groups import describe, param_groups
+from hf_lopt.step.accumulators import reference_axes
 
 
 def tiny(kind: str) -> nn.Module:
@@ -342,12 +342,12 @@ def test_infshape_of_mup_decides():
         p.infshape = InfShape(2 if name == "1.weight" else 1, 4.0)
     got = {name: group["step_scale"] for name, group in by_name(model, "mulo").items()}
     assert {name: s for name, s in got.items() if s != 1.0} == {"1.weight": 0.25}
-    with pytest.warns(UserWarning, match="base_width=16 is dropped: the parameters carry the widths"):
+    with pytest.warns(UserWarning, match="base_width=16"):
         assert by_name(model, "mulo", base_width=16)["1.weight"]["step_scale"] == 0.25
 
 
 def test_mulo_without_widths_says_so():
-    with pytest.warns(UserWarning, match="no widths to scale its steps with.*base_width"):
+    with pytest.warns(UserWarning, match="base_width"):
         groups = param_groups(tiny("llama"), "mulo")
     assert all("step_scale" not in group for group in groups)
 
@@ -364,15 +364,15 @@ class FrozenLinear(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "rule", "settings", "message"),
     [
-        (nn.ReLU(), "celo2", {}, r"ReLU has nothing to train: it has no parameters at all"),
-        (FrozenLinear(), "celo2", {}, r"all of its parameters have requires_grad=False"),
-        (nn.Linear(2, 2), "nothing", {}, r"no update rule is called 'nothing'"),
-        (nn.Linear(2, 2), "velo", {"base_width": 4}, r"velo has no width multipliers"),
-        (nn.Linear(2, 2), "mulo", {"base_width": 0}, r"base_width must be a positive number, got 0"),
-        (nn.Linear(2, 2), "mulo", {"base_width": float("nan")}, r"base_width must be a positive number"),
-        (nn.Linear(2, 2), "mulo", {"base_width": "4"}, r"base_width must be a positive number, got '4'"),
-        (nn.Linear(2, 2), "velo", {"branch": "adam"}, r"velo has no branch per group; it has lr, axis_order"),
-        (nn.Linear(2, 2), "celo2", {"orthogonalize": False}, r"no orthogonalize per group.*to Celo2\("),
+        (nn.ReLU(), "celo2", {}, "ReLU.*no parameters"),
+        (FrozenLinear(), "celo2", {}, "requires_grad=False"),
+        (nn.Linear(2, 2), "nothing", {}, "'nothing'"),
+        (nn.Linear(2, 2), "velo", {"base_width": 4}, "velo.*width"),
+        (nn.Linear(2, 2), "mulo", {"base_width": 0}, "base_width.*0"),
+        (nn.Linear(2, 2), "mulo", {"base_width": float("nan")}, "base_width.*nan"),
+        (nn.Linear(2, 2), "mulo", {"base_width": "4"}, "base_width.*'4'"),
+        (nn.Linear(2, 2), "velo", {"branch": "adam"}, "velo.*branch.*lr, axis_order"),
+        (nn.Linear(2, 2), "celo2", {"orthogonalize": False}, r"orthogonalize.*Celo2\("),
     ],
 )
 def test_mistakes(model, rule, settings, message):

@@ -116,7 +116,7 @@ def test_celo2_folder_is_byte_for_byte_the_published_one(tmp_path):
 
 def test_small_fc_folder_and_the_offsets_it_has_no_room_for(tmp_path):
     loaded = golden_weights("small_fc_lopt")
-    with pytest.warns(UserWarning, match="no room for momentum_decays, rms_decays, adafactor_decays: they are in hf_"):
+    with pytest.warns(UserWarning, match="momentum_decays, rms_decays, adafactor_decays.*hf_"):
         weights.save(loaded, tmp_path, format="published", rule="small_fc_lopt")
     assert load("small_fc_lopt", tmp_path).sha256 == loaded.sha256
     (tmp_path / "hf_lopt.json").unlink()
@@ -129,16 +129,16 @@ def test_damaged_record_beside_the_weights(tmp_path):
     shutil.copytree(FORMATS / "small_fc_mlp", tmp_path / "out")
     for damage in ("{", "[]", '{"settings": {"momentum_decays": ["a"]}}'):
         (tmp_path / "out" / "hf_lopt.json").write_text(damage)
-        with pytest.raises(ValueError, match=r"hf_lopt\.json: damaged"):
+        with pytest.raises(ValueError, match=r"hf_lopt\.json"):
             load("small_fc_lopt", tmp_path / "out")
     (tmp_path / "out" / "hf_lopt.json").write_text('{"settings": {"momentum_decays": [1.0]}}')
-    with pytest.raises(ValueError, match=r"'momentum_decays' has shape \(1,\), wanted \(3,\)"):
+    with pytest.raises(ValueError, match=r"'momentum_decays'.*\(1,\).*\(3,\)"):
         load("small_fc_lopt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["rnn_mlp", "celo_synth", "celo_adam_synth"])
 def test_rules_without_a_published_folder_format(name, tmp_path):
-    with pytest.raises(ValueError, match="fit no published folder format.*theta_state"):
+    with pytest.raises(ValueError, match="theta_state"):
         weights.save(golden_weights(name), tmp_path, format="published")
     assert not any(tmp_path.glob("*"))
 
@@ -174,7 +174,7 @@ def test_optimizer_knows_its_rule_and_settings(tmp_path):
         assert record["settings"] == {"step_mult": 0.002, "exp_mult": 0.001, "max_grad_norm": 0.0}
         assert record["sizes"] == {"leaves": 9, "values": 2402 + 7}
         assert record["origin"] == "user" and record["licence"] is None
-    with pytest.raises(ValueError, match="rule='velo', but the optimizer is 'small_fc_lopt'"):
+    with pytest.raises(ValueError, match="'velo'.*'small_fc_lopt'"):
         weights.save(optimizer, tmp_path, rule="velo")
 
 
@@ -202,15 +202,15 @@ def test_record_has_no_folders_of_this_machine(tmp_path):
 @pytest.mark.parametrize(
     ("source", "settings", "message"),
     [
-        ({}, {}, "the mapping is empty"),
-        ({"a/b": torch.tensor([float("nan")])}, {}, "leaf 'a/b' has values that are NaN or infinite"),
-        ({"a": torch.ones(1), "a/b": torch.ones(1)}, {}, "'a/b' cannot be stored as a tree"),
-        ({"a": torch.ones(1)}, {"format": "safetensors"}, "needs theta paths such as 'nn/~/w0', got a"),
-        ({"a/b": torch.ones(1)}, {"format": "pickle"}, "format must be one of theta_state, safetensors, published"),
-        ({"a/b": torch.ones(1)}, {"settings": {"x": float("inf")}}, "setting 'x' must be finite numbers"),
-        ({"a/b": torch.ones(1)}, {"settings": {"x": None}}, "setting 'x' must be finite numbers"),
-        (torch.nn.Linear(2, 2), {}, "cannot save Linear: pass an optimizer of hf_lopt"),
-        (None, {}, "cannot save NoneType"),
+        ({}, {}, "empty"),
+        ({"a/b": torch.tensor([float("nan")])}, {}, "'a/b'.*NaN"),
+        ({"a": torch.ones(1), "a/b": torch.ones(1)}, {}, "'a/b'"),
+        ({"a": torch.ones(1)}, {"format": "safetensors"}, "'nn/~/w0'.*a"),
+        ({"a/b": torch.ones(1)}, {"format": "pickle"}, "format.*theta_state, safetensors, published"),
+        ({"a/b": torch.ones(1)}, {"settings": {"x": float("inf")}}, "'x'"),
+        ({"a/b": torch.ones(1)}, {"settings": {"x": None}}, "'x'"),
+        (torch.nn.Linear(2, 2), {}, "Linear"),
+        (None, {}, "NoneType"),
     ],
 )
 def test_what_cannot_be_saved(source, settings, message, tmp_path):
@@ -223,7 +223,7 @@ def test_other_weights_in_the_folder_would_be_read_instead(tmp_path):
     loaded = golden_weights("celo2")
     weights.save(loaded, tmp_path, rule="celo2")
     weights.save(loaded, tmp_path, rule="celo2")  # the same files are replaced
-    with pytest.raises(ValueError, match=r"holds other weights \(theta\.state\).*Use another one"):
+    with pytest.raises(ValueError, match=r"theta\.state"):
         weights.save(loaded, tmp_path, rule="celo2", format="published")
     (tmp_path / "theta.state").unlink()
     (tmp_path / "half").mkdir()
@@ -431,7 +431,7 @@ def test_second_upload_replaces_the_first_but_not_another_format(server):
     weights.push_to_hub(changed, "me/celo2", rule="celo2", commit_message="Better ones")
     assert load("celo2", "me/celo2").sha256 == weights.content_sha256(changed)
     assert server.commits == [("me/celo2", "Upload celo2 weights"), ("me/celo2", "Better ones")]
-    with pytest.raises(ValueError, match=r"repository me/celo2 holds other weights \(theta\.state\)"):
+    with pytest.raises(ValueError, match=r"me/celo2.*theta\.state"):
         weights.push_to_hub(changed, "me/celo2", rule="celo2", format="published")
     assert len(server.commits) == 2
 
@@ -452,9 +452,9 @@ def test_refused_upload(server):
     ("repo", "settings", "message"),
     [
         ("me/a/b", {}, "Repo id must"),
-        ("me/celo2", {"metrics": {"loss": None}}, "metric 'loss' must be a number or text, got None"),
-        ("me/celo2", {"metrics": {"ok": True}}, "metric 'ok' must be a number or text"),
-        ("me/celo2", {"format": "x"}, "format must be one of"),
+        ("me/celo2", {"metrics": {"loss": None}}, "'loss'.*None"),
+        ("me/celo2", {"metrics": {"ok": True}}, "'ok'"),
+        ("me/celo2", {"format": "x"}, "format.*'x'"),
     ],
 )
 def test_mistakes_are_found_before_the_hub_is_asked(server, repo, settings, message):

@@ -18,7 +18,9 @@ from torch import nn
 import golden
 import hf_lopt
 from hf_lopt import LearnedOptimizer, rules
+from hf_lopt.features import CELO2
 from hf_lopt.rules import celo2
+from hf_lopt.step import orthogonal
 
 
 FILES = {
@@ -203,7 +205,7 @@ def test_public_class_and_pickle(name):
 
 
 def test_rank_limits():
-    with pytest.raises(ValueError, match=r"at most 4 axes, got a parameter of shape \(1, 1, 1, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"\(1, 1, 1, 1, 2\)"):
         p = nn.Parameter(torch.ones(1, 1, 1, 1, 2))
         p.grad = torch.ones_like(p)
         make("rnn_mlp", [p]).step(1.0)
@@ -212,7 +214,7 @@ def test_rank_limits():
 def test_unknown_branch():
     p = nn.Parameter(torch.ones(2, 2))
     p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="branch must be one of auto, network, adam, got 'muon'"):
+    with pytest.raises(ValueError, match="branch.*auto, network, adam.*'muon'"):
         make("celo2", [p], branch="muon").step()
 
 
@@ -324,23 +326,23 @@ def test_newton_schulz_orthogonalises():
     """Singular values of a well-conditioned matrix end near 1, directions stay; a transposed matrix gives the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 8, 20, generator=generator)
-    y = celo2.newton_schulz(x)
+    y = orthogonal.newton_schulz(x)
     u, _, v = torch.linalg.svd(x, full_matrices=False)
     singular = torch.linalg.svdvals(y)
     assert 0.6 < singular.min() and singular.max() < 1.3
     assert torch.linalg.matrix_norm(y - u @ v).max() < 0.35 * math.sqrt(8)
-    torch.testing.assert_close(celo2.newton_schulz(x.mT), y.mT)
+    torch.testing.assert_close(orthogonal.newton_schulz(x.mT), y.mT)
 
 
 def test_newton_schulz_in_bfloat16_is_close():
     x = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
-    half, _ = celo2.orthogonal(x, torch.bfloat16)
+    half, _ = orthogonal.orthogonal(x, CELO2.norm_eps, torch.bfloat16)
     assert half.dtype == torch.float32
-    whole, _ = celo2.orthogonal(x)
+    whole, _ = orthogonal.orthogonal(x, CELO2.norm_eps)
     error = torch.linalg.matrix_norm(half - whole) / torch.linalg.matrix_norm(whole)
     assert 1e-4 < error.min() and error.max() < 0.1  # eight bits; a bound that float32 would miss below
     params = make_params()
-    with pytest.raises(ValueError, match="ns_dtype must be one of float32, bfloat16, got 'float16'"):
+    with pytest.raises(ValueError, match="ns_dtype.*float32, bfloat16.*'float16'"):
         make("celo2", params, ns_dtype="float16")
 
 
@@ -349,7 +351,7 @@ def test_results_do_not_depend_on_what_is_finished_together(monkeypatch, name):
     runs = []
     for elements in (1 << 20, 30):
         monkeypatch.setattr(celo2, "_CHUNK_CPU", elements)
-        monkeypatch.setattr(celo2, "_BATCH_CPU", elements)
+        monkeypatch.setattr(orthogonal, "_BATCH_CPU", elements)
         params = make_params()
         optimizer = make(name, params)
         for t in range(3):

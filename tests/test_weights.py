@@ -140,7 +140,7 @@ def test_mapping_is_copied(velo_s):
 def test_weights_object_passes_through_after_a_check(velo_s):
     loaded = weights.load("velo", VELO_S, SHAPES)
     assert weights.load("velo", loaded, SHAPES) is loaded
-    with pytest.raises(ValueError, match="missing leaves"):
+    with pytest.raises(ValueError, match="missing"):
         weights.load("velo", loaded, SHAPES | {"other": (1,)})
     for copied in (copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))):
         assert copied.sha256 == loaded.sha256 and same(copied.theta, loaded.theta)
@@ -175,7 +175,7 @@ def test_flax_writer_of_these_tests_is_right(tmp_path, velo_s):
 @pytest.mark.parametrize("keep", [0, 1, 100, 5000, -1])
 def test_truncated_flax_file(tmp_path, keep):
     (tmp_path / "theta.state").write_bytes(VELO_S.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"theta\.state: damaged.*again"):
+    with pytest.raises(ValueError, match=r"theta\.state"):
         weights.load("velo", tmp_path, SHAPES)
 
 
@@ -186,19 +186,19 @@ def ext(*fields, code=1):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"a": ext((2,), "float32", b"1234")}, r"needs 8 bytes, got 4"),
-        ({"a": ext((1 << 62, 1 << 62), "float32", b"")}, r"bad array shape"),
-        ({"a": ext((-1,), "float32", b"")}, r"bad array shape"),
-        ({"a": ext((1,), "object", b"12345678")}, r"dtype 'object' is not one of"),
-        ({"a": ext((1,), ["float32"], b"1234")}, r"is not one of"),
+        ({"a": ext((2,), "float32", b"1234")}, "8 bytes.*4"),
+        ({"a": ext((1 << 62, 1 << 62), "float32", b"")}, "shape"),
+        ({"a": ext((-1,), "float32", b"")}, "shape"),
+        ({"a": ext((1,), "object", b"12345678")}, "dtype 'object'"),
+        ({"a": ext((1,), ["float32"], b"1234")}, "dtype"),
         ({"a": ext((1,), "float32", "1234")}, r"not bytes"),
         ({"a": ext((1,), "float32")}, r"not stored as"),
         ({"a": ext((1,), "float32", b"1234", code=3)}, r"extension type 3"),
         ({"a": ext((1,), "float32", ext((1,), "float32", b"1234"))}, r"inside an array"),
         ({"a": msgpack.ExtType(1, b"\xc1")}, r"damaged"),
-        ({"a": 1.0}, r"leaf 'a' has dtype|leaf 'a'"),
-        ({"a": "text"}, r"leaf 'a' is not an array but str"),
-        ({"a": None}, r"leaf 'a' is not an array"),
+        ({"a": 1.0}, "leaf 'a'"),
+        ({"a": "text"}, "leaf 'a'.*str"),
+        ({"a": None}, "leaf 'a'"),
         ({"": ext((1,), "float32", b"1234")}, r"not a name"),
         ({"a/b": ext((1,), "float32", b"1234"), "a": {"b": ext((1,), "float32", b"1234")}}, r"two leaves"),
         ([1, 2], r"expected a mapping"),
@@ -212,7 +212,7 @@ def test_flax_file_with_anything_else_in_it(tmp_path, tree, message):
 
 def test_deeply_nested_flax_file(tmp_path):
     (tmp_path / "theta.state").write_bytes(b"\x81\xa1a" * 100 + b"\x80")
-    with pytest.raises(ValueError, match="nested levels"):
+    with pytest.raises(ValueError, match="nested"):
         weights.load("velo", tmp_path)
     (tmp_path / "theta.state").write_bytes(b"\x81\xa1a" * 100_000 + b"\x80")
     with pytest.raises(ValueError, match="damaged"):
@@ -221,7 +221,7 @@ def test_deeply_nested_flax_file(tmp_path):
 
 def test_a_pickle_is_refused(tmp_path, velo_s):
     torch.save(velo_s, tmp_path / "theta.state")
-    with pytest.raises(ValueError, match="damaged, or not a flax"):
+    with pytest.raises(ValueError, match="flax"):
         weights.load("velo", tmp_path, SHAPES)
 
 
@@ -231,13 +231,13 @@ def test_truncated_safetensors(tmp_path, keep):
     data = (FORMATS / "velo_s_mlp" / "model.safetensors").read_bytes()
     (tmp_path / "velo_s_mlp").mkdir()
     (tmp_path / "velo_s_mlp" / "model.safetensors").write_bytes(data[:keep])
-    with pytest.raises(ValueError, match=r"velo_s_mlp.model\.safetensors: damaged"):
+    with pytest.raises(ValueError, match=r"velo_s_mlp.model\.safetensors"):
         weights.load("velo", tmp_path / "velo_s_rnn", SHAPES)
 
 
 def test_safetensors_of_no_known_format(tmp_path):
     save_file({"encoder.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model\.safetensors: the tensors encoder\.weight belong to no known format"):
+    with pytest.raises(ValueError, match=r"model\.safetensors.*encoder\.weight"):
         weights.load("velo", tmp_path, SHAPES)
 
 
@@ -245,25 +245,25 @@ def test_split_format_with_another_architecture(tmp_path, both_halves):
     file = both_halves / "velo_s_mlp" / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"hidden_weights_.1": torch.ones(32, 4, 4)}, file)
-    with pytest.raises(ValueError, match=r"VeLO in two folders.*unexpected tensors: hidden_weights_\.1"):
+    with pytest.raises(ValueError, match=r"unexpected.*hidden_weights_\.1"):
         weights.load("velo", both_halves, SHAPES)
     save_file({k: v for k, v in tensors.items() if k != "output_bias_"}, file)
-    with pytest.raises(ValueError, match=r"missing tensors: output_bias_"):
+    with pytest.raises(ValueError, match="missing.*output_bias_"):
         weights.load("velo", both_halves, SHAPES)
     save_file(tensors | {"input_weights_": torch.ones(32, 4, 29)}, file)
-    with pytest.raises(ValueError, match=r"29 features; VeLO has 30"):
+    with pytest.raises(ValueError, match="29.*30"):
         weights.load("velo", both_halves, SHAPES)
     save_file(tensors | {"input_weights_": torch.ones(3)}, file)
-    with pytest.raises(ValueError, match=r"input_weights_ has shape \(3,\); a matrix"):
+    with pytest.raises(ValueError, match=r"input_weights_.*\(3,\)"):
         weights.load("velo", both_halves, SHAPES)
 
 
 def test_half_without_the_other(tmp_path):
     shutil.copytree(FORMATS / "velo_s_rnn", tmp_path / "velo_s_rnn")
-    with pytest.raises(ValueError, match=r"velo_s_mlp': no such file or folder"):
+    with pytest.raises(ValueError, match="velo_s_mlp"):
         weights.load("velo", tmp_path / "velo_s_rnn", SHAPES)
     shutil.move(tmp_path / "velo_s_rnn", tmp_path / "scheduler")
-    with pytest.raises(ValueError, match=r"holds one half.*weights=\(rnn, mlp\)"):
+    with pytest.raises(ValueError, match=r"weights=\(rnn, mlp\)"):
         weights.load("velo", tmp_path / "scheduler", SHAPES)
 
 
@@ -291,40 +291,40 @@ def test_wrong_leaves_are_named(velo_s, change):
     lstm = "rnn_params/rnn/linear/w"
     if change == "missing":
         del velo_s[lstm]
-        message = rf"missing leaves \['{lstm}'\]"
+        message = rf"missing.*'{lstm}'"
     elif change == "extra":
         velo_s["rnn_params/more/w"] = torch.ones(1)
-        message = r"unexpected leaves \['rnn_params/more/w'\]"
+        message = "unexpected.*'rnn_params/more/w'"
     elif change == "shape":
         velo_s["ff_mod_stack/~/w0__3"] = torch.ones(32, 2, 4)
-        message = r"'ff_mod_stack/~/w0__3' has shape \(32, 2, 4\), wanted \(32, 3, 4\) \(K = 32 from"
+        message = r"'ff_mod_stack/~/w0__3'.*\(32, 2, 4\).*\(32, 3, 4\).*K = 32"
     elif change == "rank":
         velo_s["rnn_params/step_size/b"] = torch.ones(())
-        message = r"'rnn_params/step_size/b' has shape \(\), wanted \(1,\)"
+        message = r"'rnn_params/step_size/b'.*\(\).*\(1,\)"
     elif change == "symbol":
         velo_s["rnn_params/rnn_to_controls/b"] = torch.ones(31)
-        message = r"'rnn_params/rnn_to_controls/b' has shape \(31,\), wanted \(32,\) \(K = 32"
+        message = r"'rnn_params/rnn_to_controls/b'.*\(31,\).*\(32,\).*K = 32"
     elif change == "multiple":
         velo_s[lstm] = velo_s[lstm].mT.contiguous()
-        message = rf"'{lstm}' has shape \(256, 128\), wanted \(128, 256\) \(H = 64 from 'lstm_init_state/hidden'\)"
+        message = rf"'{lstm}'.*\(256, 128\).*\(128, 256\).*H = 64.*'lstm_init_state/hidden'"
     elif change in ("nan", "inf"):
         velo_s[lstm][3, 5] = float(change)
-        message = rf"leaf '{lstm}' has 1 values that are NaN or infinite"
+        message = rf"'{lstm}'.* 1 .*NaN"
     else:
         velo_s[lstm] = velo_s[lstm].to(torch.int32)
-        message = rf"leaf '{lstm}' has dtype torch.int32"
+        message = rf"'{lstm}'.*int32"
     with pytest.raises(ValueError, match=message):
         weights.load("velo", velo_s, SHAPES)
 
 
 def test_weights_of_another_rule():
-    with pytest.raises(ValueError, match="They belong to another rule"):
+    with pytest.raises(ValueError, match="another rule"):
         weights.load("velo", FORMATS / "rnn_mlp.theta.state", SHAPES)
 
 
 @pytest.mark.parametrize("spec", [None, 3, 1.5, object(), "", [], ["a", "b", "c"], [1, 2], b"x"])
 def test_spec_of_an_unknown_kind(spec):
-    with pytest.raises(ValueError, match="weights= takes 'auto', 'published', 'bundled', a hub id"):
+    with pytest.raises(ValueError, match="weights=.*'auto', 'published', 'bundled'"):
         weights.load("velo", spec, SHAPES)
 
 
@@ -332,16 +332,16 @@ def test_spec_of_an_unknown_kind(spec):
     "spec", ["no/such/folder", "./nothing", "nowhere", "folder/theta.state", Path("a/b"), "~/none/x"]
 )
 def test_path_that_does_not_exist(spec):
-    with pytest.raises(ValueError, match=r"no such file or folder.*weights= takes"):
+    with pytest.raises(ValueError, match="no such file.*weights="):
         weights.load("velo", spec, SHAPES)
 
 
 def test_folder_without_weights(tmp_path):
-    with pytest.raises(ValueError, match=r"has no theta\.state"):
+    with pytest.raises(ValueError, match=r"theta\.state"):
         weights.load("velo", tmp_path, SHAPES)
 
 
 @pytest.mark.parametrize("bank_scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_bank_scale(bank_scale):
-    with pytest.raises(ValueError, match="bank_scale must be a positive number"):
+    with pytest.raises(ValueError, match="bank_scale"):
         weights.load("velo", VELO_S, SHAPES, bank_scale=bank_scale)

@@ -178,26 +178,27 @@ def _untouched(args: TrainingArguments, field: str) -> bool:
     return value == type(args).__dataclass_fields__[field].default or value == getattr(args, _WRITTEN, {}).get(field)
 
 
-def _choose_lr(args: TrainingArguments, rule: Rule, given: float | None, own: Choice[float]) -> Choice[float]:
+def _choose_lr(args: TrainingArguments, rule: Rule, given: float | None, default: Choice[float]) -> Choice[float]:
     """The lr: that of optim_args, that of the arguments, or the rule's own."""
     name = rule.class_name
     if given is not None:
-        known = getattr(args, _WRITTEN, {}).get("learning_rate")
-        if _untouched(args, "learning_rate") or args.learning_rate in (given, known):
+        written = getattr(args, _WRITTEN, {}).get("learning_rate")
+        if _untouched(args, "learning_rate") or args.learning_rate in (given, written):
             return Choice(given)
         return Choice(given, f"learning_rate={args.learning_rate:g} gave way to lr={given:g} of optim_args")
     if not _untouched(args, "learning_rate"):
         lr = args.learning_rate
         if rule.own_schedule and 0 < lr < _HARDLY_MOVES and not hasattr(args, _WRITTEN):  # once
-            why = f"it multiplies {name}'s own step size, which is meant for {own.value:g}: training will hardly move"
+            meant = f"which is meant for {default.value:g}"
+            why = f"it multiplies {name}'s own step size, {meant}: training will hardly move"
             return Choice(lr, f"learning_rate={lr:g} is kept, but {why}")
         return Choice(lr)
-    lr = own.value
+    lr = default.value
     if lr == args.learning_rate:
         return Choice(lr)
     meaning = f"a multiplier of {name}'s own step size" if rule.own_schedule else f"what {name} is used with"
     said = f"learning_rate was not set ({args.learning_rate:g}) and is now {lr:g}, {meaning}"
-    return Choice(lr, f"{said}, because {own.reason}" if own.reason else said)
+    return Choice(lr, f"{said}, because {default.reason}" if default.reason else said)
 
 
 def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> Choice[str]:
@@ -215,11 +216,11 @@ def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> Choi
 
 def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> Choice[float]:
     """The decay of the parameters that decay."""
-    own = rule.defaults["weight_decay"]
-    if not _untouched(args, "weight_decay") or args.weight_decay == own:
+    default = rule.defaults["weight_decay"]
+    if not _untouched(args, "weight_decay") or args.weight_decay == default:
         return Choice(args.weight_decay)
-    default = f"weight_decay was not set ({args.weight_decay:g}) and is now {own:g}"
-    return Choice(own, f"{default}, what {rule.class_name} is used with")
+    said = f"weight_decay was not set ({args.weight_decay:g}) and is now {default:g}"
+    return Choice(default, f"{said}, what {rule.class_name} is used with")
 
 
 def _tell(args: TrainingArguments, rule: Rule, choices: Iterable[Choice[Any]]) -> None:
@@ -253,8 +254,8 @@ def optimizer_class_and_arguments(
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
 
     lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
-    settings = {key: own for key, own in own_settings(rule, weights, model).items() if key not in given}
-    given |= {key: own.value for key, own in settings.items()}
+    settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
+    given |= {key: choice.value for key, choice in settings.items()}
     scheduler = _choose_schedule(args, rule, schedule)
     weight_decay = _choose_weight_decay(args, rule)
     _tell(args, rule, [lr, *settings.values(), scheduler, weight_decay])

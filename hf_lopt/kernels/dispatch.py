@@ -21,7 +21,6 @@ from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
     ApplyNetwork,
-    Arguments,
     Assign,
     Descend,
     FeatureSums,
@@ -33,6 +32,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
+from hf_lopt.kernels.schema import Arguments
 
 
 # What the kernels are written for.
@@ -112,9 +112,10 @@ def plain() -> Iterator[None]:
 
 
 Kind = TypeVar("Kind", bound=Arguments)
+Result = TypeVar("Result")
 
 
-class Operator(Generic[Kind]):
+class Operator(Generic[Kind, Result]):
     """Calls one operator of the library with its arguments as an object.
 
     The call goes to the operator of PyTorch, except where compiled kernels are loaded: then what they do not support
@@ -122,23 +123,27 @@ class Operator(Generic[Kind]):
     are is read from the schema.
     """
 
-    def __init__(self, arguments: type[Kind], reference: Callable[[Kind], Any]):
+    def __init__(self, arguments: type[Kind], reference: Callable[[Kind], Result]):
         self.name, self.arguments, self.reference = arguments.OPERATOR, arguments, reference
         self._overload = getattr(torch.ops.hf_lopt, self.name).default
         schema = self._overload._schema.arguments
         self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
         self.__doc__ = reference.__doc__
 
-    def __call__(self, arguments: Kind) -> Any:
+    def __call__(self, arguments: Kind) -> Result:
         device = arguments.device.type
         if not _loaded or (device != "cpu" and device not in _loaded):
             # No kernels at all, a device without kernels of its own, or a fake tensor.
-            return self._overload(**vars(arguments))
+            return self._call(arguments)
         if not (_enabled and supports(arguments, device)):
             return self.reference(arguments)
         if self._written:
             torch.autograd.graph.increment_version(self._changed(arguments))
-        return self._overload(**vars(arguments))
+        return self._call(arguments)
+
+    def _call(self, arguments: Kind) -> Result:
+        result: Result = self._overload(**vars(arguments))
+        return result
 
     def _changed(self, arguments: Kind) -> list[Tensor]:
         values = (getattr(arguments, name) for name in self._written)

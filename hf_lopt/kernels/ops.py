@@ -47,7 +47,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
-from hf_lopt.kernels.dispatch import Kind, Operator
+from hf_lopt.kernels.dispatch import Kind, Operator, Result
 from hf_lopt.kernels.reference import passes, scheduler, steps
 
 
@@ -174,7 +174,9 @@ def _fake_zero_nan(x: ZeroNan) -> None:
 _library = torch.library.Library("hf_lopt", "DEF")
 
 
-def _define(arguments: type[Kind], reference: Callable[[Kind], Any], fake: Callable[[Kind], Any]) -> Operator[Kind]:
+def _define(
+    arguments: type[Kind], reference: Callable[[Kind], Result], fake: Callable[[Kind], Any]
+) -> Operator[Kind, Result]:
     """Define an operator with its plain kernel, for any device without one of its own, and its fake kernel."""
     name = arguments.OPERATOR
     _library.define(name + arguments.schema(), tags=(torch.Tag.pt2_compliant_tag,))
@@ -204,7 +206,7 @@ specialize_networks = _define(SpecializeNetworks, scheduler.specialize_networks,
 assign = _define(Assign, scheduler.assign, _fake_assign)
 zero_nan = _define(ZeroNan, scheduler.zero_nan, _fake_zero_nan)
 
-OPERATORS: Sequence[Operator[Any]] = (
+OPERATORS: Sequence[Operator[Any, Any]] = (
     *(sums, update_factored, feature_sums, apply_network, adam_step, descend, orthogonalize),
     *(advance, pool, lstm_step, specialize_networks, assign, zero_nan),
 )

@@ -83,21 +83,21 @@ def _split(numbers: Mapping[str, float]) -> tuple[dict[str, float], dict[tuple[s
         elif _form(name) is not None:
             head[name] = number
         else:
-            own = [f"{group}[{places[0]} to {places[-1]}]" for group, places in GROUPS.items()]
+            columns = [f"{group}[{places[0]} to {places[-1]}]" for group, places in GROUPS.items()]
             features = [f"{group}[{column}]" for group, column in DIRECTION]
             raise ValueError(
-                f"{name!r} is no input of a head on VeLO's scheduler ({', '.join([*KINDS, *own])}) and no feature of "
-                f"the constructed direction ({', '.join(features)})"
+                f"{name!r} is no input of a head on VeLO's scheduler ({', '.join([*KINDS, *columns])}) and no feature "
+                f"of the constructed direction ({', '.join(features)})"
             )
     return head, direction
 
 
 def bounds(numbers: Mapping[str, float]) -> tuple[float, float]:
     """Smallest and largest value that s can have."""
-    own = _split(numbers)[0]
-    kinds = [own.get(kind, 0.0) for kind in KINDS]  # one of the two
+    by_kind = _split(numbers)[0]
+    kinds = [by_kind.get(kind, 0.0) for kind in KINDS]  # one of the two
     low, high = min(kinds), max(kinds)
-    for name, number in own.items():
+    for name, number in by_kind.items():
         if name not in KINDS:
             least = 0.0 if name.startswith(("time", "loss")) else -1.0
             low, high = low + min(number, least * number), high + max(number, least * number)
@@ -212,7 +212,9 @@ class HeadVector:
     def leaves(self, vectors: Tensor) -> dict[str, Tensor]:
         """Weights for vectors (P, D): leaves (P, *leaf shape); without P for one vector (D,)."""
         rows = torch.atleast_2d(vectors).tolist()
-        own = [head_leaves(self.theta, dict(zip(self.first, row, strict=True))) for row in rows]
+        heads = [head_leaves(self.theta, dict(zip(self.first, row, strict=True))) for row in rows]
         return (
-            {name: torch.stack([leaves[name] for leaves in own]) for name in own[0]} if vectors.dim() > 1 else own[0]
+            {name: torch.stack([leaves[name] for leaves in heads]) for name in heads[0]}
+            if vectors.dim() > 1
+            else heads[0]
         )

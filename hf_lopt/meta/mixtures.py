@@ -119,8 +119,8 @@ class _Network:
     @classmethod
     def of(cls, rule: str, theta: Mapping[str, Tensor]) -> _Network:
         _, prefix = MIXTURES[rule]
-        own = [f"{prefix}w{layer}" for layer in range(3)]
-        parts = [[name] if name in theta else [k for k in theta if k.startswith(f"{name}__")] for name in own]
+        matrices = [f"{prefix}w{layer}" for layer in range(3)]
+        parts = [[name] if name in theta else [k for k in theta if k.startswith(f"{name}__")] for name in matrices]
         names = [f"{prefix}b{layer}" for layer in range(3)]
         return cls(parts, [torch.cat([theta[k] for k in keys]) for keys in parts], [theta[k] for k in names], names)
 

@@ -101,7 +101,7 @@ class Particles:
         else:
             prepared = [self.rule.prepare(self._theta_of(i), self.group) for i in range(self.count)]
             if self._at_once:
-                prepared = [{key: torch.stack([own[key] for own in prepared]) for key in prepared[0]}]
+                prepared = [{key: torch.stack([of_one[key] for of_one in prepared]) for key in prepared[0]}]
             self._weights = prepared
         if not self.state:
             self._create_state()
@@ -122,8 +122,8 @@ class Particles:
 
     def _create_state(self) -> None:
         start = self._fresh_state(0)
-        for name, own in start.items():
-            self.state[name] = {key: self._stacked(x, self.count).clone() for key, x in own.items()}
+        for name, state in start.items():
+            self.state[name] = {key: self._stacked(x, self.count).clone() for key, x in state.items()}
         run = self.rule.init_run(self._theta_of(0))
         self.run = {k: x.to(self.device).expand(self.count, *x.shape).clone() for k, x in run.items()}
 
@@ -143,13 +143,13 @@ class Particles:
         for name, p in self.params.items():
             p[places] = start[name].to(self.device)
         if self.together:
-            for name, own in self._fresh_state(which[0]).items():
-                for key, x in own.items():
+            for name, state in self._fresh_state(which[0]).items():
+                for key, x in state.items():
                     self.state[name][key].index_copy_(1, places, self._stacked(x, len(which)))
         else:
             for i in which:  # state may start at learned values, which are the particle's own
-                for name, own in self._fresh_state(i).items():
-                    for key, x in own.items():
+                for name, state in self._fresh_state(i).items():
+                    for key, x in state.items():
                         self.state[name][key][i] = x
         for i in which:
             for key, x in self.rule.init_run(self._theta_of(i)).items():
@@ -181,7 +181,7 @@ class Particles:
         """Particles with values that are not finite are zeroed: a rule skips the step of all it is given together."""
         sums = torch.stack([g.flatten(1).sum(1) for g in grads.values()])
         self.failed |= ~(losses.isfinite() & sums.isfinite().all(0))
-        state = [x for own in self.state.values() for x in own.values()]
+        state = [x for of_tensor in self.state.values() for x in of_tensor.values()]
         if self._waits:
             places = self.failed.nonzero().flatten()
             for x in (*grads.values(), *self.params.values()) if len(places) else ():
@@ -282,10 +282,10 @@ def _side_by_side(theta: Theta) -> dict[str, Tensor]:
     """Leaves (P, *leaf shape) of the network; the others, which all particles must have in common, without the P."""
     out = {}
     for name, leaf in theta.items():
-        own = name.startswith(NETWORKS)
-        if not own and not (leaf == leaf[:1]).all():
+        differs = name.startswith(NETWORKS)
+        if not differs and not (leaf == leaf[:1]).all():
             raise ValueError(
                 f"{name} differs between particles, which one call cannot take; leave decays out of what is trained"
             )
-        out[name] = leaf if own else leaf[0]
+        out[name] = leaf if differs else leaf[0]
     return out

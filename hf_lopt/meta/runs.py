@@ -162,8 +162,8 @@ class TaskRuns:
         self.draws = Draws(zeros + 1, zeros, ones, ones.clone(), torch.ones(pairs, len(task.shapes)))
         self.draws.first_loss = torch.ones(copies * pairs)
         self.truncations = 0
-        own = self.particles.rule.own_schedule
-        self._scheduled = not own
+        own_schedule = self.particles.rule.own_schedule
+        self._scheduled = not own_schedule
         self._augmented = runs.parameter_scale != (1.0, 1.0)
         self._inputs = self._new_inputs()
         if graphs and self.particles.device.type == "cuda" and not self.particles.together:

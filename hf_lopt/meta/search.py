@@ -61,13 +61,13 @@ def on_host(state: Any) -> Any:
     return type(state)(map(on_host, state)) if isinstance(state, (list, tuple)) else state
 
 
-def _states(own: Mapping[str, Any]) -> dict[str, Any]:
+def _states(states: Mapping[str, Any]) -> dict[str, Any]:
     """The states of all processes' tasks, on each of them, on the CPU."""
-    own = on_host(own)
+    states = on_host(states)
     if processes()[1] == 1:
-        return own
+        return states
     parts: list[dict[str, Any]] = [{}] * processes()[1]
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, states)
     return {name: state for part in parts for name, state in part.items()}
 
 
@@ -154,12 +154,12 @@ class GradientSearch:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, of all processes; to be called on each of them."""
-        own = {
+        states = {
             name: {"estimator": estimator.state_dict(), "runs": estimator.runs.state_dict()}
             for name, estimator in self.estimators.items()
         }
         saved = {"steps": self.steps, "theta": self.center.detach().clone(), "average": self.average.clone()}
-        return saved | {"outer": self.optimizer.state_dict(), "tasks": _states(own)}
+        return saved | {"outer": self.optimizer.state_dict(), "tasks": _states(states)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         self.steps = saved["steps"]

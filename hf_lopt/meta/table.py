@@ -34,11 +34,11 @@ def _candidate(spec: str) -> tuple[str, str, dict[str, float]]:
     """Rule, weights and settings of ``RULE[:SETTING=NUMBER...][@WEIGHTS]``."""
     head, _, weights = spec.partition("@")
     name, *assignments = head.split(":")
-    known, settings = rules.get(name).defaults, {}
+    defaults, settings = rules.get(name).defaults, {}
     for assignment in assignments:
         key, _, value = assignment.partition("=")
-        if key not in known:
-            raise ValueError(f"{spec!r}: {name} takes no setting {key!r}; it takes {', '.join(known)}")
+        if key not in defaults:
+            raise ValueError(f"{spec!r}: {name} takes no setting {key!r}; it takes {', '.join(defaults)}")
         try:
             settings[key] = float(value)
         except ValueError as error:
@@ -109,9 +109,9 @@ def markdown(record: Mapping[str, Any], other: str = TUNED) -> str:
     names = list(next(iter(results.values())))
     lines = [f"| optimizer | {' | '.join(results)} | mean over tasks |", "| :--- |" + " ---: |" * (len(results) + 1)]
     for name in names:
-        own = comparisons(results, name, other)
-        cells = [f"{c.ratio:.3f} ± {2 * c.error * c.ratio:.3f}" if name != other else "1" for c in own.values()]
-        total = evaluate.over_tasks(list(own.values()))
+        compared = comparisons(results, name, other)
+        cells = [f"{c.ratio:.3f} ± {2 * c.error * c.ratio:.3f}" if name != other else "1" for c in compared.values()]
+        total = evaluate.over_tasks(list(compared.values()))
         mean = "1" if name == other else f"{total.ratio:.3f} ± {2 * total.error * total.ratio:.3f}"
         lines.append(f"| {name} | {' | '.join(cells)} | {mean} |")
     absolute = [

@@ -191,11 +191,11 @@ def _finish(
         for i, total in zip(other, totals, strict=True):
             whole_squares[i] = total
     for i in other:
-        total = whole_squares[i]
-        assert total is not None
-        squares[i] = _normalised_squares(parts[i].tensors.layout, local_squares[i], total)
-    for part, step, total in zip(parts, steps, whole_squares, strict=True):
-        passes.descend(part.tensors, CELO2, step, total, skip)
+        whole = whole_squares[i]
+        assert whole is not None
+        squares[i] = _normalised_squares(parts[i].tensors.layout, local_squares[i], whole)
+    for part, step, divisor in zip(parts, steps, whole_squares, strict=True):
+        passes.descend(part.tensors, CELO2, step, divisor, skip)
     return [_times_rates(part.tensors["lr"], squares[i]) for i, part in enumerate(parts)]
 
 

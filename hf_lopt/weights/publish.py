@@ -153,13 +153,13 @@ def _collect(source: Any, rule: str | None, settings: Mapping[str, Any] | None) 
     # AcceleratedOptimizer and its like hold the optimizer they wrap.
     while not isinstance(source, Mapping) and not hasattr(source, "weights") and hasattr(source, "optimizer"):
         source = source.optimizer
-    own: dict[str, Any] = {}
+    stored: dict[str, Any] = {}
     arguments: dict[str, Any] = {}
     if hasattr(source, "weights") and hasattr(source, "rule"):
         kept = source.rule.defaults.keys() - {*_OF_A_RUN, *source.rule.per_group}
         group = source.param_groups[0]
-        own = {key: group[key] for key in source.rule.defaults if key in kept}
-        arguments = {key: value for key, value in own.items() if value != source.rule.defaults[key]}
+        stored = {key: group[key] for key in source.rule.defaults if key in kept}
+        arguments = {key: value for key, value in stored.items() if value != source.rule.defaults[key]}
         if rule not in (None, source.rule.name):
             raise ValueError(f"rule={rule!r}, but the optimizer is {source.rule.name!r}: leave rule out")
         rule, source = source.rule.name, source.weights
@@ -167,7 +167,7 @@ def _collect(source: Any, rule: str | None, settings: Mapping[str, Any] | None) 
         theta, origin, name = formats.flatten(source), "user", "mapping"
     elif hasattr(source, "theta"):
         theta, origin, name = formats.flatten(source.theta), source.origin, source.source
-        own = {**source.settings, **own}
+        stored = {**source.settings, **stored}
     else:
         raise ValueError(
             f"cannot save {type(source).__name__}: pass an optimizer of hf_lopt, its weights, or a mapping from theta "
@@ -178,8 +178,8 @@ def _collect(source: Any, rule: str | None, settings: Mapping[str, Any] | None) 
     for leaf, value in theta.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"leaf {leaf!r} has values that are NaN or infinite; such weights cannot be loaded again")
-    settings = {key: _plain(key, value) for key, value in {**own, **(settings or {})}.items()}
-    arguments |= {key: value for key, value in settings.items() if key not in theta and key not in own}
+    settings = {key: _plain(key, value) for key, value in {**stored, **(settings or {})}.items()}
+    arguments |= {key: value for key, value in settings.items() if key not in theta and key not in stored}
     return _Set(theta, rule, _public(name), origin, settings, arguments)
 
 

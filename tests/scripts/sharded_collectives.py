@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import test_rules as single  # noqa: E402
-from hf_lopt.rules import celo2  # noqa: E402
+from hf_lopt.step import orthogonal  # noqa: E402
 from ranks import leave  # noqa: E402
 
 
@@ -56,15 +56,15 @@ def record(name: str, mesh: Any, placements: list, count: int) -> dict[str, Any]
     wholes = [torch.randn(shape, generator=generator) for shape in shapes(count)]
     params = [torch.nn.Parameter(distribute_tensor(x, mesh, placements)) for x in wholes]
     optimizer = single.make(name, params)
-    orthogonalised, original = [], celo2.orthogonal
-    celo2.orthogonal = lambda x, dtype: orthogonalised.append(x.shape[-2:]) or original(x, dtype)
+    orthogonalised, original = [], orthogonal.orthogonal
+    orthogonal.orthogonal = lambda x, *how: orthogonalised.append(x.shape[-2:]) or original(x, *how)
     for t in range(3):  # the first step compares the ranks, the last is a usual one
         for p, g in zip(params, single.gradients(wholes, t), strict=True):
             p.grad = distribute_tensor(g, mesh, placements)
         orthogonalised.clear()
         with Collectives() as mode:
             optimizer.step(1.0)
-    celo2.orthogonal = original
+    orthogonal.orthogonal = original
     per_rank: list = [None] * dist.get_world_size()
     dist.all_gather_object(per_rank, len(orthogonalised))
     received: list = [None] * dist.get_world_size()

@@ -41,7 +41,7 @@ def step_features(step: Tensor) -> Tensor:
     return torch.tanh(step.to(torch.float32).unsqueeze(-1) / _constant(STEP_SCALES, step) - 1.0)
 
 
-def time_features(step: Tensor, num_training_steps: float) -> Tensor:
+def time_features(step: Tensor, num_training_steps: float | Tensor) -> Tensor:
     """tanh(10 (step / num_training_steps - tau)), shape (9,); ``step`` counts the steps done, 0 at the first."""
     fractions = _constant(TIME_FRACTIONS, step)
     return torch.tanh(10.0 * (step.to(torch.float32) / num_training_steps - fractions))

@@ -61,10 +61,10 @@ def read(files: Sequence[Path], *, bank_scale: float = 100.0) -> tuple[Theta, tu
         return tensors, ()
     format_ = next((f for f in FORMATS if f.marks <= tensors.keys()), None)
     if format_ is None:
-        known = ", ".join(f.name for f in FORMATS)
+        names = ", ".join(f.name for f in FORMATS)
         raise ValueError(
             f"{where}: the tensors {some_of(tensors)} belong to no known format (flax theta.state, theta paths, "
-            f"{known}). Convert the file to a mapping from theta path to array and pass that."
+            f"{names}). Convert the file to a mapping from theta path to array and pass that."
         )
     try:
         return format_.read(tensors, bank_scale), format_.absent
@@ -86,9 +86,9 @@ def write_published(
     """
     format_ = next((f for f in FORMATS if f.fits(theta)), None)
     if format_ is None:
-        known = ", ".join(f.name for f in FORMATS)
+        names = ", ".join(f.name for f in FORMATS)
         raise ValueError(
-            f"the leaves {some_of(theta)} fit no published folder format ({known}). Use format='theta_state' or "
+            f"the leaves {some_of(theta)} fit no published folder format ({names}). Use format='theta_state' or "
             "'safetensors', which hold any tree."
         )
     files = {}
