@@ -14,7 +14,8 @@ from hf_lopt.features import STAT_NONFINITE, STAT_PAIRS
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import AdamStep, ApplyNetwork, Arguments, Descend, FeatureSums, Sums, UpdateFactored
 from hf_lopt.kernels.dispatch import Operator
-from kernel_cases import Backend, Case
+from kernel_backends import Backend
+from kernel_cases import Case
 
 
 OPERATORS = {operator.name: operator for operator in ops.OPERATORS}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_lopt.kernels import dispatch
 from hf_lopt.kernels.arguments import Arguments
-from kernel_cases import CPU_BACKENDS, CUDA_BACKENDS
+from kernel_backends import CPU_BACKENDS, CUDA_BACKENDS
 from kernel_comparisons import OPERATORS
 from kernel_samples import arguments_on, samples
 

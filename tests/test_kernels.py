@@ -18,11 +18,9 @@ from torch import Tensor
 
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Assign
+from kernel_backends import BACKENDS, CPU_BACKENDS, CUDA_BACKENDS, threads
 from kernel_cases import (
     AXIS_ORDERS,
-    BACKENDS,
-    CPU_BACKENDS,
-    CUDA_BACKENDS,
     DTYPES,
     EXTREME_SIZES,
     FAMILIES,
@@ -33,7 +31,6 @@ from kernel_cases import (
     reference_step,
     shared_case,
     strided,
-    threads,
 )
 from kernel_comparisons import COMPARISONS, PASSES, close, compare, equal, outcome, plain_outcome
 

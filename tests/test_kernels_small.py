@@ -15,7 +15,8 @@ import torch
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Assign, Orthogonalize, SpecializeNetworks, ZeroNan
 from hf_lopt.kernels.reference import steps as reference
-from kernel_cases import BACKENDS, CPU_BACKENDS, CUDA_BACKENDS, Backend, strided, threads
+from kernel_backends import BACKENDS, CPU_BACKENDS, CUDA_BACKENDS, Backend, threads
+from kernel_cases import strided
 from kernel_comparisons import equal, outcome, plain_outcome
 from kernel_samples import COEFFICIENTS, advance, arguments_on, lstm, specialize
 
