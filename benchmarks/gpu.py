@@ -59,13 +59,15 @@ THREE_PASSES = ("velo", "small_fc_lopt")
 TARGETS = {("velo", "355M", "fp32"): 6.5, ("velo", "355M", "bf16"): 5.5, ("small_fc_lopt", "355M", "fp32"): 9.0}
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# The operators on the backend "cuda", and whole steps.
+OPERATORS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_small", "kernel_arguments", "cuda")]
 GRAPH, LAUNCHES = "captured", "profiler or waits"
 SANITIZER = "compute-sanitizer"
 SMALL_STEPS = [sys.executable, "-m", "benchmarks.gpu", "--small-steps"]
 # Part -> its checks: name and command.
 CHECKS: dict[str, dict[str, list[str]]] = {
     "golden": {"golden": [*PYTEST, "tests/test_golden.py", "-k", "cuda"]},
-    "properties": {"properties": [*PYTEST, "tests/test_cuda.py", "-k", f"not ({GRAPH} or {LAUNCHES})"]},
+    "properties": {"properties": [*PYTEST, *OPERATORS, "-k", f"cuda and not ({GRAPH} or {LAUNCHES})"]},
     "sanitizer": {
         tool: [SANITIZER, "--tool", tool, "--error-exitcode", "9", *SMALL_STEPS] for tool in ("memcheck", "racecheck")
     },

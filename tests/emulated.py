@@ -18,10 +18,13 @@ import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from hf_lopt import _load, _ops
+from hf_lopt.kernels import dispatch, ops
+from hf_lopt.kernels.arguments import Arguments
+from hf_lopt.kernels.dispatch import Operator
 from hf_lopt.rules import celo2
 
 
@@ -73,8 +76,8 @@ class Emulator:
 
     def __init__(self, path: Path):
         self.definitions = torch.library.Library("hf_lopt_emulated", "DEF")
-        for name, schema in _ops.SCHEMAS.items():
-            self.definitions.define(name + schema)
+        for operator in ops.OPERATORS:
+            self.definitions.define(operator.name + operator.arguments.schema())
         spec = importlib.util.spec_from_file_location("hf_lopt_emulated", path)
         importlib.util.module_from_spec(spec)  # loads it, which registers the kernels
         self._library = ctypes.CDLL(str(path))
@@ -105,27 +108,24 @@ class Emulator:
 
     @contextlib.contextmanager
     def everywhere(self) -> Iterator[None]:
-        """A context in which the operators of hf_lopt take CPU tensors to these kernels, where they cover a call."""
-        originals, apart = {name: getattr(_ops, name) for name in _ops.SCHEMAS}, celo2._STACKS_APART
-        for name in originals:
-            setattr(_ops, name, self._operator(name))
+        """A context in which the operators of hf_lopt take CPU tensors to these kernels, where they support a call."""
+        original, apart = Operator.__call__, celo2._STACKS_APART
+        Operator.__call__ = _call
         celo2._STACKS_APART = frozenset()
         try:
             yield
         finally:
             celo2._STACKS_APART = apart
-            for name, original in originals.items():
-                setattr(_ops, name, original)
+            Operator.__call__ = original
 
-    def _operator(self, name: str):
-        overload = getattr(torch.ops.hf_lopt_emulated, name).default
-        plain, covers = _ops.KERNELS[name][0], _load.CALLS[name][1]
 
-        def call(*args):
-            covered = _load.enabled() and covers(*args) and _load.covers_on_cuda(name, *args)
-            return overload(*args) if covered else plain(*args)
-
-        return call
+def _call(operator: Operator, arguments: Arguments) -> Any:
+    """What an operator does on a GPU."""
+    if not (dispatch.enabled() and dispatch.supports(arguments, "cuda")):
+        return operator.reference(arguments)
+    if operator._written:
+        torch.autograd.graph.increment_version(operator._changed(arguments))
+    return getattr(torch.ops.hf_lopt_emulated, operator.name).default(**vars(arguments))
 
 
 @functools.cache

@@ -1,61 +1,38 @@
-"""Arguments for the operators of a step, and what the tests of the compiled kernels share."""
+"""Lists of tensors with random contents, and the arguments of every pass over them."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hf_lopt import _load, _ops
-from hf_lopt._plain import slice_indices
-from hf_lopt.accumulators import factored_axes, update_factored
-from hf_lopt.features import VELO, ElementFeatures
-from hf_lopt.rules.batches import matrix_axes
-
-
-SMALL_FC = ElementFeatures(
-    names=tuple("g p m v m_rsqrt_v rsqrt_v fac_g row col rsqrt_row rsqrt_col fac_m".split()),
-    clip=math.inf,
-    diagonal_eps=1e-6,
+from hf_lopt import features
+from hf_lopt.features import ElementFeatures
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import (
+    AdamStep,
+    ApplyNetwork,
+    Descend,
+    FeatureSums,
+    Sums,
+    UpdateFactored,
 )
-CELO2 = replace(VELO, second_eps=1e-8, norm_eps=1e-9)
-FAMILIES = {"velo": (VELO, 4), "small_fc": (SMALL_FC, 32), "celo2": (CELO2, 8)}
-DECAYS = VELO.decays
+from hf_lopt.kernels.reference.passes import slice_indices
+from hf_lopt.step.accumulators import factored_axes
+from hf_lopt.step.tensors import matrix_axes
 
 
-def instruction_sets() -> list[str]:
-    """Those that this build has and this processor runs."""
-    if not _load.loaded():
-        return []
-    best, found = torch.ops.hf_lopt.cpu_kernels(""), []
-    for name in ("avx512", "avx2", "portable"):
-        with contextlib.suppress(RuntimeError):
-            found.append(torch.ops.hf_lopt.cpu_kernels(name))
-    torch.ops.hf_lopt.cpu_kernels(best)
-    return found
-
-
-@contextlib.contextmanager
-def instruction_set(name: str):
-    before = torch.ops.hf_lopt.cpu_kernels("")
-    torch.ops.hf_lopt.cpu_kernels(name)
-    try:
-        yield
-    finally:
-        torch.ops.hf_lopt.cpu_kernels(before)
-
-
-@contextlib.contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# Features and units of the hidden layers: of VeLO and Celo, of the small networks, of Celo2.
+FAMILIES = {"velo": (features.VELO, 4), "small_fc": (features.SMALL_FC, 32), "celo2": (features.CELO2, 8)}
+SHAPES = [(), (1,), (7,), (1, 1), (1, 6), (5, 9), (9, 5), (6, 6), (3, 4, 5), (8, 4, 3, 3), (4, 8, 3, 3), (3, 3, 4, 8)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "transposed", "every second", "channels last"]
+AXIS_ORDERS = ["torch", "jax", "torch_transposed", "torch_stacked"]
+EXTREME_SIZES = [0.0, 1e-42, 1e-20, 1e-10, 0.05, 900.0, 1e4, 1e10, 1e20]
 
 
 def strided(x: Tensor, layout: str) -> Tensor:
@@ -70,13 +47,21 @@ def strided(x: Tensor, layout: str) -> Tensor:
 
 
 def moved(x: Tensor, device: str) -> Tensor:
-    """The same numbers and strides on another device."""
+    """The same numbers and strides on another device; numbers that share a place get places of their own."""
+    if x.device == torch.device(device):
+        return x
+    if 0 in x.stride():
+        return x.to(device)
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 @dataclass
 class Case:
-    """The arguments of all passes for a list of tensors with random contents."""
+    """A list of tensors with random contents, and the arguments of every pass over them.
+
+    What a pass takes from the one before comes from the plain kernels. `scale` and `decay` are the same for all
+    results; `compared` keeps what the plain kernels make of it.
+    """
 
     features: ElementFeatures
     units: int
@@ -87,16 +72,18 @@ class Case:
     diagonals: list[Tensor]
     rows: list[Tensor]
     cols: list[Tensor]
-    axes: list[tuple[int, int]]
-    generator: torch.Generator
-    slice_axes: tuple[int, ...] = ()
+    row_axes: list[int]
+    col_axes: list[int]
+    slice_axes: list[int]
+    scale: float = 1e-3
+    decay: float = 1e-4
+    compared: dict[str, list] = field(default_factory=dict)
 
-    def slices(self, xs: list[Tensor]) -> list[Tensor]:
+    def slices(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """The parts of parameter-shaped tensors that have results of their own."""
         if not self.slice_axes:
-            return xs
-        pairs = [self.slice_axes[2 * t : 2 * t + 2] for t in range(len(xs))]
-        return [x[i] for x, pair in zip(xs, pairs, strict=True) for i in slice_indices(x.shape, pair)]
+            return list(xs)
+        return [x[i] for t, x in enumerate(xs) for i in slice_indices(x.shape, self.slice_axes[2 * t : 2 * t + 2])]
 
     @property
     def device(self) -> torch.device:
@@ -104,57 +91,170 @@ class Case:
 
     def to(self, device: str) -> Case:
         """The same tensors elsewhere, with their strides."""
+        if device == "cpu":
+            return self
         lists = ("params", "grads", "momenta", "second_moments", "diagonals", "rows", "cols")
-        return replace(self, **{name: [moved(x, device) for x in getattr(self, name)] for name in lists})
+        return replace(self, compared={}, **{name: [moved(x, device) for x in getattr(self, name)] for name in lists})
 
-    def first_pass(self, moments: bool) -> tuple:
-        a, b = zip(*self.axes, strict=True)
-        return _ops.sums(self.params, self.grads, self.momenta, self.second_moments, a, b, self.features.clip, moments)
+    def numbers(self, first: float, last: float | None = None, count: int | None = None) -> Tensor:
+        """A number for each tensor, or for each of ``count``."""
+        count = len(self.params) if count is None else count
+        return torch.linspace(first, first if last is None else last, count, device=self.device)
 
-    def factors(self):
-        a, b = zip(*self.axes, strict=True)
-        with _ops.plain():
-            row_sums, col_sums, _ = self.first_pass(False)
-        shapes = [p.shape for p in self.params]
-        return update_factored(self.rows, self.cols, row_sums, col_sums, shapes, a, b, DECAYS.factored)
+    def flag(self, skip: bool) -> Tensor:
+        return torch.tensor(skip, device=self.device)
 
-    def common(self, f) -> tuple:
-        a, b = zip(*self.axes, strict=True)
-        return (
-            *(self.features.names, self.params, self.grads, self.momenta, self.second_moments, self.diagonals),
-            *(f.rows, f.cols, f.row_factors, f.col_factors, a, b, self.slice_axes),
-            *(DECAYS.momentum, DECAYS.second_moment, DECAYS.factored),
-            *(self.features.clip, self.features.second_eps, self.features.diagonal_eps),
+    def sums(self, moments: bool = True) -> Sums:
+        return Sums(
+            params=self.params,
+            grads=self.grads,
+            momenta=self.momenta,
+            second_moments=self.second_moments,
+            row_axes=self.row_axes,
+            col_axes=self.col_axes,
+            clip=self.features.clip,
+            moments=moments,
         )
 
-    def network(self, sums: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights of a size that a trained network has, with the scales folded in."""
-        params, sizes = self.slices(self.params), (sum(self.features.widths()), self.units, self.units, 2)
-        count, numel = len(params), torch.tensor([max(p.numel(), 1) for p in params], device=self.device)
-        scale = (sums / numel.unsqueeze(1) + self.features.norm_eps).rsqrt().float()
+    def update_factored(self) -> UpdateFactored:
+        with ops.plain():
+            row_sums, col_sums, _ = ops.sums(self.sums(moments=False))
+        sizes = (
+            [p.shape[axis] if axis >= 0 else 1 for p, axis in zip(self.params, axes, strict=True)]
+            for axes in (self.row_axes, self.col_axes)
+        )
+        row_sizes, col_sizes = sizes
+        return UpdateFactored(
+            rows=self.rows,
+            cols=self.cols,
+            row_sums=row_sums,
+            col_sums=col_sums,
+            row_means=[torch.empty(0, device=self.device) for _ in self.params],
+            row_sizes=row_sizes,
+            col_sizes=col_sizes,
+            row_axes=self.row_axes,
+            col_axes=self.col_axes,
+            decays=self.features.decays.factored,
+        )
+
+    @functools.cached_property
+    def feature_arguments(self) -> dict:
+        """What both later passes take."""
+        with ops.plain():
+            rows, cols, row_factors, col_factors = ops.update_factored(self.update_factored())
+        return {
+            "features": self.features.names,
+            "params": self.params,
+            "grads": self.grads,
+            "momenta": self.momenta,
+            "second_moments": self.second_moments,
+            "diagonals": self.diagonals,
+            "rows": rows,
+            "cols": cols,
+            "row_factors": row_factors,
+            "col_factors": col_factors,
+            "row_axes": self.row_axes,
+            "col_axes": self.col_axes,
+            "slice_axes": self.slice_axes,
+            "momentum_decays": self.features.decays.momentum,
+            "second_decays": self.features.decays.second_moment,
+            "factored_decays": self.features.decays.factored,
+            "clip": self.features.clip,
+            "second_eps": self.features.second_eps,
+            "diagonal_eps": self.features.diagonal_eps,
+        }
+
+    def feature_sums(self) -> FeatureSums:
+        return FeatureSums(**self.feature_arguments)
+
+    @functools.cached_property
+    def sums_of_squares(self) -> Tensor:
+        """Of every feature column, by the plain kernel."""
+        with ops.plain():
+            return ops.feature_sums(self.feature_sums())
+
+    @functools.cached_property
+    def network(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of a size that a trained network has, with the scales of the features folded in."""
+        params, generator = self.slices(self.params), torch.Generator().manual_seed(1)
+        widths = (sum(self.features.widths()), self.units, self.units, 2)
+        numel = torch.tensor([max(p.numel(), 1) for p in params], device=self.device)
+        scale = (self.sums_of_squares / numel.unsqueeze(1) + self.features.norm_eps).rsqrt().float()
         weights = [
-            torch.randn(count, n_in, n_out, generator=self.generator) / math.sqrt(n_in)
-            for n_in, n_out in zip(sizes, sizes[1:], strict=False)
+            torch.randn(len(params), n_in, n_out, generator=generator) / math.sqrt(n_in)
+            for n_in, n_out in zip(widths, widths[1:], strict=False)
         ]
-        biases = [torch.randn(count, n, generator=self.generator) * 0.3 for n in sizes[1:]]
+        biases = [torch.randn(len(params), n, generator=generator) * 0.3 for n in widths[1:]]
         weights, biases = ([x.to(self.device) for x in xs] for xs in (weights, biases))
         weights[0] *= scale.unsqueeze(2)
         return weights, biases
 
+    def apply_network(self, skip: bool = False, into_out: bool = False) -> ApplyNetwork:
+        weights, biases = self.network
+        count = len(self.slices(self.params))
+        return ApplyNetwork(
+            **self.feature_arguments,
+            weights=weights,
+            biases=biases,
+            scale=self.numbers(self.scale, count=count),
+            decay=self.numbers(self.decay, count=count),
+            exp_mult=1e-3,
+            skip=self.flag(skip),
+            out=[torch.empty(p.shape, device=self.device) for p in self.params] if into_out else [],
+        )
+
+    def adam_step(self, skip: bool = False) -> AdamStep:
+        return AdamStep(
+            params=self.params,
+            grads=self.grads,
+            momenta=[m[:1].clone() for m in self.momenta],
+            second_moments=self.second_moments,
+            momentum_decay=0.9,
+            second_decay=0.95,
+            clip=1000.0,
+            scale=self.numbers(1e-3, 2e-3),
+            decay=self.numbers(0.01),
+            momentum_correction=torch.tensor(1.5, device=self.device),
+            second_correction=torch.tensor(2.5, device=self.device),
+            inner_eps=1e-10,
+            outer_eps=1e-8,
+            skip=self.flag(skip),
+        )
+
+    def steps(self, layout: str = "contiguous") -> list[Tensor]:
+        """Steps that have been computed before."""
+        generator = torch.Generator().manual_seed(2)
+        steps = [strided(torch.randn(p.shape, generator=generator), layout) for p in self.params]
+        return [moved(x, str(self.device)) for x in steps]
+
+    def descend(self, skip: bool = False, layout: str = "contiguous") -> Descend:
+        return Descend(
+            params=self.params,
+            steps=self.steps(layout),
+            lr=self.numbers(0.1, 0.2),
+            weight_decay=self.numbers(3.0, 0.1),
+            squares=None,
+            numel=None,
+            norm_eps=0.0,
+            slice_axes=[],
+            skip=self.flag(skip),
+        )
+
 
 def case(
-    shapes,
+    shapes: Sequence[tuple[int, ...]],
     family: str = "velo",
-    p_dtype=torch.float32,
-    g_dtype=torch.float32,
+    p_dtype: torch.dtype = torch.float32,
+    g_dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     size: float = 1.0,
     seed: int = 0,
     order: str = "torch",
     sliced: bool = False,
 ) -> Case:
-    """Random arguments; ``sliced``: tensors of more than two axes are stacks of matrices, as Celo2 takes them."""
-    features, units = FAMILIES[family]
+    """Random contents; ``size``: of the gradients. ``sliced``: tensors of more than two axes are stacks of matrices,
+    as Celo2 takes them."""
+    row, units = FAMILIES[family]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -175,16 +275,57 @@ def case(
         return torch.rand(3, *(n for i, n in enumerate(s) if i != axis), generator=generator) * typical**2
 
     return Case(
-        *(features, units, params, grads),
+        *(row, units, params, grads),
         momenta=[normal(3, *s) * typical * 0.3 for s in shapes],
         second_moments=[normal(1, *s).square() * typical**2 for s in shapes],
         diagonals=[normal(3, *s).square() * typical**2 if len(s) < 2 else torch.empty(0) for s in shapes],
         rows=[vector(s, a) for s, (a, _) in zip(shapes, axes, strict=True)],
         cols=[vector(s, b) for s, (_, b) in zip(shapes, axes, strict=True)],
-        axes=axes,
-        generator=generator,
-        slice_axes=tuple(axis for s in shapes for axis in matrix_axes(len(s), order)) if sliced else (),
+        row_axes=[a for a, _ in axes],
+        col_axes=[b for _, b in axes],
+        slice_axes=[axis for s in shapes for axis in matrix_axes(len(s), order)] if sliced else [],
     )
 
 
-SHAPES = [(), (1,), (7,), (1, 1), (1, 6), (5, 9), (9, 5), (6, 6), (3, 4, 5), (8, 4, 3, 3), (4, 8, 3, 3), (3, 3, 4, 8)]
+@functools.cache
+def shared_case(shapes: tuple[tuple[int, ...], ...], *arguments, **keywords) -> Case:
+    """One that several backends compare with; nothing may change it."""
+    return case(shapes, *arguments, **keywords)
+
+
+# ---- float64 --------------------
+
+
+def reference_step(x: Case) -> list[Tensor]:
+    """The network's step in float64, written from the formulas, for tensors of rank 2."""
+    steps, decays, (weights, biases) = [], x.features.decays, x.network
+    for t, (a, b) in enumerate(zip(x.row_axes, x.col_axes, strict=True)):
+        g = x.grads[t].double().clamp(-x.features.clip, x.features.clip)
+        m = torch.stack([d * m + (1 - d) * g for d, m in zip(decays.momentum, x.momenta[t].double(), strict=True)])
+        (c,) = decays.second_moment
+        v = c * x.second_moments[t].double() + (1 - c) * g * g
+        q = (v + x.features.second_eps).rsqrt()
+        row, row_factor = (x.feature_arguments[key][t].double().unsqueeze(a + 1) for key in ("rows", "row_factors"))
+        col, col_factor = (x.feature_arguments[key][t].double().unsqueeze(b + 1) for key in ("cols", "col_factors"))
+        whole = torch.ones_like(m)
+        columns = {
+            "g": g[None],
+            "clip_g": g[None].clamp(-0.1, 0.1),
+            "p": x.params[t].double()[None],
+            "m": m,
+            "v": v,
+            "m_rsqrt_v": m * q,
+            "rsqrt_v": q,
+            "fac_g": g * row_factor * col_factor,
+            "g_rsqrt_v": g * q,
+            "row": row * whole,
+            "col": col * whole,
+            "rsqrt_row": (row + 1e-8).rsqrt() * whole,
+            "rsqrt_col": (col + 1e-8).rsqrt() * whole,
+            "fac_m": m * row_factor * col_factor,
+        }
+        z = torch.cat([columns[name] for name in x.features.names]).movedim(0, -1)
+        for i, (w, bias) in enumerate(zip(weights, biases, strict=True)):
+            z = (z.relu() if i else z) @ w[t].double() + bias[t].double()
+        steps.append(x.scale * z[..., 0] * torch.exp(1e-3 * z[..., 1]))
+    return steps

@@ -1,57 +1,26 @@
-"""What only a GPU can show; skipped without one. ``python -m benchmarks.gpu`` runs this file and more."""
+"""Whole steps on a GPU: captures, streams, launches and waits; skipped without one.
+
+The operators are compared in tests/test_kernels.py and tests/test_kernels_small.py, in the rows of the backend "cuda".
+``python -m benchmarks.gpu`` runs these, this file and more.
+"""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 
 import hf_lopt
 from benchmarks.step import gpt2, random_weights
-from hf_lopt import _load, _ops, rules
-from kernel_cases import FAMILIES, SHAPES, case
-from test_kernels import compare, everything
+from hf_lopt import rules
+from hf_lopt.kernels import dispatch
+from kernel_cases import SHAPES
+from kernel_comparisons import equal
 
 
 pytestmark = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _load.loaded("cuda")), reason="no GPU, or no CUDA kernels: not run"
+    not (torch.cuda.is_available() and dispatch.loaded("cuda")), reason="no GPU, or no CUDA kernels: not run"
 )
 LARGE = [(130,), (33, 70), (70, 33), (2, 9000), (9000, 2), (4100,), (700, 300), (300, 700)]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_follow_the_plain_ones(family, dtype):
-    compare(case([*SHAPES, *LARGE], family, dtype, dtype).to("cuda"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("order", ["torch", "jax", "torch_stacked"])
-def test_stacks_of_matrices(family, dtype, order):
-    shapes = [*SHAPES, (4, 33, 20), (130, 70, 3, 3), (64, 3, 7, 7), (2, 3, 2, 5, 4), (5, 260, 300)]
-    compare(case(shapes, family, dtype, dtype, order=order, sliced=True).to("cuda"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["transposed", "every second", "channels last"])
-def test_parameters_of_any_strides(family, layout):
-    compare(case([*SHAPES, (40, 33)], family, layout=layout).to("cuda"))
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-20, 1e-10, 0.05, 900.0, 1e4, 1e10, 1e20])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_extreme_gradients(family, size):
-    compare(case([(), (7,), (5, 9), (33, 70)], family, size=size).to("cuda"))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_results_are_the_same_bit_by_bit(family):
-    x = case([*SHAPES, *LARGE], family, size=0.5).to("cuda")
-    first = everything(x)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(first, everything(x), strict=True))
 
 
 def optimizer_and_params(rule: str, shapes, dtype=torch.float32, **settings):
@@ -135,7 +104,7 @@ def test_a_step_on_another_stream_and_device_guard():
     for _ in range(3):
         optimizer.step(1.0)
     torch.cuda.current_stream().wait_stream(stream)
-    assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
+    assert equal(params, other_params)
 
 
 def test_more_than_four_billion_bytes():
@@ -147,11 +116,3 @@ def test_more_than_four_billion_bytes():
     optimizer = hf_lopt.SmallFC([p], weights="bundled", lr=1e3)
     optimizer.step()
     assert torch.equal(p[0], p[-1]) and p[-1].abs().max() > 0
-
-
-def test_plain_kernels_can_be_asked_for():
-    x = case([(33, 70)]).to("cuda")
-    y = copy.deepcopy(x)
-    with _ops.plain():
-        want = y.first_pass(True)[2]
-    torch.testing.assert_close(x.first_pass(True)[2], want, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,8 @@
-"""The CUDA kernels, run on the host thread by thread, against the plain kernels and the reference trajectories.
+"""What the emulator shows of the CUDA kernels beside their numbers: launches, tables, orders of blocks, captures; and
+whole steps of the rules against the reference trajectories.
 
-Same tiles, same order of sums, same tables; see docs/kernels.md for what this can and cannot show.
+Same tiles, same order of sums, same tables as on a GPU; see docs/kernels.md for what this can and cannot show. The
+numbers of each operator are compared in tests/test_kernels.py and tests/test_kernels_small.py.
 """
 
 from __future__ import annotations
@@ -9,257 +11,91 @@ import contextlib
 import copy
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import cases
 import hf_lopt
 import test_golden
-import test_kernels
 import test_meta_particles
 from emulated import compiler, emulator
-from hf_lopt import _ops, _plain_scheduler, rules
-from kernel_cases import FAMILIES, SHAPES, case
+from hf_lopt import rules
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.arguments import Assign
+from kernel_cases import FAMILIES, Case, case
+from kernel_comparisons import equal, outcome
+from kernel_samples import samples
+from test_kernels import STACKS, everything
 
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler, or HF_LOPT_KERNELS=torch")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def kernels():
-    yield emulator()
+# Launches of an operator: one for all tensors.
+LAUNCHES = dict.fromkeys((operator.name for operator in ops.OPERATORS), 1) | {"orthogonalize": 0}
 
 
 @pytest.fixture
-def emulated(kernels):
-    with kernels.everywhere():
-        yield kernels
-
-
-# ---- the passes --------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_kernels_follow_the_plain_ones(emulated, family):
-    before = emulated.launches
-    test_kernels.compare(
-        case([*SHAPES, (130,), (33, 70), (70, 33), (2, 900), (600, 2), (300, 140), (2, 3, 200)], family)
-    )
-    assert emulated.launches > before
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["transposed", "every second", "channels last"])
-def test_parameters_of_any_strides(emulated, family, layout):
-    test_kernels.compare(case([*SHAPES, (40, 33)], family, layout=layout))
-
-
-@pytest.mark.parametrize("p_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("g_dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_half_precision_in_any_mix(emulated, p_dtype, g_dtype):
-    for family in ("velo", "small_fc"):
-        test_kernels.compare(case([(7,), (5, 9), (4, 68), (33, 70), (8, 4, 3, 3)], family, p_dtype, g_dtype))
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-20, 0.05, 900.0, 1e4, 1e10, 1e20])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_extreme_gradients(emulated, family, size):
-    test_kernels.compare(case([(), (7,), (5, 9), (33, 70)], family, size=size))
-
-
-# Slices over the last axes and over others, factored over the same axes and over others, transposed and not.
-STACKS = [*SHAPES, (4, 33, 20), (33, 70, 2), (3, 3, 20, 36), (40, 6, 3, 3), (6, 3, 7, 7), (2, 3, 2, 5, 4), (130,)]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("order", ["torch", "jax", "torch_transposed", "torch_stacked"])
-def test_stacks_of_matrices(emulated, family, order):
-    before = emulated.launches
-    test_kernels.compare(case(STACKS, family, order=order, sliced=True))
-    assert emulated.launches >= before + 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_stacks_in_half_precision(emulated, dtype):
-    test_kernels.compare(case([*STACKS, (0, 3, 2, 2), (3, 4, 0)], "celo2", dtype, dtype, sliced=True))
-
-
-@pytest.mark.parametrize("order", ["torch", "jax", "torch_stacked"])
-@pytest.mark.parametrize("numbers", ["tensor", "slice"])
-def test_descend_brings_slices_to_a_mean_square_of_one(emulated, order, numbers):
-    before = emulated.launches
-    test_kernels.descend_by_slices(order, numbers)
-    assert emulated.launches == before + 1
-
-
-def test_empty_tensors(emulated):
-    for shapes in ([(0,), (5, 9)], [(0, 4), (4, 0), (7,)], [(0,), (3, 0)]):
-        test_kernels.compare(case(shapes))
-
-
-def test_more_tensors_than_threads(emulated):
-    test_kernels.compare(case([(3, 2), (5,), ()] * 350))
-
-
-def test_memory_that_is_not_aligned_for_wide_loads(emulated):
-    x = case([(5, 8), (16, 12)])
-    x.params = [torch.cat([torch.zeros(1), p.flatten()])[1:].view(p.shape) for p in x.params]
-    test_kernels.compare(x)
-
-
-axis_sizes = st.sampled_from([1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 100, 129, 260])
-
-
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(
-    shapes=st.lists(
-        st.one_of(
-            st.tuples(st.integers(0, 500)),
-            st.tuples(axis_sizes, axis_sizes),
-            st.tuples(axis_sizes, st.integers(1, 4), axis_sizes),
-            st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.integers(1, 4)),
-        ),
-        min_size=1,
-        max_size=3,
-    ),
-    family=st.sampled_from(list(FAMILIES)),
-    p_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    g_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    layout=st.sampled_from(["contiguous", "transposed"]),
-    order=st.sampled_from(["torch", "jax"]),
-    size=st.sampled_from([1e-4, 1.0, 2e3]),
-    seed=st.integers(0, 100),
-)
-def test_any_list_of_tensors(shapes, family, p_dtype, g_dtype, layout, order, size, seed):
+def emulated():
     with emulator().everywhere():
-        test_kernels.compare(case(shapes, family, p_dtype, g_dtype, layout, size, seed, order))
+        yield emulator()
 
 
-def test_split_bfloat16_is_close_to_float64(emulated):
-    """The matrix units' share: 1e-4 of the update is allowed, a hundredth of what plain bfloat16 would lose."""
-    x = case([(70, 200)], "small_fc", size=0.3)
-    f = x.factors()
-    with _ops.plain():
-        weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    (want,) = test_kernels.reference_step(x, f, weights, biases, 1e-3)
-    (out,) = [torch.empty(p.shape) for p in x.params]
-    arguments = (weights, biases, torch.full((1,), 1e-3), torch.zeros(1), 1e-3, torch.tensor(False), [out])
-    _ops.apply_network(*x.common(f), *arguments)
-    assert (out - want).abs().max() <= 1e-4 * want.abs().max()
+# ---- launches --------------------
 
 
-def test_adam_and_descend(emulated):
-    for dtype in (torch.float32, torch.bfloat16):
-        x = case([*SHAPES, (70, 33)], p_dtype=dtype, g_dtype=dtype, size=700.0)
-        x.momenta = [m[:1].clone() for m in x.momenta]
-        count, results = len(x.params), []
-        for plain in (False, True):
-            y = copy.deepcopy(x)
-            adam, descend = (
-                (_plain_kernel("adam_step"), _plain_kernel("descend")) if plain else (_ops.adam_step, _ops.descend)
-            )
-            scale, decay, skip = torch.linspace(1e-3, 2e-3, count), torch.full((count,), 0.01), torch.tensor(False)
-            sums = adam(
-                *(y.params, y.grads, y.momenta, y.second_moments, 0.9, 0.95, 1000.0, scale, decay),
-                *(torch.tensor(1.5), torch.tensor(2.5), 1e-10, 1e-8, skip),
-            )
-            steps = [g.float() for g in y.grads]
-            descend(y.params, steps, scale * 1e-3, decay, None, None, 0.0, (), skip)
-            results.append((sums, *y.params, *y.momenta, *y.second_moments))
-        for got, want in zip(*results, strict=True):
-            test_kernels.close(got, want, max(torch.finfo(got.dtype).eps, 1e-6) * 2, "Adam")
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_an_operator_is_one_launch(emulated, name):
+    arguments = samples()[name]
+    before = emulated.launches
+    outcome(arguments)
+    assert emulated.launches == before + LAUNCHES[name]
 
 
-def test_adam_with_numbers_for_each_slice(emulated):
-    """Σ step² is that of a whole tensor, whose slices have tiles of their own."""
-    x = case([(3, 7), (3, 70, 500), (3, 1), (3, 0)])
-    x.momenta = [m[:1].clone() for m in x.momenta]
-    scale, decay = torch.linspace(1e-3, 2e-3, 12), torch.linspace(0.1, 0.2, 12)
-    results = []
-    for adam in (_ops.adam_step, _plain_kernel("adam_step")):
-        y = copy.deepcopy(x)
-        sums = adam(
-            *(y.params, y.grads, y.momenta, y.second_moments, 0.9, 0.95, math.inf, scale, decay),
-            *(torch.tensor(1.0), torch.tensor(1.0), 0.0, 1e-8, torch.tensor(False)),
-        )
-        results.append((sums, *y.params, *y.momenta, *y.second_moments))
-    for got, want in zip(*results, strict=True):
-        test_kernels.close(got, want, 2e-6, "Adam")
-
-
-def _plain_kernel(name: str):
-    return _ops.KERNELS[name][0]
-
-
-def test_skip_changes_nothing(emulated):
-    x = case(SHAPES)
-    f = x.factors()
-    weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    before = copy.deepcopy((x.params, x.momenta, x.second_moments, x.diagonals))
-    one, skip = torch.ones(len(x.params)), torch.tensor(True)
-    _ops.apply_network(*x.common(f), weights, biases, one, one, 1e-3, skip, ())
-    _ops.descend(x.params, [torch.ones_like(p) for p in x.params], one, one, None, None, 0.0, (), skip)
-    _ops.assign(x.momenta, [torch.ones_like(m) for m in x.momenta], skip)
-    for old, new in zip(before, (x.params, x.momenta, x.second_moments, x.diagonals), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(old, new, strict=True))
-
-
-def test_zero_nan(emulated):
-    for dtype in (torch.float32, torch.bfloat16):
-        xs = [
-            torch.tensor([math.nan, -math.inf, 1.5, math.inf, math.nan], dtype=dtype),
-            torch.ones(300, 7, dtype=dtype),
-        ]
-        xs[1][299, 3] = math.nan
-        _ops.zero_nan(xs)
-        assert xs[0].tolist() == [0.0, -math.inf, 1.5, math.inf, 0.0]
-        assert xs[1][299, 3] == 0 and xs[1].sum() == 2099
+def test_so_it_is_for_many_tensors_and_slices(emulated):
+    x = case(STACKS * 10, sliced=True)
+    calls = (
+        x.sums(),
+        x.update_factored(),
+        x.feature_sums(),
+        x.apply_network(),
+        replace(x.descend(), slice_axes=x.slice_axes),
+    )
+    for arguments in calls:
+        before = emulated.launches
+        outcome(arguments)
+        assert emulated.launches == before + 1
 
 
 def test_no_launch_without_blocks(emulated):
     """A rank may hold no part of any tensor; a grid of no blocks is an error on a GPU."""
     x = case([(0, 3, 4), (0,)], sliced=True)
-    f = x.factors()
-    before = emulated.launches
-    sums = _ops.feature_sums(*x.common(f))
-    assert sums.shape == (5, sum(x.features.widths())) and not sums.any()
-    weights, biases = x.network(sums)
-    one, no = torch.ones(5), torch.tensor(False)
-    _ops.apply_network(*x.common(f), weights, biases, one, one, 1e-3, no, ())
-    _ops.descend(x.params, x.grads, one[:2], one[:2], None, None, 0.0, (), no)
-    _ops.assign(x.params, x.grads, no)
-    numbers = torch.empty(0, dtype=torch.float64)
-    rates = torch.empty(0)
-    folded = _ops.fold_network(
-        *(
-            torch.zeros(1, 11),
-            (2, 2, 1, 1),
-            1,
-            None,
-            numbers.view(0, 2),
-            numbers,
-            1e-9,
-            rates,
-            rates,
-            [],
-            None,
-            1.0,
-            -1,
-        )
+    numbers, rates = torch.empty(0, dtype=torch.float64), torch.empty(0)
+    specialize = replace(
+        samples()["specialize_networks"],
+        networks=torch.zeros(1, 11),
+        sizes=(2, 2, 1, 1),
+        outputs=1,
+        constants=None,
+        sums=numbers.view(0, 2),
+        numel=numbers,
+        lr=rates,
+        weight_decay=rates,
+        factors=[],
+        floor=None,
     )
-    assert folded[0].shape[0] == 0 and emulated.launches == before
+    apply = x.apply_network()
+    before = emulated.launches
+    sums = ops.feature_sums(x.feature_sums())
+    assert sums.shape == (5, sum(x.features.widths())) and not sums.any()
+    ops.apply_network(apply)
+    ops.descend(x.descend())
+    ops.assign(Assign(x.params, x.grads, torch.tensor(False)))
+    assert ops.specialize_networks(specialize)[0].shape[0] == 0
+    assert emulated.launches == before
 
 
-def test_non_finite_gradients_are_counted(emulated):
-    x = case([(33, 70), (5,), ()])
-    x.grads[0][3, 4], x.grads[0][30, 69], x.grads[1][2] = math.nan, math.inf, -math.inf
-    assert x.first_pass(False)[2][:, 0].tolist() == [2, 1, 0]
-
-
-# ---- what must be the same, bit by bit --------------------
+# ---- the order of blocks and threads --------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -270,38 +106,29 @@ def test_bits_do_not_depend_on_the_order_of_blocks_and_threads(emulated, family)
     try:
         for seed in (0, 1, 2):
             emulated.shuffle(seed)
-            results.append(test_kernels.everything(x))
+            results.append(everything(x))
     finally:
         emulated.shuffle(0)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_of_an_update_are_those_of_the_next_first_pass(emulated, dtype):
-    """So a run that resumes from a checkpoint goes on bit by bit like one that was not interrupted."""
-    x = case([(), (7,), (600,), (33, 70), (300, 130), (8, 4, 3, 3)], p_dtype=dtype, g_dtype=dtype)
-    f = x.factors()
-    weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    one = torch.ones(len(x.params))
-    _, stats = _ops.apply_network(*x.common(f), weights, biases, one * 1e-3, one * 0, 1e-3, torch.tensor(False), ())
-    assert torch.equal(stats[:, 2:], x.first_pass(True)[2][:, 2:])
+    assert all(equal(results[0], other) for other in results[1:])
 
 
 # ---- tables --------------------
 
 
+def first_pass(x: Case) -> list[torch.Tensor]:
+    return ops.sums(x.sums(moments=False))[0]
+
+
 def test_tables_are_sent_once(emulated):
     x = case([(5, 9), (7,)])
-    results = [x.first_pass(False)]  # kept, so that the memory of the results moves
+    results = [first_pass(x)]  # kept, so that the memory of the results moves
     before = emulated.table_copies
-    results.append(x.first_pass(False))
+    results.append(first_pass(x))
     assert emulated.table_copies == before, "the same tensors need no new table"
     x.grads[1] = x.grads[1].clone()
-    results.append(x.first_pass(False))
+    results.append(first_pass(x))
     assert emulated.table_copies == before + 1
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0][0], other[0], strict=True))
+    assert all(equal(results[0], other) for other in results[1:])
 
 
 def test_each_model_has_tables_of_its_own(emulated):
@@ -309,7 +136,7 @@ def test_each_model_has_tables_of_its_own(emulated):
     x = case([(3, 11), (8,)])
     y = copy.deepcopy(x)
     before = emulated.table_copies
-    kept = [x.first_pass(False), y.first_pass(False), x.first_pass(False), y.first_pass(False)]
+    kept = [first_pass(x), first_pass(y), first_pass(x), first_pass(y)]
     assert emulated.table_copies == before + 2 and len(kept) == 4
 
 
@@ -318,97 +145,14 @@ def test_a_graph_has_tables_of_its_own(emulated):
     x = case([(6, 10), (8,)])
     with emulated.capture(1):
         before = emulated.table_copies
-        x.first_pass(False)
-        x.first_pass(False)
+        first_pass(x)
+        first_pass(x)
         assert emulated.table_copies == before + 1
-    x.first_pass(False)
+    first_pass(x)
     assert emulated.table_copies == before + 2
     with emulated.capture(2):
-        x.first_pass(False)
+        first_pass(x)
     assert emulated.table_copies == before + 2, "a table that is there is good for a graph, too"
-
-
-# ---- between the passes --------------------
-
-
-@pytest.mark.parametrize("loss, gradient", [(1.5, 0.0), (math.nan, 0.0), (2.0, 1.0)])
-@pytest.mark.parametrize("own", [True, False])
-def test_advance(kernels, loss, gradient, own):
-    generator = torch.Generator().manual_seed(0)
-    rows = 5
-
-    def random(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
-
-    stats, sums, numel = random(rows, 11), random(rows, 30), random(rows) * 100
-    stats[:, 0] = 0.0
-    stats[3, 0] = gradient
-    ranks = torch.eye(5)
-    results = []
-    for kernel in (torch.ops.hf_lopt_emulated.advance.default, _plain_scheduler.advance):
-        counters, means, minimum = torch.tensor([6, 1, 1]), torch.zeros(10), torch.full((10,), 999999999999.0)
-        out = []
-        for step in range(4):
-            inputs = [stats, sums, numel, ranks] if own else []
-            out += kernel(
-                *([stats], [sums], None, torch.tensor(loss + step), counters, [means, minimum], 100.0, [0.9, 0.999]),
-                *(inputs, 2, rows),
-            )
-            out += [counters.clone(), means.clone(), minimum.clone()]
-        results.append(out)
-    for got, want in zip(*results, strict=True):
-        assert got.shape == want.shape and got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6, equal_nan=True)
-    assert bool(results[0][0]) == (math.isnan(loss) or gradient > 0)
-
-
-@pytest.mark.parametrize("units, controls, celo", [(512, 256, False), (64, 1, True), (40, 7, True), (64, 0, True)])
-@pytest.mark.parametrize("skip", [False, True])
-def test_scheduler(kernels, units, controls, celo, skip):
-    generator = torch.Generator().manual_seed(0)
-    rows, weights = 4, 159 if controls else 0
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator) * 0.3
-
-    mixed, gates, heads, bias = random(rows, 2 * units), random(rows, 4 * units), random(units, controls + 1), None
-    bias, bank = random(controls + 1), random(controls, weights)
-    hidden, cell = ([random(units) for _ in range(rows)] for _ in range(2))
-    results = []
-    for library in (torch.ops.hf_lopt_emulated, _plain_scheduler):
-        pool, step = (getattr(getattr(library, n), "default", getattr(library, n)) for n in ("pool", "lstm_step"))
-        h, c = copy.deepcopy((hidden, cell))
-        out = [pool(mixed, h), *step(gates, h, c, heads, bias, bank, celo, torch.tensor(skip)), *h, *c]
-        results.append(out)
-    for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    if skip:
-        assert torch.equal(results[0][4], hidden[0])
-
-
-@pytest.mark.parametrize("rows_of_networks", [1, 3])
-@pytest.mark.parametrize("constants", [None, (11,), (3, 11)])
-def test_fold_network(kernels, rows_of_networks, constants):
-    generator = torch.Generator().manual_seed(0)
-    sizes = (30 + (11 if constants else 0), 8, 8, 3)
-    count = sum((a + 1) * b for a, b in zip(sizes, sizes[1:], strict=False))
-    networks = torch.randn(rows_of_networks, count, generator=generator)
-    sums = torch.rand(3, 30, generator=generator, dtype=torch.float64) * 10
-    lr, decay, factor = (torch.rand(3, generator=generator) for _ in range(3))
-    arguments = (
-        *(networks, sizes, 2, torch.randn(constants, generator=generator) if constants else None, sums),
-        *(torch.tensor([1.0, 20.0, 300.0], dtype=torch.float64), 1e-5, lr, decay, [factor, factor]),
-        *(torch.tensor([0.0, 10.0, 0.1]), 0.001, 2),
-    )
-    got = torch.ops.hf_lopt_emulated.fold_network(*arguments)
-    for a, b in zip(got, _plain_scheduler.fold_network(*arguments), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    nothing = torch.empty(0)
-    (flat, scale, _) = torch.ops.hf_lopt_emulated.fold_network(
-        *(nothing, (), 2, None, nothing, arguments[5], 0.0, lr, decay, [factor], None, 0.5, -1)
-    )
-    assert flat.shape == (3, 0)
-    torch.testing.assert_close(scale, lr * factor * 0.5)
 
 
 # ---- whole steps --------------------
@@ -438,7 +182,7 @@ def test_celo2_takes_tensors_of_all_ranks_in_one_call(emulated, rule, orthogonal
         for _ in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator)
-            with _ops.plain() if plain else contextlib.nullcontext():
+            with ops.plain() if plain else contextlib.nullcontext():
                 optimizer.step()
         calls.append(emulated.launches - before)
         ends.append([*params, torch.tensor(optimizer.metrics()["update_rms"])])
@@ -468,8 +212,8 @@ def test_a_skipped_step_changes_nothing(emulated, rule):
             warnings.simplefilter("ignore")
             optimizer.step(torch.tensor(1.0))
     state, old = before
-    assert all(torch.equal(p, q) for p, q in zip(params, old, strict=True))
-    for i, own in optimizer.state_dict()["state"].items():
-        for name, value in own.items():
+    assert equal(params, old)
+    for i, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
             assert not isinstance(value, torch.Tensor) or torch.equal(value, state[i][name]), name
     assert optimizer.steps_done == 1

@@ -1,4 +1,4 @@
-"""The operators themselves: schemas, registration, what goes to which kernel."""
+"""The operators themselves: schemas, registration, fake kernels, features, what goes to which kernel."""
 
 from __future__ import annotations
 
@@ -6,123 +6,157 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from hf_lopt import _load, _ops
-from kernel_cases import FAMILIES, case, strided
-
-
-pytestmark = pytest.mark.skipif(not _load.loaded(), reason="the kernels are not compiled here")
-
-
-def signature(schema) -> str:
-    """A schema without its name."""
-    return re.sub(r"^[^(]*", "", str(schema))
+from hf_lopt.features import FEATURES
+from hf_lopt.kernels import dispatch, ops
+from kernel_cases import case
+from kernel_comparisons import OPERATORS, outcome
+from kernel_samples import samples
 
 
-@pytest.mark.parametrize("name", _ops.SCHEMAS)
-def test_both_libraries_define_the_same_schema(name):
-    plain = torch._C.parse_schema(f"hf_lopt::{name}{_ops.SCHEMAS[name]}")
-    assert signature(getattr(torch.ops.hf_lopt, name).default._schema) == signature(plain)
-    # Those that are a few calls of PyTorch on the CPU have compiled kernels for CUDA only.
-    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_lopt::{name}", "CPU") == (name not in _load.ONLY_CUDA)
+CSRC = Path(__file__).parents[1] / "csrc"
+compiled = pytest.mark.skipif(not dispatch.loaded(), reason="the kernels are not compiled here")
+SAMPLES = samples()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_opcheck(family):
-    x = case([(7,), (5, 9), (3, 4, 5)], family)
-    a, b = zip(*x.axes, strict=True)
-    sums = (x.params, x.grads, x.momenta, x.second_moments, a, b, x.features.clip, True)
-    torch.library.opcheck(torch.ops.hf_lopt.sums.default, sums)
-    row_sums, col_sums, _ = _ops.sums(*sums)
-    whole = [torch.empty(0)] * 3
-    factored = (x.rows, x.cols, row_sums, col_sums, whole, [1, 9, 5], [1, 5, 4], a, b, [0.9, 0.99, 0.999])
-    torch.library.opcheck(torch.ops.hf_lopt.update_factored.default, factored)
-    f = x.factors()
-    torch.library.opcheck(torch.ops.hf_lopt.feature_sums.default, x.common(f))
-    weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    one, no = torch.ones(3), torch.tensor(False)
-    apply = (*x.common(f), weights, biases, one * 1e-3, one * 0, 1e-3, no)
+def values(arguments) -> tuple:
+    """In the order of the fields, which is that of the schema."""
+    return tuple(vars(arguments).values())
+
+
+# What the operators change in place.
+STATE = {"params", "momenta", "second_moments"}
+CHANGED = {
+    "apply_network": {*STATE, "diagonals", "out"},
+    "adam_step": STATE,
+    "descend": {"params"},
+    "advance": {"counters", "loss_buffer"},
+    "lstm_step": {"hidden", "cell"},
+    "assign": {"targets"},
+    "zero_nan": {"tensors"},
+}
+
+
+def written_by(name: str) -> set[str]:
+    schema = getattr(torch.ops.hf_lopt, name).default._schema
+    return {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
+
+
+def versions(arguments) -> dict[str, list[int]]:
+    """Version counters of the tensors of each argument."""
+    return {
+        field: [x._version for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
+        for field, value in vars(arguments).items()
+    }
+
+
+def test_there_is_a_sample_of_every_operator():
+    assert set(SAMPLES) == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_schema_has_the_fields_of_the_arguments(name):
+    schema = getattr(torch.ops.hf_lopt, name).default._schema
+    assert [x.name for x in schema.arguments] == list(vars(SAMPLES[name]))
+    assert written_by(name) == CHANGED.get(name, set())
+
+
+@compiled
+@pytest.mark.parametrize("name", OPERATORS)
+def test_which_operators_have_a_kernel_for_the_cpu(name):
+    """Those that are a few calls of PyTorch on the CPU have compiled kernels for CUDA only."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_lopt::{name}", "CPU")
+    assert has == dispatch.supports(SAMPLES[name], "cpu")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    operator = getattr(torch.ops.hf_lopt, name).default
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.hf_lopt.apply_network.default, (*apply, []), test_utils=tests)
-    out = [torch.empty(p.shape) for p in x.params]
-    torch.library.opcheck(torch.ops.hf_lopt.apply_network.default, (*apply, out), test_utils=tests)
-    moments = [m[:1].clone() for m in x.momenta]
-    adam = (x.params, x.grads, moments, x.second_moments, 0.9, 0.95, 1000.0, one, one, one[0], one[0], 1e-8, 0.0, no)
-    torch.library.opcheck(torch.ops.hf_lopt.adam_step.default, adam, test_utils=tests)
-    numbers = torch.ones(3, dtype=torch.float64)
-    descend = (x.params, out, one, one, numbers, numbers, 1e-9, [], no)
-    torch.library.opcheck(torch.ops.hf_lopt.descend.default, descend, test_utils=tests)
+    for arguments in (SAMPLES[name], *([replace(SAMPLES[name], out=[])] if name == "apply_network" else [])):
+        torch.library.opcheck(operator, values(arguments), test_utils=tests)
 
 
-def test_version_counters_are_bumped():
-    x = case([(7,), (5, 9)])
-    f = x.factors()
-    weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    one = torch.ones(2)
-    changed = [*x.params, *x.momenta, *x.second_moments, x.diagonals[0]]
-    before = [y._version for y in changed]
-    _ops.apply_network(*x.common(f), weights, biases, one, one, 1e-3, torch.tensor(False), ())
-    assert all(y._version > v for y, v in zip(changed, before, strict=True))
+@pytest.mark.parametrize("name", ["sums", "feature_sums", "apply_network", "adam_step", "descend", "assign"])
+def test_fake_kernels_refuse_other_shapes(name):
+    mode = FakeTensorMode()
+    with mode:
+        fields = {
+            field: torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, value)
+            for field, value in vars(SAMPLES[name]).items()
+        }
+        field = {"descend": "steps", "assign": "values"}.get(name, "grads")
+        fields[field] = [x[..., :-1] for x in fields[field]]
+        with pytest.raises(RuntimeError):
+            getattr(torch.ops.hf_lopt, name)(**fields)
 
 
-def test_uncovered_calls_take_the_plain_path():
+@compiled
+@pytest.mark.parametrize("name", [name for name in OPERATORS if dispatch.supports(SAMPLES[name], "cpu")])
+def test_version_counters_of_what_is_changed_are_bumped(name):
+    before = versions(SAMPLES[name])
+    OPERATORS[name](SAMPLES[name])
+    for field, after in versions(SAMPLES[name]).items():
+        changed = field in CHANGED.get(name, ()) and bool(after)
+        assert all(x > y for x, y in zip(after, before[field], strict=True)) if changed else after == before[field]
+
+
+@compiled
+def test_unsupported_calls_take_the_plain_path():
     x = case([(5, 9), (7,)])
     x.params, x.grads = ([y.double() for y in ys] for ys in (x.params, x.grads))
-    assert all(r.dtype == torch.float32 for r in x.first_pass(True)[0])
-    x = case([(5, 9)])
-    f = x.factors()
-    names, *rest = x.common(f)
-    got = _ops.feature_sums((*names, "log_abs_p"), *rest)
-    assert torch.allclose(got[0, :30], _ops.feature_sums(names, *rest)[0], rtol=1e-5)
+    assert not dispatch.supports(x.sums(), "cpu")
+    assert all(r.dtype == torch.float32 for r in ops.sums(x.sums())[0])
+    arguments = case([(5, 9)]).feature_sums()
+    more = replace(arguments, features=(*arguments.features, "log_abs_p"))
+    assert not dispatch.supports(more, "cpu") and not dispatch.supports(more, "cuda")
+    torch.testing.assert_close(ops.feature_sums(more)[0, :-1], ops.feature_sums(arguments)[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="log_abs_p"):
-        torch.ops.hf_lopt.feature_sums(("log_abs_p",), *rest)
+        torch.ops.hf_lopt.feature_sums(**vars(more))
 
 
-def test_errors_name_what_does_not_fit():
-    x = case([(5, 9), (3, 4)])
-    f = x.factors()
-    weights, biases = x.network(_ops.feature_sums(*x.common(f)))
-    one, no = torch.ones(2), torch.tensor(False)
-
-    def apply(weights, biases, scale=one, skip=no):
-        return _ops.apply_network(*x.common(f), weights, biases, scale, one, 1e-3, skip, ())
-
-    with pytest.raises(RuntimeError, match="29.*30"):
-        apply([weights[0][:, :29], *weights[1:]], biases)
-    with pytest.raises(RuntimeError, match="3 tensors.*2"):
-        apply(weights, biases, scale=torch.ones(3))
-    with pytest.raises(RuntimeError, match="skip.*bool"):
-        apply(weights, biases, skip=one[0])
-    x.momenta[1] = x.momenta[1][:, :2]
-    with pytest.raises(RuntimeError, match="shape"):
-        apply(weights, biases)
+@compiled
+def test_plain_kernels_can_be_asked_for():
+    x = case([(33, 70)])
+    with ops.plain():
+        assert not dispatch.enabled()
+        plain = outcome(x.sums()).results[2]
+        with ops.plain():
+            pass
+        assert not dispatch.enabled(), "contexts may be nested"
+    assert dispatch.enabled()
+    torch.testing.assert_close(ops.sums(x.sums())[2], plain, rtol=1e-5, atol=1e-5)
 
 
-def test_non_contiguous_accumulators_are_updated_in_place():
-    x, y = case([(33, 70)]), case([(33, 70)])
-    y.momenta = [strided(m, "every second") for m in y.momenta]
-    y.second_moments = [strided(v, "transposed") for v in y.second_moments]
-    for z in (x, y):
-        f = z.factors()
-        z.generator.manual_seed(2)
-        weights, biases = z.network(_ops.feature_sums(*z.common(f)))
-        one = torch.ones(1)
-        _ops.apply_network(*z.common(f), weights, biases, one, one, 1e-3, torch.tensor(False), ())
-    for name in ("params", "momenta", "second_moments"):
-        assert torch.equal(getattr(x, name)[0], getattr(y, name)[0])
+def test_the_compiled_kernels_have_the_same_features():
+    """Names and numbers of columns in csrc are those of the Python table, but for what has no compiled kernel."""
+    text = "".join((CSRC / name).read_text() for name in ("features.h", "names.h") if (CSRC / name).exists())
+    rows = dict(re.findall(r'^\s*\{"(\w+)",[^}]*\b(\w+)\},$', text, flags=re.MULTILINE))
+    kinds = {"kMomenta": "momentum", "kSecondMoments": "second_moment", "kFactored": "factored"}
+    widths = {"1": 1, "kMomenta": 3, "kSecondMoments": 1, "kFactored": 3}
+    assert {name: widths[width] for name, width in rows.items()} == {
+        name: feature.columns() for name, feature in FEATURES.items() if name != "log_abs_p"
+    }
+    for name, width in rows.items():
+        assert width == "1" or kinds[width] == FEATURES[name].decays, name
 
 
+@compiled
 def test_unknown_kernels_are_an_error():
     with pytest.raises(RuntimeError, match="avx512.*avx2.*portable"):
         torch.ops.hf_lopt.cpu_kernels("sse")
 
 
-@pytest.mark.parametrize("choice, message", [("torch", ""), ("fast", "must be unset or 'torch'")])
-def test_environment_switch(choice, message):
-    code = "from hf_lopt import _load, _ops; assert not _load.loaded()"
+@pytest.mark.parametrize("choice, works", [("torch", True), ("fast", False)])
+def test_environment_switch(choice, works):
+    code = "from hf_lopt.kernels import dispatch, ops; assert not dispatch.loaded()"
     environment = {**os.environ, "HF_LOPT_KERNELS": choice}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (message in done.stderr and done.returncode) if message else not done.returncode, done.stderr
+    assert (done.returncode == 0) == works and ("HF_LOPT_KERNELS" in done.stderr) != works, done.stderr

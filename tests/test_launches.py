@@ -17,8 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_lopt
 from benchmarks.step import random_weights
-from hf_lopt import _load, _ops, rules
-from hf_lopt.rules import batches, small_fc
+from hf_lopt import rules
+from hf_lopt.kernels.dispatch import Operator, supports
+from hf_lopt.rules import small_fc
+from hf_lopt.step import tensors
 
 
 SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
@@ -68,9 +70,14 @@ def host_memory(monkeypatch):
     if not torch.cuda.is_available():
         torch._C._ensureCUDADeviceGuardSet()  # lets fake tensors be indexed as real ones are
     monkeypatch.setattr(small_fc, "learned_decays", lambda decays, offsets, clip: decays)
-    for name in _load.ONLY_CPU:  # as on a real device; fake tensors go by the dispatcher
-        monkeypatch.setattr(_ops, name, _ops.KERNELS[name][0])
-    monkeypatch.setattr(batches, "_pinned", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+    call = Operator.__call__
+
+    def call_on_device(operator, arguments):
+        """As on a real device; fake tensors would go to the dispatcher in any case."""
+        return call(operator, arguments) if supports(arguments, "cuda") else operator.reference(arguments)
+
+    monkeypatch.setattr(Operator, "__call__", call_on_device)
+    monkeypatch.setattr(tensors, "on_host", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
 
 
 def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settings) -> hf_lopt.LearnedOptimizer:
@@ -110,14 +117,22 @@ def count(optimizer: hf_lopt.LearnedOptimizer, steps: int = 3) -> Launches:
 # What docs/kernels.md says about a step.
 EXPECTED = {
     "velo": ["sums", "update_factored", "feature_sums", "advance", "addmm", "pool", "addmm", "lstm_step"]
-    + ["fold_network", "apply_network", "assign"],
-    "small_fc_lopt": ["sums", "update_factored", "feature_sums", "advance", "fold_network", "apply_network", "assign"],
-    "celo_adam": ["sums", "advance", "addmm", "pool", "addmm", "lstm_step", "fold_network", "adam_step"],
+    + ["specialize_networks", "apply_network", "assign"],
+    "small_fc_lopt": [
+        "sums",
+        "update_factored",
+        "feature_sums",
+        "advance",
+        "specialize_networks",
+        "apply_network",
+        "assign",
+    ],
+    "celo_adam": ["sums", "advance", "addmm", "pool", "addmm", "lstm_step", "specialize_networks", "adam_step"],
 }
 EXPECTED |= {"velo_s": EXPECTED["velo"], "celo": EXPECTED["velo"], "elo": ["zero_nan", *EXPECTED["small_fc_lopt"]]}
 EXPECTED |= {"mulo": EXPECTED["elo"], "celo2_base": [*EXPECTED["small_fc_lopt"], "descend"]}
 # Beside the matrices there are Adam's tensors, whose settings are picked from those of all.
-CELO2 = [*EXPECTED["celo2_base"], "sums", "fold_network", "adam_step", *["index_select"] * 4, "mul"]
+CELO2 = [*EXPECTED["celo2_base"], "sums", "specialize_networks", "adam_step", *["index_select"] * 4, "mul"]
 CLIP = ["_foreach_norm", "stack", "linalg_vector_norm", "add", "reciprocal", "mul", "clamp", "_foreach_mul_"]
 # Of each shape of matrices: five steps of three products and a sum, the norm before, the mean square after, and a copy
 # of what is higher than wide.
@@ -165,7 +180,7 @@ def test_a_setting_that_changes_is_copied_to_where_it_was():
     for lr in (1.0, 1.0, 0.5):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        numbers = optimizer._prepared.per_tensor("lr", optimizer.param_groups)
+        numbers = optimizer._prepared.setting("lr", optimizer.param_groups)
         places.append(numbers.data_ptr())
         assert numbers.tolist() == [lr]
     assert len(set(places)) == 1
