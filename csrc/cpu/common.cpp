@@ -4,90 +4,46 @@
 
 namespace hf_lopt {
 
-namespace {
-
-void set_decays(const std::vector<double>& decays, int count, float* keep, float* add) {
-    STD_TORCH_CHECK((int)decays.size() == count,
-                    "the fused kernels are for 3 momenta, 1 second moment and 3 factored ", "accumulators");
-    for (int i = 0; i < count; i++) {
-        keep[i] = (float)decays[i];
-        add[i] = 1.0f - keep[i];
-    }
-}
-
-}  // namespace
-
 int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
-    if (slice_axes.empty()) return 1;
-    STD_TORCH_CHECK(slice_axes.size() == 2 * params.size(), "slice axes must have two entries per parameter");
+    const int64_t* axes = slice_of(slice_axes, t);
     const Tensor& p = params[t];
-    const int64_t a = slice_axes[2 * t], b = slice_axes[2 * t + 1];
-    if (p.dim() < 2 || p.numel() == 0) return 1;
-    return p.numel() / (a == b ? p.size(a) : p.size(a) * p.size(b));
+    const int64_t dim = p.dim(), n = p.numel();
+    if (!axes || dim < 2 || n == 0) return 1;
+    const int64_t first = std::min(axes[0], axes[1]), last = std::max(axes[0], axes[1]);
+    const int64_t slices = n / (first == last ? p.size(last) : p.size(first) * p.size(last));
+    STD_TORCH_CHECK(slices == 1 || (last == dim - 1 && first >= dim - 2),
+                    "the fused kernels for the CPU take slices over the last axes, got axes ", first, " and ", last,
+                    " of ", dim);
+    return slices;
 }
 
-const float* Copies::readable(const Tensor& x) {
-    if (x.is_contiguous()) return float_data(x, "accumulators");
-    kept_.push_back(torch::stable::contiguous(x));
-    return float_data(kept_.back(), "accumulators");
-}
-
-float* Copies::writable(const Tensor& x) {
-    if (x.is_contiguous()) return float_data(x, "accumulators");
-    written_.emplace_back(x, torch::stable::contiguous(x));
-    return float_data(written_.back().second, "accumulators");
-}
-
-void Copies::store() {
-    for (auto& [original, copy] : written_) torch::stable::copy_(original, copy);
-}
-
-Problem::Problem(const Common& x) : columns(columns_of(x.features)) {
-    const size_t count = checked_count(x);
-    set_decays(x.momentum_decays, kMomenta, constants.keep_m, constants.add_m);
-    set_decays(x.second_decays, 1, &constants.keep_v, &constants.add_v);
-    set_decays(x.factored_decays, kFactored, constants.keep_d, constants.add_d);
-    constants.clip = (float)x.clip;
-    constants.unclipped = std::min(kSmallClip, constants.clip);
-    constants.second_eps = (float)x.second_eps;
-    constants.diagonal_eps = (float)x.diagonal_eps;
-
+PassOperands::PassOperands(const CommonArguments& x)
+    : columns(feature_columns(x.features)), constants(feature_constants(x)) {
+    check_common(x);
+    const size_t count = x.params.size();
     tensors.resize(count);
     shapes.reserve(count);
     for (size_t t = 0; t < count; t++) {
         Operands& o = tensors[t];
         o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices_of(x.params, x.slice_axes, t));
         shapes.push_back(o.shape);
-        const int64_t n = o.shape.numel;
-        STD_TORCH_CHECK(
-            x.grads[t].numel() == n && x.momenta[t].numel() == kMomenta * n && x.second_moments[t].numel() == n,
-            "a gradient or an accumulator has another shape than its parameter");
         o.p = Array(x.params[t]);
         o.g = Array(x.grads[t]);
-        o.m = copies_.writable(x.momenta[t]);
-        o.v = copies_.writable(x.second_moments[t]);
+        o.m = float_data(copies_.writable(x.momenta[t]));
+        o.v = float_data(copies_.writable(x.second_moments[t]));
         if (!o.shape.factored) {
-            STD_TORCH_CHECK(x.diagonals[t].numel() == kFactored * n,
-                            "a diagonal accumulator has another shape than its ", "parameter");
-            o.d = copies_.writable(x.diagonals[t]);
+            o.d = float_data(copies_.writable(x.diagonals[t]));
             continue;
         }
-        const bool swap = !o.shape.row_is_line;
-        const Tensors &line = swap ? x.cols : x.rows, &along = swap ? x.rows : x.cols;
-        const Tensors& line_factor = swap ? x.col_factors : x.row_factors;
-        const Tensors& along_factor = swap ? x.row_factors : x.col_factors;
-        for (const Tensors* list : {&line, &line_factor}) {
-            STD_TORCH_CHECK((*list)[t].numel() == kFactored * o.shape.line_length(), "a factored accumulator or its ",
-                            "factors have the wrong shape");
-        }
-        for (const Tensors* list : {&along, &along_factor}) {
-            STD_TORCH_CHECK((*list)[t].numel() == kFactored * o.shape.vector_length(),
-                            "a factored accumulator or its ", "factors have the wrong shape");
-        }
-        o.line = copies_.readable(line[t]);
-        o.vector = copies_.readable(along[t]);
-        o.line_factor = copies_.readable(line_factor[t]);
-        o.vector_factor = copies_.readable(along_factor[t]);
+        const float* row = float_data(copies_.readable(x.rows[t]));
+        const float* col = float_data(copies_.readable(x.cols[t]));
+        const float* row_factor = float_data(copies_.readable(x.row_factors[t]));
+        const float* col_factor = float_data(copies_.readable(x.col_factors[t]));
+        const bool row_is_line = o.shape.row_is_line;
+        o.line = row_is_line ? row : col;
+        o.vector = row_is_line ? col : row;
+        o.line_factor = row_is_line ? row_factor : col_factor;
+        o.vector_factor = row_is_line ? col_factor : row_factor;
     }
 }
 

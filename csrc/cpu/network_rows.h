@@ -13,7 +13,7 @@ void vector_bias(const float* const* x, const float* w, const float* u, int unit
         vf y[kFactored], r[kFactored];
         for (int d = 0; d < kFactored; d++) {
             y[d] = get(x[d] + i, k);
-            r[d] = rsqrt(y[d] + kVectorEps);
+            r[d] = inverse_root_of_vector<Arithmetic>(y[d]);
         }
         for (int j = 0; j < units; j++) {
             vf z = splat(0.0f);
@@ -55,7 +55,7 @@ struct Stats {
 
 // Stores what a vector of outputs decides, and adds to the statistics.
 template <class S>
-HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, vf direction, vf magnitude, int64_t i,
+HF_LOPT_INLINE void finish(const Row& row, float decay, const Elements<vf>& a, vf direction, vf magnitude, int64_t i,
                            int k, Stats<S>& stats) {
     vf step = direction * exponential(magnitude), p = a.p;
     for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
@@ -73,7 +73,7 @@ HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, v
 // never formed. With rho the factors of the row and kappa those of the column, unit j of the first layer is
 //   z = bias + g (a + Σ_k w_k rho_k kappa_k) + Σ_k m_k (a_k + u_k rho_k kappa_k) + q (h + b g + Σ_k b_k m_k) + ...
 template <int U>
-void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+void apply(const Row* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float fac_g[kFactored][U], fac_m[kMomenta][U], g_and_clip_g[U];
     for (int j = 0; j < U; j++) g_and_clip_g[j] = w.first[kG][j] + w.first[kClipG][j];
     Stats<vf> stats;
@@ -89,7 +89,7 @@ void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, 
             // Each use reads one number for all lanes; vectors of them would first have to be made, for every row.
             asm("" : "+m"(fac_g), "+m"(fac_m));
             bool large;
-            Accumulators a = updated(row, c, i, n, &large);
+            Elements<vf> a = updated(row, c, i, n, &large);
             vf q = rsqrt(a.v + c.second_eps);
             const float* on_g_alone = large ? w.first[kG] : g_and_clip_g;
             vf factor[kFactored], z[U];
@@ -156,11 +156,11 @@ struct Places {
 };
 
 template <int U, bool kDiagonal, int B, bool kOneRow, class S>
-HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c, const Network<U>& w,
+HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const FeatureConstants& c, const Network<U>& w,
                                 const float (&first)[kBlockInputs<kDiagonal>][U], Stats<S>& stats) {
     constexpr int kIn = kBlockInputs<kDiagonal>;
     vf x[kIn][B], h1[U][B], d[B][kFactored];
-    Accumulators a[B];
+    Elements<vf> a[B];
     for (int b = 0; b < B; b++) {
         bool large;
         a[b] = updated(at.row_of(b), c, at.start[b], at.lanes[b], &large);
@@ -212,7 +212,7 @@ HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c
 }
 
 template <int U, bool kDiagonal, class S>
-void apply_blocks(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+void apply_blocks(const Row* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float first[kBlockInputs<kDiagonal>][U];
     for (int f = 0; f < kBlockInputs<kDiagonal>; f++) {
         __builtin_memcpy(first[f], w.first[kDiagonal ? f : kMatrixInputs[f]], sizeof first[f]);

@@ -2,13 +2,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "tensors.h"
+#include "common.h"
 
 namespace hf_lopt {
 
 namespace {
-
-constexpr int64_t kGradientStats = 2;  // non-finite entries, Σg²
 
 Tensor new_float(const Tensor& like, int64_t without) {
     std::vector<int64_t> shape;
@@ -18,7 +16,8 @@ Tensor new_float(const Tensor& like, int64_t without) {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Float);
 }
 
-struct Operand {
+// A tensor of the list. With moments also the parameter, the momenta and the second moments.
+struct SumsOperand {
     Array g, p;
     const float *m, *v;
     // Results, and partial results where a line or a column is divided among tiles.
@@ -27,7 +26,7 @@ struct Operand {
 
 // Statistics of the parameter and the accumulators, formed as the update forms them: a run that is resumed goes on bit
 // by bit like one that was not.
-void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t n_v, int64_t n_m, float* buffer,
+void add_moments(const Shape& shape, const Tile& tile, const SumsOperand& o, int64_t n_v, int64_t n_m, float* buffer,
                  double* stats) {
     const auto kernel = shape.factored ? kernels().moments : kernels().moments_diagonal;
     const int group = group_rows(shape, tile);
@@ -54,26 +53,22 @@ void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
                                           Ints row_axes, Ints col_axes, double clip, bool moments) {
     const size_t count = params.size();
-    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
-    STD_TORCH_CHECK(grads.size() == count && momenta.size() == count && second_moments.size() == count &&
-                        row_axes.size() == count && col_axes.size() == count,
-                    "all lists must have one entry per parameter");
+    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments);
     const int64_t n_v = second_moments[0].size(0), n_m = momenta[0].size(0);
-    const int64_t width = kGradientStats + 1 + 2 * (n_v + n_m);
+    const int64_t width = statistics_width(n_v, n_m);
 
+    ContiguousCopies copies;
     std::vector<Shape> shapes;
-    std::vector<Operand> operands(count);
+    std::vector<SumsOperand> operands(count);
     Tensors rows, cols;
     for (size_t t = 0; t < count; t++) {
         shapes.emplace_back(grads[t], row_axes[t], col_axes[t]);
-        Operand& o = operands[t];
+        SumsOperand& o = operands[t];
         o.g = Array(grads[t]);
         if (moments) {
             o.p = Array(params[t]);
-            momenta[t] = torch::stable::contiguous(momenta[t]);
-            second_moments[t] = torch::stable::contiguous(second_moments[t]);
-            o.m = float_data(momenta[t], "momenta");
-            o.v = float_data(second_moments[t], "second moments");
+            o.m = float_data(copies.readable(momenta[t]));
+            o.v = float_data(copies.readable(second_moments[t]));
         }
         const int64_t zero = 0;
         for (auto [out, axis] : {std::pair(&rows, row_axes[t]), std::pair(&cols, col_axes[t])}) {
@@ -116,7 +111,7 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
     for_each_tile(tiles, [&](int64_t index, int64_t worker) {
         const Tile& tile = tiles[index];
         const Shape& shape = shapes[tile.tensor];
-        const Operand& o = operands[tile.tensor];
+        const SumsOperand& o = operands[tile.tensor];
         const Kernels& k = kernels();
         float* buffer = buffers[worker].get();
         double* stats = &tile_stats[index * width];

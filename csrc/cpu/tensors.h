@@ -31,7 +31,7 @@ const Kernels& kernels();
 // Chooses by name; an unknown or unsupported one leaves the choice as it is and returns false.
 bool use_kernels(const std::string& name);
 
-// A parameter-shaped tensor of any strides and floating-point type.
+// A parameter-shaped tensor of any strides; float32, bfloat16 or float16.
 class Array {
   public:
     Array() = default;
@@ -64,6 +64,7 @@ struct Shape {
     int64_t slices = 1;
 
     Shape() = default;
+    // Axes and slices have passed the checks of arguments.h.
     Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices = 1);
     int64_t line_length() const { return lines * inner; }          // of the accumulator without L
     int64_t vector_length() const { return pre * mid * columns; }  // of the accumulator without K
@@ -113,8 +114,5 @@ void for_each_tile(const std::vector<Tile>& tiles, const F& f) {
         }
     });
 }
-
-// A contiguous float32 tensor's data; an error that names `what` otherwise.
-float* float_data(const Tensor& x, const char* what);
 
 }  // namespace hf_lopt

@@ -26,7 +26,6 @@ HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     m.impl("advance", TORCH_BOX(&hf_lopt::advance));
     m.impl("pool", TORCH_BOX(&hf_lopt::pool));
     m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));
-    m.impl("fold_network", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("assign", TORCH_BOX(&hf_lopt::assign));
 }
 

@@ -86,8 +86,8 @@ struct Raw {
     Lane g, v, own;
 };
 
-HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const Row& row, int q) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q) {
+    const TensorEntry& t = *at.entry;
     Raw r;
     r.g = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
     r.v = load(pointer<float>(a.table, t, sV), kFloat32, at, row);
@@ -164,8 +164,8 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
 }
 
 // Every lane of a group stores its own stream; lane 0 also the second moment and the step.
-HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const Row& row, int q, Raw& r, Lane step) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q, Raw& r, Lane step) {
+    const TensorEntry& t = *at.entry;
     if (q > 0) {
         store(pointer<float>(a.table, t, sM) + (q - 1) * t.decay, kFloat32, at, row, r.own);
         return;
@@ -180,7 +180,7 @@ HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const Row& ro
 
 HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
                                           const Fragments& f, double* out) {
-    const Entry& t = *tile.entry;
+    const TensorEntry& t = *tile.entry;
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
     const float* along = s.factors[k];
@@ -192,7 +192,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
     Raw next;
     if (turns > 0) next = load_raw(a, batch_place(tile, 0), tile.row(0), q);
     for (int turn = 0; turn < turns; turn++) {
-        const Row row = tile.row(turn);
+        const RowPlace row = tile.row(turn);
         const float rho = line_factor[row.line];
         float line_bias[kBlocksOfUnits][2];
 #pragma unroll
@@ -201,7 +201,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
         }
 #pragma unroll
         for (int d = 0; d < kFactored; d++) {
-            const float y = line[d * t.line_decay + row.line], root = inverse_root(y + kVectorEps);
+            const float y = line[d * t.line_decay + row.line], root = inverse_root_of_vector<Arithmetic>(y);
 #pragma unroll
             for (int i = 0; i < 2 * kBlocksOfUnits; i++) {
                 const int unit = i / 2 * 8 + 2 * q + i % 2;

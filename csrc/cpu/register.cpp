@@ -4,9 +4,9 @@
 // hf_lopt/_plain*.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
 #include <Python.h>
 
-#include "boxed.h"
-#include "cpu/orthogonalize.h"
-#include "cpu/tensors.h"
+#include "../boxed.h"
+#include "orthogonalize.h"
+#include "tensors.h"
 
 #define HF_LOPT_COMMON(p, m, v, d)                                                                       \
     "str[] features, Tensor" p "[] params, Tensor[] grads, Tensor" m "[] momenta, Tensor" v              \
@@ -71,7 +71,6 @@ std::string cpu_kernels(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
     hf_lopt::implement_passes(m);
-    m.impl("fold_network", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("orthogonalize", TORCH_BOX(&hf_lopt::orthogonalize));
 }
 
