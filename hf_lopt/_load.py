@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-# What the kernels are written for: see csrc/mlp.h and csrc/cpu/common.cpp.
+# What the kernels are written for: see csrc/features.h and csrc/arguments.cpp.
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FEATURES = frozenset("g clip_g p m v m_rsqrt_v rsqrt_v fac_g g_rsqrt_v row col rsqrt_row rsqrt_col fac_m".split())
 _ONLY_SMALL = frozenset(("clip_g", "g_rsqrt_v"))
@@ -42,7 +42,7 @@ _enabled = True
 
 
 def load() -> bool:
-    """Load ``hf_lopt._C``, which defines the operators and registers their CPU kernels; whether that was possible.
+    """Load ``hf_lopt._C``, which registers the CPU kernels of operators that are defined; whether that was possible.
 
     On a torch for CUDA also ``hf_lopt._C_cuda``, the kernels for CUDA. Warns once about one that is missing, of the
     latter only where there is a GPU. Raises ValueError for a value of ``HF_LOPT_KERNELS`` that means nothing.

@@ -225,12 +225,12 @@ KERNELS = {
     "assign": (_plain_scheduler.assign, _fake_assign),
     "zero_nan": (_plain_scheduler.zero_nan, lambda tensors: None),
 }
-# Compiled kernels come with the same schemas, and are registered for their devices.
-_compiled = _load.load()
-_library = torch.library.Library("hf_lopt", "FRAGMENT" if _compiled else "DEF")
+_library = torch.library.Library("hf_lopt", "DEF")
+for _name in KERNELS:
+    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
+# The operators have to be there before the compiled libraries register their kernels.
+_load.load()
 for _name, (_kernel, _fake) in KERNELS.items():
-    if not _compiled:
-        _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     # Any device without a kernel of its own gets the plain one.
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_lopt::{_name}", _fake, lib=_library)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
@@ -17,15 +16,8 @@ from kernel_cases import FAMILIES, case, strided
 pytestmark = pytest.mark.skipif(not _load.loaded(), reason="the kernels are not compiled here")
 
 
-def signature(schema) -> str:
-    """A schema without its name."""
-    return re.sub(r"^[^(]*", "", str(schema))
-
-
 @pytest.mark.parametrize("name", _ops.SCHEMAS)
-def test_both_libraries_define_the_same_schema(name):
-    plain = torch._C.parse_schema(f"hf_lopt::{name}{_ops.SCHEMAS[name]}")
-    assert signature(getattr(torch.ops.hf_lopt, name).default._schema) == signature(plain)
+def test_the_library_registers_kernels_for_the_cpu(name):
     # Those that are a few calls of PyTorch on the CPU have compiled kernels for CUDA only.
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hf_lopt::{name}", "CPU") == (name not in _load.ONLY_CUDA)
 

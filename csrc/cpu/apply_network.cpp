@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
@@ -114,7 +114,7 @@ class Applier {
             kernel.vector_bias(vectors, w.vector[0], w.rsqrt_vector[0], U, tile.n, buffers.bias, buffers.stride);
         }
         const int group = group_rows(shape, tile);
-        Row rows[kGroupRows];
+        RowData rows[kGroupRows];
         float row_bias[kGroupRows][U];
         for (int64_t r = 0; r < tile.rows; r += group) {
             const int count = (int)std::min<int64_t>(group, tile.rows - r);
@@ -123,7 +123,7 @@ class Applier {
             if (shape.factored && shape.inner == 1) add_line_biases(x, line_of, count, w, buffers, row_bias);
             for (int i = 0; i < count; i++) {
                 const int64_t line = line_of(i);
-                Row& row = rows[i];
+                RowData& row = rows[i];
                 make_row(x, tile, line, i, buffers, row);
                 row.row_bias = row_bias[i];
                 row.bias = buffers.bias;
@@ -184,7 +184,7 @@ class Applier {
         return buffers.line_bias;
     }
 
-    void run_rows(const Kernels& k, bool factored, const Row* rows, int n, const Network<U>& net,
+    void run_rows(const Kernels& k, bool factored, const RowData* rows, int n, const Network<U>& net,
                   double* stats) const {
         const FeatureConstants& c = operands_.constants;
         if constexpr (U == 4) (factored ? k.apply_4 : k.apply_diagonal_4)(rows, n, c, net, stats);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 

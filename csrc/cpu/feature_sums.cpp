@@ -1,7 +1,7 @@
 // Pass 1: the sum of squares of every feature column. Read-only.
 #include <algorithm>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
@@ -36,7 +36,7 @@ Tensor feature_sums(const CommonArguments& common) {
         double (*vectors)[kFactored] = reinterpret_cast<double (*)[kFactored]>(sums + kInputs);
         const bool row = shape.row_is_line;
         const int group = group_rows(shape, tile);
-        Row rows[kGroupRows];
+        RowData rows[kGroupRows];
         for (int64_t r = 0; r < tile.rows; r += group) {
             const int count = (int)std::min<int64_t>(group, tile.rows - r);
             for (int i = 0; i < count; i++) {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 

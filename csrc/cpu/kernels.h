@@ -1,7 +1,7 @@
 // What the code of each instruction set offers: functions over one row of a tensor.
 //
-// A row is a contiguous run of elements for which one of the two factored accumulators is a number and the other one a
-// vector. The phases cut tensors into rows, the functions here do the arithmetic.
+// A row is a range of neighbouring elements along which one of the two factored accumulators is a number and the other
+// one a vector. The operators divide tensors into rows, the functions here do the arithmetic.
 #pragma once
 
 #include <stdint.h>
@@ -12,7 +12,7 @@
 namespace hf_lopt {
 
 // Tensors of one row; float32, `n` elements.
-struct Row {
+struct RowData {
     int64_t n;
     const float* g;
     const float* p;
@@ -63,20 +63,20 @@ struct Kernels {
     // Adds the squares of the clipped gradient to `columns`, and returns the sums over the row.
     GradientSums (*gradient_sums)(const float* g, int64_t n, float clip, float* columns);
     // Add to sums[kInputs]; rows of one length.
-    void (*feature_sums)(const Row* rows, int count, const FeatureConstants& c, double* sums);
-    void (*feature_sums_diagonal)(const Row* rows, int count, const FeatureConstants& c, double* sums);
+    void (*feature_sums)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
+    void (*feature_sums_diagonal)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
     // bias[j][i] = Σ_k w[k][j] x_k[i] + u[k][j] / sqrt(x_k[i] + eps), for the vector features of a row.
     void (*vector_bias)(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
                         int64_t bias_stride);
     // Evaluate the network, update the accumulators and write the result; add to stats[kUpdateStats].
-    void (*apply_4)(const Row*, int, const FeatureConstants&, const Network<4>&, double* stats);
-    void (*apply_8)(const Row*, int, const FeatureConstants&, const Network<8>&, double* stats);
-    void (*apply_32)(const Row*, int, const FeatureConstants&, const Network<32>&, double* stats);
-    void (*apply_diagonal_4)(const Row*, int, const FeatureConstants&, const Network<4>&, double* stats);
-    void (*apply_diagonal_8)(const Row*, int, const FeatureConstants&, const Network<8>&, double* stats);
-    void (*apply_diagonal_32)(const Row*, int, const FeatureConstants&, const Network<32>&, double* stats);
+    void (*apply_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
+    void (*apply_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
+    void (*apply_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
+    void (*apply_diagonal_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
+    void (*apply_diagonal_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
+    void (*apply_diagonal_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
     // Update of p_out, m[0] and v; returns Σ step².
-    double (*adam)(const Row&, const AdamConstants&);
+    double (*adam)(const RowData&, const AdamConstants&);
     // p <- p - decay p - scale step.
     void (*descend)(float* p, const float* step, int64_t n, float scale, float decay);
     // out = keep old + add (sums / size + eps), a factored accumulator; returns Σ out.

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "common.h"
 #include "kernels.h"
+#include "operands.h"
 
 namespace hf_lopt {
 

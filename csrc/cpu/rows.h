@@ -95,7 +95,7 @@ struct Arithmetic {
 
 // The gradient and the accumulators after their update. The clips of the gradient are skipped for a vector that
 // reaches neither: `large` says that it may.
-HF_LOPT_INLINE Elements<vf> updated(const Row& row, const FeatureConstants& c, int64_t i, int k, bool* large) {
+HF_LOPT_INLINE Elements<vf> updated(const RowData& row, const FeatureConstants& c, int64_t i, int k, bool* large) {
     Elements<vf> a;
     prefetch(row.g + i);
     prefetch(row.p + i);
@@ -114,7 +114,7 @@ HF_LOPT_INLINE Elements<vf> updated(const Row& row, const FeatureConstants& c, i
 
 // All element features of a vector, and the new diagonal accumulators (rank < 2).
 template <bool kDiagonal>
-HF_LOPT_INLINE void features(const Row& row, const FeatureConstants& c, const Elements<vf>& a, int64_t i, int k,
+HF_LOPT_INLINE void features(const RowData& row, const FeatureConstants& c, const Elements<vf>& a, int64_t i, int k,
                              vf (&x)[kInputs], vf (&d)[kFactored]) {
     vf y[kFactored];
     if (kDiagonal) {
@@ -128,13 +128,13 @@ HF_LOPT_INLINE void features(const Row& row, const FeatureConstants& c, const El
 
 // ---- pass 1 -------------------------------------------------------------------------------------------------------
 
-void feature_sums(const Row* rows, int count, const FeatureConstants& c, double* sums) {
+void feature_sums(const RowData* rows, int count, const FeatureConstants& c, double* sums) {
     vf g2s = splat(0.0f), clip2 = g2s, v2 = g2s, p2 = g2s, q2 = g2s, gq2 = g2s;
     vf m2s[kMomenta] = {g2s, g2s, g2s}, mq2[kMomenta] = {g2s, g2s, g2s};
     vf fac_g2[kFactored], fac_m2[kMomenta];
     vd fac_g[kFactored] = {}, fac_m[kMomenta] = {};
     for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
+        const RowData& row = rows[r];
         for (int j = 0; j < kFactored; j++) fac_g2[j] = fac_m2[j] = splat(0.0f);
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
@@ -181,10 +181,10 @@ void feature_sums(const Row* rows, int count, const FeatureConstants& c, double*
     }
 }
 
-void feature_sums_diagonal(const Row* rows, int count, const FeatureConstants& c, double* sums) {
+void feature_sums_diagonal(const RowData* rows, int count, const FeatureConstants& c, double* sums) {
     vd totals[kInputs] = {};
     for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
+        const RowData& row = rows[r];
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
             Elements<vf> a = updated(row, c, i, k, &large);
@@ -201,7 +201,7 @@ void feature_sums_diagonal(const Row* rows, int count, const FeatureConstants& c
 
 // ---- Adam ---------------------------------------------------------------------------------------------------------
 
-double adam(const Row& row, const AdamConstants& c) {
+double adam(const RowData& row, const AdamConstants& c) {
     vf total = splat(0.0f);
     for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
         prefetch(row.g + i);

@@ -1,7 +1,7 @@
 // Steps of one pass: Adam with the variations of the learned rules, and a step that is already there.
 #include <cmath>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
@@ -47,7 +47,7 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     for_each_tile(tiles, [&](int64_t i, int64_t worker) {
         const Tile& tile = tiles[i];
         const Operands& x = operands[tile.tensor];
-        Row row{};
+        RowData row{};
         row.n = tile.n;
         const int64_t columns = x.shape.columns, offset = tile.line * columns + tile.start;
         row.g = x.g.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);

@@ -31,7 +31,7 @@ class Device {
 char* device_copy(const Tensor& like, const std::vector<char>& content, void* stream, size_t zeros = 0,
                   const void* owner = nullptr);
 
-// Float32 memory that is allocated in one piece and cut into tensors.
+// Float32 memory that is allocated in one piece and divided into tensors.
 class Pieces {
   public:
     // Room for a tensor; its place, in numbers.

@@ -198,8 +198,7 @@ HF_LOPT_KERNEL(kManyThreads, 1) lstm_kernel(HF_LOPT_ARGUMENT LstmArgs a) {
 
 HF_LOPT_KERNEL(kThreads, 2) fold_kernel(HF_LOPT_ARGUMENT FoldArgs a) {
     const int64_t t = block();
-    // Without networks and floor there may be fewer sizes than blocks.
-    const double numel = a.layers || a.has_floor ? a.numel[t] : 1.0;
+    const double numel = a.numel[t];
     const double* sums = a.sums + t * a.sums_width;
     if (thread() == 0) {
         const float lr = a.lr(t);

@@ -231,7 +231,9 @@ std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x) {
         args.sums = double_data(copies.readable(x.sums));
         args.sums_width = (int32_t)x.sums.size(1);
     }
-    args.numel = double_data(copies.readable(x.numel));
+    // Without networks and floor there may be fewer sizes than tensors, and what the kernel reads is not used.
+    const Tensor unused = x.numel.size(0) == count ? x.numel : doubles(x.lr, {count});
+    args.numel = double_data(copies.readable(unused));
     args.norm_eps = x.norm_eps;
     args.lr = view_of(x.lr);
     args.weight_decay = view_of(x.weight_decay);

@@ -9,7 +9,7 @@
 // without the first axis is a vector along the line, one for each of the pre * mid groups of lines. Everything else is
 // flat: lines of kStrip numbers, the last of which may be shorter.
 //
-// A tensor may be a stack of slices, each with a network and results of its own: then every slice has an entry. Slices
+// A tensor may be a stack of slices, each with its own network and results: then every slice has an entry. Slices
 // over the last axes are matrices or vectors like others. Those over other axes, of a convolution for example, have
 // distances from row to row and from column to column.
 #pragma once
@@ -25,7 +25,7 @@ namespace hf_lopt {
 constexpr int kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
 constexpr int kLane = 4;                   // neighbouring columns of a thread
 constexpr int kStrip = kWarpSize * kLane;  // columns of a tile
-constexpr int kTurns = 32;                 // rows of a tile that a thread works on, one after the other
+constexpr int kTurns = 32;                 // rows of a tile that a thread works on: iterations of its loop, or turns
 constexpr int kTileElements = kThreads * kLane * kTurns;
 
 enum Slot { sP, sG, sM, sV, sD, sLine, sVector, sLineFactor, sVectorFactor, sOut, kSlots };

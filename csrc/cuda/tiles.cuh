@@ -1,7 +1,8 @@
 // Where a thread is in a tile, how it reads and writes its numbers there, and how a block sums up.
 //
-// A tile is a strip of kStrip columns by as many rows as give every thread kTurns turns. The threads of a warp share a
-// row (narrow tensors: several rows), the warps of a block take rows in turns. Sums over columns stay in registers
+// A tile is a strip of kStrip columns by as many rows as give every thread kTurns turns. A turn is one iteration of a
+// thread's loop over the rows of its tile. The threads of a warp share a row (narrow tensors: several rows), and in
+// each turn every warp of the block takes the next one. Sums over columns stay in registers
 // until the end of a tile. The partial sums of tiles are added up in their order by the last block to arrive, so that
 // results do not depend on the order in which blocks run.
 #pragma once
@@ -11,7 +12,7 @@
 
 namespace hf_lopt {
 
-// The numbers of a thread in one row, with the arithmetic that feature_math.h and mlp.h use.
+// The numbers of a thread in one row, with the arithmetic that features.h and network.h use.
 struct Lane {
     float x[kLane];
 };

@@ -56,7 +56,7 @@ class Buffers {
 
 // The part of line `line` in a tile: pointers into the tensors, or into the buffers where numbers had to be converted
 // or a factor varies with the inner axes. `slot` is its number among the rows that are in the buffers together.
-void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, Row& row);
+void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row);
 
 // The values of an accumulator without L (kFactored, line_length) at every column of a row, when it has inner axes.
 void expand(const float* accumulator, const Shape& shape, const Tile& tile, int64_t line, float* out, int64_t stride);

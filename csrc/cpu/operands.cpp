@@ -1,4 +1,4 @@
-#include "common.h"
+#include "operands.h"
 
 #include <algorithm>
 
@@ -71,7 +71,7 @@ void expand(const float* accumulator, const Shape& shape, const Tile& tile, int6
     }
 }
 
-void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, Row& row) {
+void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row) {
     const Shape& shape = x.shape;
     const int64_t offset = line * shape.columns + tile.start;
     row.step_out = nullptr;
