@@ -43,7 +43,6 @@ def test_fast_paths_follow_the_generic_one(name):
 # ---- what is not as large as it should be is an error, not a crash --------------------
 
 
-
 @pytest.mark.parametrize("name", ["grads", "momenta", "second_moments"])
 def test_the_first_pass_compares_sizes(name):
     x = case([(7,), (50, 90)])
@@ -99,5 +98,3 @@ def test_descend_needs_sizes_with_squares():
     with pytest.raises(RuntimeError, match="squares need the numbers of elements"):
         arguments = (torch.ones(1), torch.ones(1), torch.ones(1).double(), None, 0.0, [], torch.tensor(False))
         torch.ops.hf_lopt.descend([p], [p.clone()], *arguments)
-
-
