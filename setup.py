@@ -176,7 +176,8 @@ def extensions() -> list[Extension]:
             raise SystemExit(message)
         print(f"warning: {message}", file=sys.stderr)
         return []
-    sources = [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]
+    shared = sorted(Path("csrc").glob("*.cpp"))
+    sources = [*shared, *Path("csrc/cpu").glob("*.cpp")]
     found = [extension("hf_lopt._C", torch, [s for s in sources if X86 or "avx" not in s.name])]
     if nvcc and CUDA_ARCHS and sys.platform == "linux":
         warn_of_other_cuda(torch, nvcc)
@@ -185,7 +186,7 @@ def extensions() -> list[Extension]:
             extension(
                 "hf_lopt._C_cuda",
                 torch,
-                [p for p in Path("csrc/cuda").glob("*.c*") if p.suffix in (".cpp", ".cu")],
+                [*shared, *(p for p in Path("csrc/cuda").glob("*.c*") if p.suffix in (".cpp", ".cu"))],
                 include_dirs=[str(home / "include")],
                 library_dirs=[str(home / "lib64"), str(home / "lib")],
                 libraries=["cudart_static", "dl", "rt", "pthread"],

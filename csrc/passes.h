@@ -17,7 +17,7 @@ using Ints = std::vector<int64_t>;
 using Floats = std::vector<double>;
 
 // The arguments that both later passes share, in the order of the schema.
-struct Common {
+struct CommonArguments {
     Names features;
     Tensors params, grads, momenta, second_moments, diagonals, rows, cols, row_factors, col_factors;
     Ints row_axes, col_axes, slice_axes;
@@ -25,20 +25,8 @@ struct Common {
     double clip, second_eps, diagonal_eps;
 };
 
-// How many parameters there are, at least one, with an entry for each in all lists.
-inline size_t checked_count(const Common& x) {
-    const size_t count = x.params.size();
-    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
-    for (const Tensors* list :
-         {&x.grads, &x.momenta, &x.second_moments, &x.diagonals, &x.rows, &x.cols, &x.row_factors, &x.col_factors}) {
-        STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
-    }
-    STD_TORCH_CHECK(x.row_axes.size() == count && x.col_axes.size() == count,
-                    "axes must have one entry per parameter");
-    return count;
-}
-
-struct Weights {
+// The network of pass 2, and what becomes of its outputs.
+struct NetworkArguments {
     Tensors weights, biases;
     Tensor scale, decay;
     double exp_mult;
@@ -46,11 +34,26 @@ struct Weights {
     Tensors out;
 };
 
-struct AdamStep {
+struct AdamArguments {
     double momentum_decay, second_decay, clip;
     Tensor scale, decay, momentum_correction, second_correction;
     double inner_eps, outer_eps;
     Tensor skip;
+};
+
+// What lies between the decision about a step and pass 2.
+struct FoldArguments {
+    Tensor networks;
+    Ints sizes;
+    int64_t outputs;
+    std::optional<Tensor> constants;
+    Tensor sums, numel;
+    double norm_eps;
+    Tensor lr, weight_decay;
+    Tensors factors;
+    std::optional<Tensor> floor;
+    double step_mult;
+    int64_t p_column;
 };
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
@@ -59,11 +62,12 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
                                                                Tensors col_sums, Tensors row_means, Ints row_sizes,
                                                                Ints col_sizes, Ints row_axes, Ints col_axes,
                                                                Floats decays);
-Tensor feature_sums(const Common& common);
-std::tuple<Tensor, Tensor> apply_network(const Common& common, const Weights& weights);
+Tensor feature_sums(const CommonArguments& common);
+std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const NetworkArguments& network);
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
-                 const AdamStep& step);
+                 const AdamArguments& step);
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
              std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip);
+std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x);
 
 }  // namespace hf_lopt

@@ -53,7 +53,7 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch_folder = Path(torch.__file__).parent
     includes = [f"-I{torch_folder / 'include'}", f"-I{sysconfig.get_path('include')}"]
-    sources = [p for p in found if p.suffix in (".cu", ".cpp") and "cuda" in p.parts]
+    sources = [p for p in found if p.suffix in (".cu", ".cpp")]
     sources = [p for p in sources if p.name != "runtime.cpp" or p.parent.name == "host"]
 
     def compile_one(source: Path) -> Path:

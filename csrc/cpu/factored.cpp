@@ -3,29 +3,14 @@
 #include <algorithm>
 #include <vector>
 
-#include "tensors.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
 namespace {
 
-// The row accumulator as [outer, B, inner].
-struct RowShape {
-    int64_t outer = 1, b = 1, inner = 1;
-};
-
-RowShape row_shape(const Tensor& sums, int64_t row_axis, int64_t col_axis) {
-    const int64_t axis = col_axis - (col_axis > row_axis);
-    STD_TORCH_CHECK(axis >= 0 && axis < sums.dim(), "the row sums do not have the axis of the columns");
-    RowShape shape;
-    for (int64_t i = 0; i < sums.dim(); i++) {
-        (i < axis ? shape.outer : i == axis ? shape.b : shape.inner) *= sums.size(i);
-    }
-    return shape;
-}
-
 // 1/sqrt(max(R / (mean_B(R) + 1e-9), 1e-9)); `total` is ΣR, `means` may give mean_B(R).
-void row_factors(const float* row, const RowShape& s, double total, const float* means, float* out) {
+void row_factors(const float* row, const RowAccumulator& s, double total, const float* means, float* out) {
     const bool whole = !means && s.outer == 1 && s.inner == 1;
     if (whole) return kernels().factors(row, s.b, (float)(total / (double)s.b) + kFactorEps, out);
     if (!means && s.inner == 1) {  // a stack, each with a mean of its own
@@ -57,23 +42,19 @@ void row_factors(const float* row, const RowShape& s, double total, const float*
 std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
                                                                Tensors col_sums, Tensors row_means, Ints row_sizes,
                                                                Ints col_sizes, Ints row_axes, Ints col_axes,
-                                                               std::vector<double> decays) {
+                                                               Floats decays) {
+    std::vector<RowAccumulator> row_accumulators;
+    check_update_factored(rows, cols, row_sums, col_sums, row_means, row_sizes, col_sizes, row_axes, col_axes, decays,
+                          &row_accumulators);
     const size_t count = rows.size();
-    for (const Tensors* list : {&cols, &row_sums, &col_sums, &row_means}) {
-        STD_TORCH_CHECK(list->size() == count, "all lists must have one tensor per parameter");
-    }
-    for (const Ints* list : {&row_sizes, &col_sizes, &row_axes, &col_axes}) {
-        STD_TORCH_CHECK(list->size() == count, "axes and sizes must have one entry per parameter");
-    }
     const int64_t depth = (int64_t)decays.size();
+    std::vector<float> keeps(depth), adds(depth);
+    set_decays(decays, keeps.data(), adds.data());
     Tensors new_rows, new_cols, new_row_factors, new_col_factors;
     std::vector<float*> data[4];
     for (size_t t = 0; t < count; t++) {
         const bool factored = row_axes[t] >= 0;
         if (factored) {
-            STD_TORCH_CHECK(
-                rows[t].numel() == depth * row_sums[t].numel() && cols[t].numel() == depth * col_sums[t].numel(),
-                "a factored accumulator has another shape than the sums for it");
             for (Tensors* list : {&rows, &cols, &row_sums, &col_sums, &row_means}) {
                 if (!(*list)[t].is_contiguous()) (*list)[t] = torch::stable::contiguous((*list)[t]);
             }
@@ -89,19 +70,17 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     torch::stable::parallel_for(0, (int64_t)count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
             if (row_axes[t] < 0) continue;
-            const RowShape shape = row_shape(row_sums[t], row_axes[t], col_axes[t]);
+            const RowAccumulator& shape = row_accumulators[t];
             const int64_t n = row_sums[t].numel(), m = col_sums[t].numel();
             const bool given = row_means[t].numel() > 0;
             for (int64_t d = 0; d < depth; d++) {
-                const float keep = (float)decays[d], add = 1.0f - keep;
+                const float keep = keeps[d], add = adds[d];
                 float *row = data[0][t] + d * n, *col = data[1][t] + d * m;
-                const double total =
-                    kernels().ema_of_means(float_data(rows[t], "accumulators") + d * n,
-                                           float_data(row_sums[t], "sums"), n, (float)row_sizes[t], keep, add, row);
-                kernels().ema_of_means(float_data(cols[t], "accumulators") + d * m, float_data(col_sums[t], "sums"), m,
-                                       (float)col_sizes[t], keep, add, col);
-                const float* means =
-                    given ? float_data(row_means[t], "means") + d * shape.outer * shape.inner : nullptr;
+                const double total = kernels().ema_of_means(float_data(rows[t]) + d * n, float_data(row_sums[t]), n,
+                                                            (float)row_sizes[t], keep, add, row);
+                kernels().ema_of_means(float_data(cols[t]) + d * m, float_data(col_sums[t]), m, (float)col_sizes[t],
+                                       keep, add, col);
+                const float* means = given ? float_data(row_means[t]) + d * shape.outer * shape.inner : nullptr;
                 row_factors(row, shape, total, means, data[2][t] + d * n);
                 kernels().factors(col, m, 1.0f, data[3][t] + d * m);
             }

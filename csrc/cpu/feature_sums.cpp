@@ -1,7 +1,7 @@
 // Pass 1: the sum of squares of every feature column. Read-only.
 #include <algorithm>
 
-#include "common.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
@@ -20,24 +20,23 @@ void vector_squares(const float* x, int64_t n, double* squares, double* inverse)
 
 }  // namespace
 
-Tensor feature_sums(const Common& common) {
-    const Problem problem(common);
-    const std::vector<Tile> tiles = make_tiles(problem.shapes);
-    constexpr int kSums = kInputs + kVectorFeatures * kFactored;
+Tensor feature_sums(const CommonArguments& common) {
+    const PassOperands operands(common);
+    const std::vector<Tile> tiles = make_tiles(operands.shapes);
     std::vector<double> partial(tiles.size() * kSums);
     std::vector<Buffers> buffers;
     for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
 
     for_each_tile(tiles, [&](int64_t index, int64_t worker) {
         const Tile& tile = tiles[index];
-        const Operands& x = problem.tensors[tile.tensor];
+        const Operands& x = operands.tensors[tile.tensor];
         const Shape& shape = x.shape;
         const auto kernel = shape.factored ? kernels().feature_sums : kernels().feature_sums_diagonal;
         double* sums = &partial[index * kSums];
         double (*vectors)[kFactored] = reinterpret_cast<double (*)[kFactored]>(sums + kInputs);
         const bool row = shape.row_is_line;
         const int group = group_rows(shape, tile);
-        Row rows[kGroupRows];
+        RowData rows[kGroupRows];
         for (int64_t r = 0; r < tile.rows; r += group) {
             const int count = (int)std::min<int64_t>(group, tile.rows - r);
             for (int i = 0; i < count; i++) {
@@ -53,7 +52,7 @@ Tensor feature_sums(const Common& common) {
                                    &vectors[row ? kRow : kCol][k], &vectors[row ? kRsqrtRow : kRsqrtCol][k]);
                 }
             }
-            kernel(rows, count, problem.constants, sums);
+            kernel(rows, count, operands.constants, sums);
         }
         for (int k = 0; shape.factored && tile.first_rows && k < kFactored; k++) {
             vector_squares(x.vector + k * shape.vector_length() + tile.vector, tile.n, &vectors[row ? kCol : kRow][k],
@@ -61,16 +60,16 @@ Tensor feature_sums(const Common& common) {
         }
     });
 
-    const int64_t count = slice_count(problem.shapes), width = problem.columns.count;
+    const int64_t count = slice_count(operands.shapes), width = operands.columns.count;
     const int64_t size[] = {count, width};
     Tensor result = torch::stable::new_zeros(common.params[0], {size, 2}, torch::headeronly::ScalarType::Double);
     double* out = static_cast<double*>(result.data_ptr());
     for (size_t i = 0; i < tiles.size(); i++) {
-        const Shape& shape = problem.shapes[tiles[i].tensor];
+        const Shape& shape = operands.shapes[tiles[i].tensor];
         const double* sums = &partial[i * kSums];
         double* total = out + tiles[i].slice * width;
         for (int f = 0; f < kInputs; f++) {
-            if (problem.columns.element[f] >= 0) total[problem.columns.element[f]] += sums[f];
+            if (operands.columns.element[f] >= 0) total[operands.columns.element[f]] += sums[f];
         }
         for (int v = 0; v < kVectorFeatures; v++) {
             const bool of_line = shape.row_is_line == (v == kRow || v == kRsqrtRow);
@@ -80,7 +79,7 @@ Tensor feature_sums(const Common& common) {
                                                                                             : shape.vector_length());
             const bool root = v == kRsqrtRow || v == kRsqrtCol;
             for (int k = 0; k < kFactored; k++) {
-                const int column = problem.columns.vector[v][k];
+                const int column = operands.columns.vector[v][k];
                 if (column < 0) continue;
                 const double x = shape.factored ? sums[kInputs + v * kFactored + k] : sums[(root ? kRsqrtD : kD) + k];
                 total[column] += repeats * x;

@@ -1,27 +1,18 @@
 // What the code of each instruction set offers: functions over one row of a tensor.
 //
-// A row is a contiguous run of elements for which one of the two factored accumulators is a number and the other one a
-// vector. The phases cut tensors into rows, the functions here do the arithmetic.
+// A row is a range of neighbouring elements along which one of the two factored accumulators is a number and the other
+// one a vector. The operators divide tensors into rows, the functions here do the arithmetic.
 #pragma once
 
 #include <stdint.h>
 
-#include "../feature_math.h"
-#include "../mlp.h"
+#include "../network.h"
+#include "../statistics.h"
 
 namespace hf_lopt {
 
-// Decays with their complements, and the constants of a rule's features.
-struct Constants {
-    float keep_m[kMomenta], add_m[kMomenta];
-    float keep_v, add_v;
-    float keep_d[kFactored], add_d[kFactored];
-    float clip, second_eps, diagonal_eps;
-    float unclipped;  // no clip changes a gradient below this
-};
-
 // Tensors of one row; float32, `n` elements.
-struct Row {
+struct RowData {
     int64_t n;
     const float* g;
     const float* p;
@@ -42,9 +33,6 @@ struct AdamConstants {
     float keep_m, add_m, keep_v, add_v, clip;
     float step_scale, second_scale, inner_eps, outer_eps, decay;
 };
-
-// Statistics after an update: Σ step², Σp², (Σv, Σv²), (Σm, Σm²) for each momentum.
-constexpr int kUpdateStats = 4 + 2 * kMomenta;
 
 struct GradientSums {
     double squares;          // of the unclipped gradient
@@ -75,20 +63,20 @@ struct Kernels {
     // Adds the squares of the clipped gradient to `columns`, and returns the sums over the row.
     GradientSums (*gradient_sums)(const float* g, int64_t n, float clip, float* columns);
     // Add to sums[kInputs]; rows of one length.
-    void (*feature_sums)(const Row* rows, int count, const Constants& c, double* sums);
-    void (*feature_sums_diagonal)(const Row* rows, int count, const Constants& c, double* sums);
+    void (*feature_sums)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
+    void (*feature_sums_diagonal)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
     // bias[j][i] = Σ_k w[k][j] x_k[i] + u[k][j] / sqrt(x_k[i] + eps), for the vector features of a row.
     void (*vector_bias)(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
                         int64_t bias_stride);
     // Evaluate the network, update the accumulators and write the result; add to stats[kUpdateStats].
-    void (*apply_4)(const Row*, int, const Constants&, const Network<4>&, double* stats);
-    void (*apply_8)(const Row*, int, const Constants&, const Network<8>&, double* stats);
-    void (*apply_32)(const Row*, int, const Constants&, const Network<32>&, double* stats);
-    void (*apply_diagonal_4)(const Row*, int, const Constants&, const Network<4>&, double* stats);
-    void (*apply_diagonal_8)(const Row*, int, const Constants&, const Network<8>&, double* stats);
-    void (*apply_diagonal_32)(const Row*, int, const Constants&, const Network<32>&, double* stats);
+    void (*apply_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
+    void (*apply_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
+    void (*apply_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
+    void (*apply_diagonal_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
+    void (*apply_diagonal_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
+    void (*apply_diagonal_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
     // Update of p_out, m[0] and v; returns Σ step².
-    double (*adam)(const Row&, const AdamConstants&);
+    double (*adam)(const RowData&, const AdamConstants&);
     // p <- p - decay p - scale step.
     void (*descend)(float* p, const float* step, int64_t n, float scale, float decay);
     // out = keep old + add (sums / size + eps), a factored accumulator; returns Σ out.

@@ -1,3 +1,3 @@
 #define HF_LOPT_KERNELS kAvx2Kernels
 #define HF_LOPT_ISA "avx2"
-#include "table.h"
+#include "kernel_table.h"

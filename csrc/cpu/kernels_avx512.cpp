@@ -1,3 +1,3 @@
 #define HF_LOPT_KERNELS kAvx512Kernels
 #define HF_LOPT_ISA "avx512"
-#include "table.h"
+#include "kernel_table.h"

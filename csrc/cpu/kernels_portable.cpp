@@ -1,3 +1,3 @@
 #define HF_LOPT_KERNELS kPortableKernels
 #define HF_LOPT_ISA "portable"
-#include "table.h"
+#include "kernel_table.h"

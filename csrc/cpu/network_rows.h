@@ -13,7 +13,7 @@ void vector_bias(const float* const* x, const float* w, const float* u, int unit
         vf y[kFactored], r[kFactored];
         for (int d = 0; d < kFactored; d++) {
             y[d] = get(x[d] + i, k);
-            r[d] = rsqrt(y[d] + kVectorEps);
+            r[d] = inverse_root_of_vector<Arithmetic>(y[d]);
         }
         for (int j = 0; j < units; j++) {
             vf z = splat(0.0f);
@@ -55,8 +55,8 @@ struct Stats {
 
 // Stores what a vector of outputs decides, and adds to the statistics.
 template <class S>
-HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, vf direction, vf magnitude, int64_t i,
-                           int k, Stats<S>& stats) {
+HF_LOPT_INLINE void finish(const RowData& row, float decay, const Elements<vf>& a, vf direction, vf magnitude,
+                           int64_t i, int k, Stats<S>& stats) {
     vf step = direction * exponential(magnitude), p = a.p;
     for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
     put(row.v + i, a.v, k);
@@ -73,12 +73,12 @@ HF_LOPT_INLINE void finish(const Row& row, float decay, const Accumulators& a, v
 // never formed. With rho the factors of the row and kappa those of the column, unit j of the first layer is
 //   z = bias + g (a + Σ_k w_k rho_k kappa_k) + Σ_k m_k (a_k + u_k rho_k kappa_k) + q (h + b g + Σ_k b_k m_k) + ...
 template <int U>
-void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+void apply(const RowData* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float fac_g[kFactored][U], fac_m[kMomenta][U], g_and_clip_g[U];
     for (int j = 0; j < U; j++) g_and_clip_g[j] = w.first[kG][j] + w.first[kClipG][j];
     Stats<vf> stats;
     for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
+        const RowData& row = rows[r];
         for (int k = 0; k < kFactored; k++) {
             for (int j = 0; j < U; j++) {
                 fac_g[k][j] = w.first[kFacG + k][j] * row.rho[k];
@@ -89,7 +89,7 @@ void apply(const Row* rows, int count, const Constants& c, const Network<U>& w, 
             // Each use reads one number for all lanes; vectors of them would first have to be made, for every row.
             asm("" : "+m"(fac_g), "+m"(fac_m));
             bool large;
-            Accumulators a = updated(row, c, i, n, &large);
+            Elements<vf> a = updated(row, c, i, n, &large);
             vf q = rsqrt(a.v + c.second_eps);
             const float* on_g_alone = large ? w.first[kG] : g_and_clip_g;
             vf factor[kFactored], z[U];
@@ -148,19 +148,19 @@ constexpr int kBlockInputs = kDiagonal ? (int)kInputs : (int)(sizeof kMatrixInpu
 // Where the vectors of a block are: all in one row, or each in any.
 template <int B, bool kOneRow>
 struct Places {
-    const Row* row[B];
+    const RowData* row[B];
     int64_t start[B];
     int lanes[B];  // 0: none; `row` and `start` are those of another one then
 
-    HF_LOPT_MEMBER const Row& row_of(int b) const { return *row[kOneRow ? 0 : b]; }
+    HF_LOPT_MEMBER const RowData& row_of(int b) const { return *row[kOneRow ? 0 : b]; }
 };
 
 template <int U, bool kDiagonal, int B, bool kOneRow, class S>
-HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c, const Network<U>& w,
+HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const FeatureConstants& c, const Network<U>& w,
                                 const float (&first)[kBlockInputs<kDiagonal>][U], Stats<S>& stats) {
     constexpr int kIn = kBlockInputs<kDiagonal>;
     vf x[kIn][B], h1[U][B], d[B][kFactored];
-    Accumulators a[B];
+    Elements<vf> a[B];
     for (int b = 0; b < B; b++) {
         bool large;
         a[b] = updated(at.row_of(b), c, at.start[b], at.lanes[b], &large);
@@ -172,7 +172,7 @@ HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c
         vf z[kTile][B];
         for (int j = 0; j < kTile; j++) {
             for (int b = 0; b < B; b++) {
-                const Row& row = at.row_of(b);
+                const RowData& row = at.row_of(b);
                 z[j][b] = splat(kDiagonal ? w.bias[j0 + j] : row.row_bias[j0 + j]);
                 if (!kDiagonal && at.lanes[b]) {
                     z[j][b] += get(row.bias + (j0 + j) * row.bias_stride + at.start[b], at.lanes[b]);
@@ -205,14 +205,14 @@ HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const Constants& c
     }
     for (int b = 0; b < B; b++) {
         if (!at.lanes[b]) continue;
-        const Row& row = at.row_of(b);
+        const RowData& row = at.row_of(b);
         finish(row, w.decay, a[b], direction[b], magnitude[b], at.start[b], at.lanes[b], stats);
         for (int k = 0; kDiagonal && k < kFactored; k++) put(row.d[k] + at.start[b], d[b][k], at.lanes[b]);
     }
 }
 
 template <int U, bool kDiagonal, class S>
-void apply_blocks(const Row* rows, int count, const Constants& c, const Network<U>& w, double* out) {
+void apply_blocks(const RowData* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float first[kBlockInputs<kDiagonal>][U];
     for (int f = 0; f < kBlockInputs<kDiagonal>; f++) {
         __builtin_memcpy(first[f], w.first[kDiagonal ? f : kMatrixInputs[f]], sizeof first[f]);

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "tensors.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
@@ -27,6 +27,8 @@ void transpose(const float* x, int64_t rows, int64_t columns, int64_t x_stride, 
 std::tuple<Tensor, Tensor> orthogonalize(Tensor x, torch::headeronly::ScalarType dtype, Floats coefficients,
                                          int64_t steps, double eps, std::optional<double> norm_eps) {
     STD_TORCH_CHECK(x.dim() >= 2, "there must be matrices, got a tensor of rank ", x.dim());
+    const TensorChecks check(x);
+    check.type(x, ScalarType::Float, "x");
     STD_TORCH_CHECK(dtype == torch::headeronly::ScalarType::Float, "the fused kernel iterates in float32");
     STD_TORCH_CHECK(coefficients.size() == 3, "there must be three coefficients, got ", coefficients.size());
     x = torch::stable::contiguous(x);
@@ -36,9 +38,9 @@ std::tuple<Tensor, Tensor> orthogonalize(Tensor x, torch::headeronly::ScalarType
     for (int64_t axis = 0; axis + 2 < x.dim(); axis++) batch.push_back(x.size(axis));
     Tensor mean_squares = torch::stable::new_zeros(x, batch);
     if (x.numel() == 0) return {result, mean_squares};
-    float* found = float_data(mean_squares, "mean squares");
-    const float* in = float_data(x, "matrices");
-    float* out = float_data(result, "matrices");
+    float* found = float_data(mean_squares);
+    const float* in = float_data(x);
+    float* out = float_data(result);
     const bool wide = c > r;
     const int64_t rows = wide ? c : r, columns = wide ? r : c;
     const int64_t stride = (columns + kMatrixPad - 1) / kMatrixPad * kMatrixPad;

@@ -85,14 +85,18 @@ GradientSums gradient_sums(const float* g, int64_t n, float clip, float* columns
 
 // ---- what both later passes form ----------------------------------------------------------------------------------
 
-struct Accumulators {
-    vf g, p, m[kMomenta], v;
+// What features.h takes from the instruction set.
+struct Arithmetic {
+    HF_LOPT_INLINE vf inverse_root(vf x) { return rsqrt(x); }
+    HF_LOPT_INLINE vf sqrt(vf x) { return hf_lopt::sqrt(x); }
+    HF_LOPT_INLINE vf clamp(vf x, float bound) { return hf_lopt::clamp(x, bound); }
+    HF_LOPT_INLINE vf at_least(vf x, float bound) { return max(splat(bound), x); }
 };
 
 // The gradient and the accumulators after their update. The clips of the gradient are skipped for a vector that
 // reaches neither: `large` says that it may.
-HF_LOPT_INLINE Accumulators updated(const Row& row, const Constants& c, int64_t i, int k, bool* large) {
-    Accumulators a;
+HF_LOPT_INLINE Elements<vf> updated(const RowData& row, const FeatureConstants& c, int64_t i, int k, bool* large) {
+    Elements<vf> a;
     prefetch(row.g + i);
     prefetch(row.p + i);
     a.g = get(row.g + i, k);
@@ -110,48 +114,31 @@ HF_LOPT_INLINE Accumulators updated(const Row& row, const Constants& c, int64_t 
 
 // All element features of a vector, and the new diagonal accumulators (rank < 2).
 template <bool kDiagonal>
-HF_LOPT_INLINE void features(const Row& row, const Constants& c, const Accumulators& a, int64_t i, int k, vf* x,
-                             vf* d) {
-    vf q = rsqrt(a.v + c.second_eps);
-    x[kG] = a.g;
-    x[kClipG] = clamp(a.g, kSmallClip);
-    x[kP] = a.p;
-    x[kV] = a.v;
-    x[kRsqrtV] = q;
-    x[kGRsqrtV] = a.g * q;
-    for (int j = 0; j < kMomenta; j++) {
-        x[kM + j] = a.m[j];
-        x[kMRsqrtV + j] = a.m[j] * q;
-    }
-    for (int j = 0; j < kFactored; j++) {
-        if (kDiagonal) {
-            // Without an epsilon in fac_m the accumulator may be as small as 1e-33: roots and divisions, no estimates.
-            d[j] = ema(get(row.d[j] + i, k), a.g * a.g + kFactoredEps, c.keep_d[j], c.add_d[j]);
-            x[kD + j] = d[j];
-            x[kRsqrtD + j] = 1.0f / sqrt(d[j] + kVectorEps);
-            x[kFacG + j] = a.g / sqrt(max(splat(kFactorEps), d[j] + kFactorEps));
-            x[kFacM + j] = a.m[j] / sqrt(d[j] + c.diagonal_eps);
-        } else {
-            vf factor = get(row.factor[j] + i, k) * row.rho[j];
-            x[kFacG + j] = a.g * factor;
-            x[kFacM + j] = a.m[j] * factor;
-        }
+HF_LOPT_INLINE void features(const RowData& row, const FeatureConstants& c, const Elements<vf>& a, int64_t i, int k,
+                             vf (&x)[kInputs], vf (&d)[kFactored]) {
+    vf y[kFactored];
+    if (kDiagonal) {
+        for (int j = 0; j < kFactored; j++) y[j] = get(row.d[j] + i, k);
+        flat_features<Arithmetic>(a, c, y, x, d);
+    } else {
+        for (int j = 0; j < kFactored; j++) y[j] = get(row.factor[j] + i, k) * row.rho[j];
+        matrix_features<Arithmetic>(a, c.second_eps, y, x);
     }
 }
 
 // ---- pass 1 -------------------------------------------------------------------------------------------------------
 
-void feature_sums(const Row* rows, int count, const Constants& c, double* sums) {
+void feature_sums(const RowData* rows, int count, const FeatureConstants& c, double* sums) {
     vf g2s = splat(0.0f), clip2 = g2s, v2 = g2s, p2 = g2s, q2 = g2s, gq2 = g2s;
     vf m2s[kMomenta] = {g2s, g2s, g2s}, mq2[kMomenta] = {g2s, g2s, g2s};
     vf fac_g2[kFactored], fac_m2[kMomenta];
     vd fac_g[kFactored] = {}, fac_m[kMomenta] = {};
     for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
+        const RowData& row = rows[r];
         for (int j = 0; j < kFactored; j++) fac_g2[j] = fac_m2[j] = splat(0.0f);
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
-            Accumulators a = updated(row, c, i, k, &large);
+            Elements<vf> a = updated(row, c, i, k, &large);
             vf g2 = a.g * a.g;
             vf q_squared = reciprocal(a.v + c.second_eps);  // no root: only its square is needed
             if (large) {
@@ -194,13 +181,13 @@ void feature_sums(const Row* rows, int count, const Constants& c, double* sums) 
     }
 }
 
-void feature_sums_diagonal(const Row* rows, int count, const Constants& c, double* sums) {
+void feature_sums_diagonal(const RowData* rows, int count, const FeatureConstants& c, double* sums) {
     vd totals[kInputs] = {};
     for (int r = 0; r < count; r++) {
-        const Row& row = rows[r];
+        const RowData& row = rows[r];
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
-            Accumulators a = updated(row, c, i, k, &large);
+            Elements<vf> a = updated(row, c, i, k, &large);
             vf x[kInputs], d[kFactored];
             features<true>(row, c, a, i, k, x, d);
             for (int f = 0; f < kInputs; f++) {
@@ -214,7 +201,7 @@ void feature_sums_diagonal(const Row* rows, int count, const Constants& c, doubl
 
 // ---- Adam ---------------------------------------------------------------------------------------------------------
 
-double adam(const Row& row, const AdamConstants& c) {
+double adam(const RowData& row, const AdamConstants& c) {
     vf total = splat(0.0f);
     for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
         prefetch(row.g + i);

@@ -2,13 +2,11 @@
 #include <algorithm>
 #include <cstring>
 
-#include "tensors.h"
+#include "operands.h"
 
 namespace hf_lopt {
 
 namespace {
-
-constexpr int64_t kGradientStats = 2;  // non-finite entries, Σg²
 
 Tensor new_float(const Tensor& like, int64_t without) {
     std::vector<int64_t> shape;
@@ -18,7 +16,8 @@ Tensor new_float(const Tensor& like, int64_t without) {
     return torch::stable::new_empty(like, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Float);
 }
 
-struct Operand {
+// A tensor of the list. With moments also the parameter, the momenta and the second moments.
+struct SumsOperand {
     Array g, p;
     const float *m, *v;
     // Results, and partial results where a line or a column is divided among tiles.
@@ -27,7 +26,7 @@ struct Operand {
 
 // Statistics of the parameter and the accumulators, formed as the update forms them: a run that is resumed goes on bit
 // by bit like one that was not.
-void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t n_v, int64_t n_m, float* buffer,
+void add_moments(const Shape& shape, const Tile& tile, const SumsOperand& o, int64_t n_v, int64_t n_m, float* buffer,
                  double* stats) {
     const auto kernel = shape.factored ? kernels().moments : kernels().moments_diagonal;
     const int group = group_rows(shape, tile);
@@ -49,146 +48,186 @@ void add_moments(const Shape& shape, const Tile& tile, const Operand& o, int64_t
     }
 }
 
-}  // namespace
-
-std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          Ints row_axes, Ints col_axes, double clip, bool moments) {
-    const size_t count = params.size();
-    STD_TORCH_CHECK(count > 0, "there must be at least one parameter");
-    STD_TORCH_CHECK(grads.size() == count && momenta.size() == count && second_moments.size() == count &&
-                        row_axes.size() == count && col_axes.size() == count,
-                    "all lists must have one entry per parameter");
-    const int64_t n_v = second_moments[0].size(0), n_m = momenta[0].size(0);
-    const int64_t width = kGradientStats + 1 + 2 * (n_v + n_m);
-
-    std::vector<Shape> shapes;
-    std::vector<Operand> operands(count);
-    Tensors rows, cols;
-    for (size_t t = 0; t < count; t++) {
-        shapes.emplace_back(grads[t], row_axes[t], col_axes[t]);
-        Operand& o = operands[t];
-        o.g = Array(grads[t]);
-        if (moments) {
-            o.p = Array(params[t]);
-            momenta[t] = torch::stable::contiguous(momenta[t]);
-            second_moments[t] = torch::stable::contiguous(second_moments[t]);
-            o.m = float_data(momenta[t], "momenta");
-            o.v = float_data(second_moments[t], "second moments");
+// Row and column sums and statistics of a list of tensors. The arguments have passed `check_sums`.
+class Sums {
+  public:
+    Sums(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
+         const Ints& row_axes, const Ints& col_axes, double clip, bool moments)
+        : n_v_(second_moments[0].size(0)),
+          n_m_(momenta[0].size(0)),
+          width_(statistics_width(n_v_, n_m_)),
+          bound_((float)clip),
+          moments_(moments),
+          operands_(grads.size()) {
+        for (size_t t = 0; t < grads.size(); t++) {
+            shapes_.emplace_back(grads[t], row_axes[t], col_axes[t]);
+            SumsOperand& o = operands_[t];
+            o.g = Array(grads[t]);
+            if (moments) {
+                o.p = Array(params[t]);
+                o.m = float_data(copies_.readable(momenta[t]));
+                o.v = float_data(copies_.readable(second_moments[t]));
+            }
+            add_results(grads[t], row_axes[t], col_axes[t]);
         }
+        tiles_ = make_tiles(shapes_);
+        place_parts();
+    }
+
+    std::tuple<Tensors, Tensors, Tensor> run(const Tensor& like) {
+        parts_.reset(new float[part_count_]);
+        tile_stats_.assign(tiles_.size() * width_, 0.0);
+        std::vector<std::unique_ptr<float[]>> buffers(worker_count(tiles_));
+        for (auto& buffer : buffers) buffer.reset(new float[2 * kRowElements]);
+        for_each_tile(tiles_, [&](int64_t i, int64_t worker) { add_tile(i, buffers[worker].get()); });
+        // Partial results are added in the order of the tiles, whichever thread made them.
+        const int64_t n_tiles = (int64_t)tiles_.size();
+        torch::stable::parallel_for(0, n_tiles, 64, [&](int64_t begin, int64_t end) { total_vectors(begin, end); });
+        total_lines();
+        const int64_t size[] = {(int64_t)shapes_.size(), width_};
+        Tensor stats = torch::stable::new_zeros(like, {size, 2}, ScalarType::Double);
+        double* out = static_cast<double*>(stats.data_ptr());
+        for (int64_t i = 0; i < n_tiles; i++) {
+            for (int64_t j = 0; j < width_; j++) out[tiles_[i].tensor * width_ + j] += tile_stats_[i * width_ + j];
+        }
+        return {std::move(rows_), std::move(cols_), std::move(stats)};
+    }
+
+  private:
+    // Allocates the row and column sums of the tensor that was added last.
+    void add_results(const Tensor& g, int64_t row_axis, int64_t col_axis) {
         const int64_t zero = 0;
-        for (auto [out, axis] : {std::pair(&rows, row_axes[t]), std::pair(&cols, col_axes[t])}) {
-            out->push_back(axis >= 0
-                               ? new_float(grads[t], axis)
-                               : torch::stable::new_empty(grads[t], {&zero, 1}, torch::headeronly::ScalarType::Float));
+        for (auto [out, axis] : {std::pair(&rows_, row_axis), std::pair(&cols_, col_axis)}) {
+            out->push_back(axis >= 0 ? new_float(g, axis)
+                                     : torch::stable::new_empty(g, {&zero, 1}, ScalarType::Float));
         }
-        Tensor &line = shapes[t].row_is_line ? rows[t] : cols[t], &vector = shapes[t].row_is_line ? cols[t] : rows[t];
-        o.line_out = static_cast<float*>(line.data_ptr());
-        o.vector_out = static_cast<float*>(vector.data_ptr());
-        if (shapes[t].numel == 0) {
+        const Shape& shape = shapes_.back();
+        Tensor& line = shape.row_is_line ? rows_.back() : cols_.back();
+        Tensor& vector = shape.row_is_line ? cols_.back() : rows_.back();
+        SumsOperand& o = operands_[shapes_.size() - 1];
+        o.line_out = float_data(line);
+        o.vector_out = float_data(vector);
+        if (shape.numel == 0) {
             std::fill_n(o.line_out, line.numel(), 0.0f);
             std::fill_n(o.vector_out, vector.numel(), 0.0f);
         }
     }
 
-    const std::vector<Tile> tiles = make_tiles(shapes);
     // Where each tile leaves its column sums, if it does not see all lines, and each chunk of columns its line sums.
-    std::vector<int64_t> vector_part(tiles.size(), -1), line_part(count, -1);
-    int64_t part = 0;
-    for (size_t i = 0; i < tiles.size(); i++) {
-        const Tile& tile = tiles[i];
-        const Shape& shape = shapes[tile.tensor];
-        if (!shape.factored) continue;
-        if (!(tile.first_rows && tile.last_rows)) {
-            vector_part[i] = part;
-            part += tile.n;
-        }
-        if (tile.chunks > 1 && line_part[tile.tensor] < 0) {
-            line_part[tile.tensor] = part;
-            part += tile.chunks * shape.line_length();
+    void place_parts() {
+        vector_part_.assign(tiles_.size(), -1);
+        line_part_.assign(shapes_.size(), -1);
+        for (size_t i = 0; i < tiles_.size(); i++) {
+            const Tile& tile = tiles_[i];
+            const Shape& shape = shapes_[tile.tensor];
+            if (!shape.factored) continue;
+            if (!(tile.first_rows && tile.last_rows)) {
+                vector_part_[i] = part_count_;
+                part_count_ += tile.n;
+            }
+            if (tile.chunks > 1 && line_part_[tile.tensor] < 0) {
+                line_part_[tile.tensor] = part_count_;
+                part_count_ += tile.chunks * shape.line_length();
+            }
         }
     }
-    std::unique_ptr<float[]> parts(new float[part]);
-    std::vector<double> tile_stats(tiles.size() * width);
-    const float bound = (float)clip;
-    std::vector<std::unique_ptr<float[]>> buffers(worker_count(tiles));
-    for (auto& buffer : buffers) buffer.reset(new float[2 * kRowElements]);
 
-    for_each_tile(tiles, [&](int64_t index, int64_t worker) {
-        const Tile& tile = tiles[index];
-        const Shape& shape = shapes[tile.tensor];
-        const Operand& o = operands[tile.tensor];
+    void add_tile(int64_t index, float* buffer) {
+        const Tile& tile = tiles_[index];
+        const Shape& shape = shapes_[tile.tensor];
+        const SumsOperand& o = operands_[tile.tensor];
         const Kernels& k = kernels();
-        float* buffer = buffers[worker].get();
-        double* stats = &tile_stats[index * width];
-        float* vector = !shape.factored           ? nullptr
-                        : vector_part[index] >= 0 ? parts.get() + vector_part[index]
-                                                  : o.vector_out + tile.vector;
+        double* stats = &tile_stats_[index * width_];
+        float* vector = !shape.factored            ? nullptr
+                        : vector_part_[index] >= 0 ? parts_.get() + vector_part_[index]
+                                                   : o.vector_out + tile.vector;
         if (vector) std::fill_n(vector, tile.n, 0.0f);
         float* lines = o.line_out;
-        if (line_part[tile.tensor] >= 0)
-            lines = parts.get() + line_part[tile.tensor] + tile.chunk * shape.line_length();
+        if (line_part_[tile.tensor] >= 0) {
+            lines = parts_.get() + line_part_[tile.tensor] + tile.chunk * shape.line_length();
+        }
         for (int64_t r = 0; r < tile.rows; r++) {
             const int64_t line = tile.line + r * tile.line_step;
             const float* g = o.g.read(line, tile.start, tile.n, shape.columns, buffer);
-            const GradientSums s = k.gradient_sums(g, tile.n, bound, vector);
+            const GradientSums s = k.gradient_sums(g, tile.n, bound_, vector);
             stats[0] += (double)s.nonfinite;
             stats[1] += s.squares;
             if (shape.factored && shape.inner == 1) {
                 lines[line] = (float)s.clipped_squares;
             } else if (shape.factored) {
-                float* out = lines + line * shape.inner;
-                std::fill_n(out, shape.inner, 0.0f);
-                int64_t position = tile.start % shape.inner;
-                for (int64_t i = 0; i < tile.n; i++) {
-                    const float x = std::min(bound, std::max(-bound, g[i]));
-                    out[position] += x * x;
-                    if (++position == shape.inner) position = 0;
-                }
+                add_inner(g, tile, shape.inner, lines + line * shape.inner);
             }
         }
-        if (moments) add_moments(shape, tile, o, n_v, n_m, buffer, stats);
-    });
+        if (moments_) add_moments(shape, tile, o, n_v_, n_m_, buffer, stats);
+    }
 
-    // Partial results are added in the order of the tiles, whichever thread made them.
-    const int64_t n_tiles = (int64_t)tiles.size();
-    torch::stable::parallel_for(0, n_tiles, 64, [&](int64_t begin, int64_t end) {
+    // The line sums of a row whose line has a number for each of the `inner` places.
+    void add_inner(const float* g, const Tile& tile, int64_t inner, float* out) const {
+        std::fill_n(out, inner, 0.0f);
+        int64_t position = tile.start % inner;
+        for (int64_t i = 0; i < tile.n; i++) {
+            const float x = std::min(bound_, std::max(-bound_, g[i]));
+            out[position] += x * x;
+            if (++position == inner) position = 0;
+        }
+    }
+
+    // Column sums that several tiles have a part of; the tile of the first rows adds up all of them.
+    void total_vectors(int64_t begin, int64_t end) {
         std::vector<double> total;
         for (int64_t i = begin; i < end; i++) {
-            const Tile& tile = tiles[i];
-            if (vector_part[i] < 0 || !tile.first_rows) continue;
+            const Tile& tile = tiles_[i];
+            if (vector_part_[i] < 0 || !tile.first_rows) continue;
             total.assign(tile.n, 0.0);
             for (int64_t j = i;; j += tile.chunks) {
-                const float* x = parts.get() + vector_part[j];
+                const float* x = parts_.get() + vector_part_[j];
                 for (int64_t c = 0; c < tile.n; c++) total[c] += x[c];
-                if (tiles[j].last_rows) break;
+                if (tiles_[j].last_rows) break;
             }
-            float* out = operands[tile.tensor].vector_out + tile.vector;
+            float* out = operands_[tile.tensor].vector_out + tile.vector;
             for (int64_t c = 0; c < tile.n; c++) out[c] = (float)total[c];
         }
-    });
-    for (int64_t i = 0; i < n_tiles; i++) {
-        const Tile& tile = tiles[i];
-        const Shape& shape = shapes[tile.tensor];
-        if (line_part[tile.tensor] < 0 || tile.chunk != 0) continue;
-        float* out = operands[tile.tensor].line_out;
-        for (int64_t r = 0; r < tile.rows; r++) {
-            const int64_t first = (tile.line + r * tile.line_step) * shape.inner;
-            for (int64_t j = first; j < first + shape.inner; j++) {
-                double total = 0.0;
-                for (int64_t c = 0; c < tile.chunks; c++) {
-                    total += parts[line_part[tile.tensor] + c * shape.line_length() + j];
+    }
+
+    // Line sums that several chunks of columns have a part of.
+    void total_lines() {
+        for (const Tile& tile : tiles_) {
+            const Shape& shape = shapes_[tile.tensor];
+            if (line_part_[tile.tensor] < 0 || tile.chunk != 0) continue;
+            float* out = operands_[tile.tensor].line_out;
+            for (int64_t r = 0; r < tile.rows; r++) {
+                const int64_t first = (tile.line + r * tile.line_step) * shape.inner;
+                for (int64_t j = first; j < first + shape.inner; j++) {
+                    double total = 0.0;
+                    for (int64_t c = 0; c < tile.chunks; c++) {
+                        total += parts_[line_part_[tile.tensor] + c * shape.line_length() + j];
+                    }
+                    out[j] = (float)total;
                 }
-                out[j] = (float)total;
             }
         }
     }
-    const int64_t size[] = {(int64_t)count, width};
-    Tensor stats = torch::stable::new_zeros(params[0], {size, 2}, torch::headeronly::ScalarType::Double);
-    double* out = static_cast<double*>(stats.data_ptr());
-    for (int64_t i = 0; i < n_tiles; i++) {
-        for (int64_t j = 0; j < width; j++) out[tiles[i].tensor * width + j] += tile_stats[i * width + j];
-    }
-    return {std::move(rows), std::move(cols), std::move(stats)};
+
+    int64_t n_v_, n_m_, width_;
+    float bound_;
+    bool moments_;
+    ContiguousCopies copies_;
+    std::vector<Shape> shapes_;
+    std::vector<SumsOperand> operands_;
+    std::vector<Tile> tiles_;
+    Tensors rows_, cols_;
+    std::vector<int64_t> vector_part_, line_part_;  // places in `parts_`, -1 for none
+    int64_t part_count_ = 0;
+    std::unique_ptr<float[]> parts_;
+    std::vector<double> tile_stats_;  // (tiles, width)
+};
+
+}  // namespace
+
+std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
+                                          Ints row_axes, Ints col_axes, double clip, bool moments) {
+    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments);
+    return Sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments).run(params[0]);
 }
 
 }  // namespace hf_lopt

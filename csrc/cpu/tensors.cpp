@@ -58,8 +58,6 @@ bool use_kernels(const std::string& name) {
 Array::Array(const Tensor& x) : data_(static_cast<char*>(x.data_ptr())), dense_(x.is_contiguous()) {
     using torch::headeronly::ScalarType;
     const ScalarType type = x.scalar_type();
-    STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-                    "parameters and gradients must be float32, bfloat16 or float16 for the fused kernels");
     type_ = type == ScalarType::Float ? Type::kFloat : type == ScalarType::Half ? Type::kHalf : Type::kBFloat16;
     if (!dense_) {
         for (int64_t i = 0; i < x.dim(); i++) {
@@ -128,14 +126,12 @@ void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t
 Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices_)
     : numel(p.numel()), slices(slices_) {
     factored = row_axis >= 0;
-    STD_TORCH_CHECK(slices > 0 && numel % slices == 0, "a tensor of ", numel, " elements has no ", slices, " slices");
     columns = factored ? numel : numel / slices;
     if (!factored) {
         pre = lines = slices;
         return;
     }
     const int64_t first = std::min(row_axis, col_axis), last = std::max(row_axis, col_axis);
-    STD_TORCH_CHECK(first >= 0 && first < last && last < p.dim(), "the factored axes must be two axes of the tensor");
     for (int64_t i = 0; i < p.dim(); i++) {
         int64_t& part = i < first ? pre : i == first ? k : i < last ? mid : i == last ? columns : inner;
         part = i == last ? p.size(i) : part * p.size(i);
@@ -213,12 +209,6 @@ std::vector<int64_t> shares(const std::vector<Tile>& tiles) {
     bounds.resize(workers, (int64_t)tiles.size());
     bounds.push_back((int64_t)tiles.size());
     return bounds;
-}
-
-float* float_data(const Tensor& x, const char* what) {
-    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float && x.is_contiguous(), what,
-                    " must be contiguous and float32 for the fused kernels");
-    return static_cast<float*>(x.data_ptr());
 }
 
 }  // namespace hf_lopt

@@ -1,11 +1,11 @@
-// How the kernels see tensors: as lines of numbers, cut into tiles for the threads.
+// How the kernels see tensors: as lines of numbers, divided into tiles for the threads.
 //
 // A parameter of rank >= 2 is read as [pre, K, mid, L, inner]: K and L are its two factored axes in memory order, the
 // others are joined. A line is everything after `mid`, contiguous in the accumulators: L * inner columns. The factored
 // accumulator without L has `inner` numbers per line (one, if L is the last axis), the one without K is a vector along
 // the line that all lines with the same `pre` and `mid` share. A tensor of rank < 2 is one line.
 //
-// A tensor may be a stack of slices, each with a network and results of its own: then its leading axes number them, K
+// A tensor may be a stack of slices, each with its own network and results: then its leading axes number them, K
 // and L are its last two axes, and a stack of vectors has a line for each.
 //
 // Parameters, gradients and outputs may have any strides and may be float32, bfloat16 or float16: what is not
@@ -31,7 +31,7 @@ const Kernels& kernels();
 // Chooses by name; an unknown or unsupported one leaves the choice as it is and returns false.
 bool use_kernels(const std::string& name);
 
-// A parameter-shaped tensor of any strides and floating-point type.
+// A parameter-shaped tensor of any strides; float32, bfloat16 or float16.
 class Array {
   public:
     Array() = default;
@@ -64,6 +64,7 @@ struct Shape {
     int64_t slices = 1;
 
     Shape() = default;
+    // Axes and slices have passed the checks of arguments.h.
     Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices = 1);
     int64_t line_length() const { return lines * inner; }          // of the accumulator without L
     int64_t vector_length() const { return pre * mid * columns; }  // of the accumulator without K
@@ -81,11 +82,11 @@ struct Tile {
 
 constexpr int64_t kTileElements = 1 << 15, kRowElements = 4096;
 // Rows of a tile that are worked on together, so that their float32 sums are flushed together: as many as have about
-// as many elements as the longest row. A row with factors of its own fills the buffers alone.
+// as many elements as the longest row. A row whose factors are formed in the buffers fills them alone.
 constexpr int kGroupRows = 64;
 int group_rows(const Shape& shape, const Tile& tile);
 
-// Cuts all tensors into tiles of about kTileElements, with rows of at most `row_elements`.
+// Divides all tensors into tiles of about kTileElements, with rows of at most `row_elements`.
 std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_elements = kRowElements);
 
 int64_t slice_count(const std::vector<Shape>& shapes);
@@ -95,9 +96,9 @@ int64_t worker_count(const std::vector<Tile>& tiles);
 // The first tile of each worker when all get an equal share of the elements, and the end.
 std::vector<int64_t> shares(const std::vector<Tile>& tiles);
 
-// Calls f(i, worker) for every tile. Each thread starts with its own share and then takes over from the others. What
-// is computed for a tile must not depend on the worker: sums over tiles are formed afterwards, in the order of the
-// tiles.
+// Calls f(i, worker) for every tile. Each thread starts with its share and then takes tiles from those of the others.
+// What is computed for a tile must not depend on the worker: sums over tiles are formed afterwards, in the order of
+// the tiles.
 template <class F>
 void for_each_tile(const std::vector<Tile>& tiles, const F& f) {
     const std::vector<int64_t> bounds = shares(tiles);
@@ -113,8 +114,5 @@ void for_each_tile(const std::vector<Tile>& tiles, const F& f) {
         }
     });
 }
-
-// A contiguous float32 tensor's data; an error that names `what` otherwise.
-float* float_data(const Tensor& x, const char* what);
 
 }  // namespace hf_lopt

@@ -7,12 +7,6 @@
 
 namespace hf_lopt {
 
-// What the vector features of a tensor contribute to the first layer.
-template <int U>
-struct VectorWeights {
-    float line[kFactored][U], rsqrt_line[kFactored][U], vector[kFactored][U], rsqrt_vector[kFactored][U];
-};
-
 template <int U>
 struct Shared {
     Network<U> net;
@@ -24,7 +18,7 @@ struct Shared {
     alignas(16) float factors[kFactored][kStrip];  // of the columns
 };
 
-// Copies the network of the tensor, with the scale of its step folded in.
+// ContiguousCopies the network of the tensor, with the scale of its step folded in.
 template <int U>
 HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>& s) {
     const int t = at.tensor;
@@ -65,7 +59,7 @@ HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>&
 // Fills what is the same for all rows of the tile.
 template <int U>
 HF_LOPT_DEVICE void set_columns(const ApplyArgs& a, const Place& at, Shared<U>& s) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     const float* x = pointer<float>(a.table, t, sVector) + at.vector();
     const float* factor = pointer<float>(a.table, t, sVectorFactor) + at.vector();
     for (int c = thread(); c < kStrip; c += kThreads) {
@@ -74,7 +68,7 @@ HF_LOPT_DEVICE void set_columns(const ApplyArgs& a, const Place& at, Shared<U>& 
         for (int k = 0; k < kFactored; k++) {
             s.factors[k][c] = c < at.width ? factor[k * t.vector_decay + c] : 0.0f;
             y[k] = c < at.width ? x[k * t.vector_decay + c] : 0.0f;
-            root[k] = inverse_root(y[k] + kVectorEps);
+            root[k] = inverse_root_of_vector<Arithmetic>(y[k]);
         }
         for (int j = 0; j < U; j++) {
             float z = 0.0f;
@@ -103,9 +97,9 @@ struct UpdateSums {
 
 // Stores the accumulators, and adds to their statistics.
 template <bool strided = false, class T>
-HF_LOPT_DEVICE void store_accumulators(const ApplyArgs& a, const Place& at, const Row& row, Updated& u,
+HF_LOPT_DEVICE void store_accumulators(const ApplyArgs& a, const Place& at, const RowPlace& row, Updated& u,
                                        UpdateSums<T>& sums) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     bool live[kLane];
     HF_LOPT_EACH(e) live[e] = at.live(row, e);
     float *m = pointer<float>(a.table, t, sM), *v = pointer<float>(a.table, t, sV);
@@ -120,9 +114,9 @@ HF_LOPT_DEVICE void store_accumulators(const ApplyArgs& a, const Place& at, cons
 
 // Stores what the outputs decide, and adds to the statistics.
 template <bool strided = false, class T>
-HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const Row& row, const Lane& old, float decay,
+HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const RowPlace& row, const Lane& old, float decay,
                                const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     bool live[kLane];
     Lane step, p;
     HF_LOPT_EACH(e) {
@@ -142,7 +136,7 @@ HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const Row& r
 
 // row factor x column factor, for each decay
 template <int U, Kind kind>
-HF_LOPT_DEVICE void load_factors(const ApplyArgs& a, const Place& at, const Row& row, const Shared<U>& s,
+HF_LOPT_DEVICE void load_factors(const ApplyArgs& a, const Place& at, const RowPlace& row, const Shared<U>& s,
                                  Lane (&factor)[kFactored]) {
     Lane along[kFactored];
     if constexpr (kind != kStrided) {
@@ -191,8 +185,9 @@ HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, float sec
 
 // The biases of the first layer in a row: its own, that of the line's accumulator and that of the columns.
 template <int U, Kind kind>
-HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const Row& row, const Shared<U>& s, Lane (&z)[U]) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const RowPlace& row, const Shared<U>& s,
+                             Lane (&z)[U]) {
+    const TensorEntry& t = *at.entry;
     const float* x = pointer<float>(a.table, t, sLine);
     float of_line[U];
 #pragma unroll
@@ -203,7 +198,7 @@ HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const Row& row
 #pragma unroll
     for (int k = 0; k < kFactored; k++) {
         const Lane y = load_line<kind>(x + k * t.line_decay, at, row);
-        const Lane root = map(y, [](float r) { return inverse_root(r + kVectorEps); });
+        const Lane root = map(y, [](float r) { return inverse_root_of_vector<Arithmetic>(r); });
 #pragma unroll
         for (int j = 0; j < U; j++) {
             if (kind == kMatrix) {
@@ -224,7 +219,7 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
 #pragma unroll 1
     for (int turn = 0; turn < at.turns(); turn++) {
         forget_loads();  // all weights do not fit into registers
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         Updated u = update(a.table, a.constants, at, row);
         Lane factor[kFactored], z[U], direction, magnitude;
         load_factors<U, kind>(a, at, row, s, factor);
@@ -255,10 +250,10 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
     const Place at = place(a.table);
     using T = std::conditional_t<kind == kFlat, double, float>;
     constexpr bool strided = kind == kStrided, columns = kind == kMatrix || kind == kInner;
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     UpdateSums<T> sums;
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         Updated u = update<strided>(a.table, a.constants, at, row);
         Lane direction = splat(0.0f), magnitude = splat(0.0f), d[kFactored], factor[kFactored];
         if constexpr (kind == kFlat) {
@@ -274,23 +269,12 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
 #pragma unroll
             for (int j = 0; j < U; j++) z[j] = s.net.bias[j];
             if constexpr (kind == kFlat) {
-                flat_features(u, a.constants, d, e, x, d);
+                flat_features(u, a.constants, e, x, d);
             } else {
-                const float g = u.g.x[e], q = inverse_root(u.v.x[e] + a.constants.second_eps);
-                x[kG] = g;
-                x[kClipG] = clamp(g, kSmallClip);
-                x[kP] = u.p.x[e];
-                x[kV] = u.v.x[e];
-                x[kRsqrtV] = q;
-                x[kGRsqrtV] = g * q;
-#pragma unroll
-                for (int k = 0; k < kMomenta; k++) {
-                    const float m = u.m[k].x[e], f = factor[k].x[e];
-                    x[kM + k] = m;
-                    x[kMRsqrtV + k] = m * q;
-                    x[kFacG + k] = g * f;
-                    x[kFacM + k] = m * f;
-                }
+                float product[kFactored];
+                HF_LOPT_UNROLL
+                for (int k = 0; k < kFactored; k++) product[k] = factor[k].x[e];
+                matrix_features<Arithmetic>(element(u, e), a.constants.second_eps, product, x);
                 // Not features of the element, but added like them: the line's accumulator and its inverse root.
                 const float* line = pointer<float>(a.table, t, sLine);
                 line += strided           ? strided_place(t.line_step, at, row, e)
@@ -299,7 +283,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
 #pragma unroll
                 for (int k = 0; k < kFactored; k++) {
                     x[kD + k] = line[k * t.line_decay];
-                    x[kRsqrtD + k] = inverse_root(x[kD + k] + kVectorEps);
+                    x[kRsqrtD + k] = inverse_root_of_vector<Arithmetic>(x[kD + k]);
                 }
             }
             if constexpr (columns) {
@@ -310,7 +294,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
                 const float* vector = pointer<float>(a.table, t, sVector) + strided_place(t.vector_step, at, row, e);
 #pragma unroll
                 for (int k = 0; k < kFactored; k++) {
-                    const float y = vector[k * t.vector_decay], root = inverse_root(y + kVectorEps);
+                    const float y = vector[k * t.vector_decay], root = inverse_root_of_vector<Arithmetic>(y);
 #pragma unroll
                     for (int j = 0; j < U; j++) {
                         z[j] += y * s.vectors.vector[k][j] + root * s.vectors.rsqrt_vector[k][j];
@@ -340,7 +324,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
 }
 
 HF_LOPT_DEVICE void finish_tile(const ApplyArgs& a, const Place& at) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     if (!last_to_arrive(a.table.tickets + t.first_ticket, t.tiles())) return;
     const double* first = a.partial + (int64_t)a.table.first_tile[at.tensor] * kUpdateStats;
     double* stats = a.stats + (int64_t)at.tensor * (kUpdateStats + 1);

@@ -1,7 +1,7 @@
 // Between pass 0 and pass 1: the factored accumulators and the factors formed from them, a block for each tensor and
 // decay.
-#include "entries.h"
 #include "simt.h"
+#include "tensor_table.h"
 
 namespace hf_lopt {
 namespace {

@@ -12,7 +12,7 @@ HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (
     float g2 = 0, clip2 = 0, p2 = 0, v2 = 0, q2 = 0, gq2 = 0;
     float m2[kMomenta] = {}, mq2[kMomenta] = {}, fac_g2[kFactored] = {}, fac_m2[kMomenta] = {};
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         const Updated u = update<kind == kStrided>(a.table, a.constants, at, row);
         Lane factor[kFactored];
         load_factors<kind>(a.table, at, row, along, factor);
@@ -55,14 +55,14 @@ HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (
 HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
     const Place at = place(a.table);
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         const Updated u = update(a.table, a.constants, at, row);
-        Lane old[kFactored], d[kFactored];
-        load_diagonals(a.table, at, row, old);
+        Lane d[kFactored];
+        load_diagonals(a.table, at, row, d);
         HF_LOPT_EACH(e) {
             if (!at.live(row, e)) continue;
             float x[kInputs];
-            flat_features(u, a.constants, old, e, x, d);
+            flat_features(u, a.constants, e, x, d);
 #pragma unroll
             for (int f = 0; f < kInputs; f++) sums[f] += (double)x[f] * x[f];
         }
@@ -78,7 +78,7 @@ HF_LOPT_DEVICE void add_number(float x, double& square, double& inverse) {
 // The vector features: those of lines by the tiles of the first strip, the others by those of the first rows.
 HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     double sums[kVectorSums] = {};
     const auto of = [&](int feature, int k) -> double& { return sums[feature * kFactored + k]; };
     if (at.strip == 0) {
@@ -121,10 +121,10 @@ HF_LOPT_OUT_OF_LINE void add_strided_rows(const FeatureSumsArgs& a, double (&sum
 // The vector features of a strided slice, which may differ from element to element.
 HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, double* out) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     double sums[kVectorSums] = {};
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
 #pragma unroll
         for (int k = 0; k < kFactored; k++) {
             const float* rows = pointer<float>(a.table, t, sLine) + k * t.line_decay;
@@ -143,7 +143,7 @@ HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, double* o
 
 // Stores the sum of one column of features.
 HF_LOPT_DEVICE void store_total(const FeatureSumsArgs& a, const Place& at, int j, double total) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     double* out = a.sums + (int64_t)at.tensor * a.columns.count;
     if (j >= kInputs) {
         const int vector = (j - kInputs) / kFactored, column = a.columns.vector[vector][(j - kInputs) % kFactored];
@@ -169,7 +169,7 @@ HF_LOPT_DEVICE void store_total(const FeatureSumsArgs& a, const Place& at, int j
 
 HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs a) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     double sums[kInputs] = {};
     if (!t.factored) {
         add_flat(a, sums);

@@ -1,4 +1,4 @@
-// The kernels of the operators for CUDA tensors. The schemas are those of csrc/ops.cpp.
+// The kernels of the operators for CUDA tensors. hf_lopt/_ops.py defines the operators.
 //
 // Compiled for tests on the host, the same operators are registered for CPU tensors in a library of their own.
 #include <Python.h>
@@ -26,7 +26,6 @@ HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     m.impl("advance", TORCH_BOX(&hf_lopt::advance));
     m.impl("pool", TORCH_BOX(&hf_lopt::pool));
     m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));
-    m.impl("specialize_networks", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("assign", TORCH_BOX(&hf_lopt::assign));
 }
 

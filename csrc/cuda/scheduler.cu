@@ -58,7 +58,7 @@ HF_LOPT_DEVICE float log_magnitude(double x) {
 }
 
 // One of VeLO's features of tensor t: L(mean v), ranks, L(var m), L(var v).
-HF_LOPT_DEVICE float own_feature(const AdvanceArgs& a, int64_t t, int i) {
+HF_LOPT_DEVICE float tensor_feature(const AdvanceArgs& a, int64_t t, int i) {
     if (i >= 1 && i <= kRanks) return a.ranks[t * kRanks + i - 1];
     const double numel = a.numel[t], mean_p2 = a.totals[t * a.totals_width + a.p_column] / numel;
     const double square = 1.0 / (mean_p2 > 1e-9 ? mean_p2 : 1e-9);
@@ -102,10 +102,10 @@ HF_LOPT_KERNEL(kManyThreads, 1) advance_kernel(HF_LOPT_ARGUMENT AdvanceArgs a) {
     }
     barrier();
     if (i < kRunFeatures) a.features[i] = features[i];
-    const int width = kShared + (a.moments ? kOwn : 0);
+    const int width = kShared + (a.moments ? kTensorInputs : 0);
     for (int64_t j = i; j < (int64_t)a.rows * width; j += kManyThreads) {
         const int column = (int)(j % width);
-        a.inputs[j] = column < kShared ? features[column] : own_feature(a, j / width, column - kShared);
+        a.inputs[j] = column < kShared ? features[column] : tensor_feature(a, j / width, column - kShared);
     }
 }
 

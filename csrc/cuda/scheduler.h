@@ -2,13 +2,13 @@
 // hf_lopt/_plain_scheduler.py for what they compute.
 #pragma once
 
-#include "entries.h"
+#include "tensor_table.h"
 
 namespace hf_lopt {
 
 constexpr int kManyThreads = 1024;
 constexpr int kTimes = 9, kLossFeatures = 9, kSteps = 11, kShared = kTimes + kLossFeatures, kLossDecays = 10;
-constexpr int kRunFeatures = kShared + kSteps, kRanks = 5, kOwn = 1 + kRanks + 2 * kMomenta;
+constexpr int kRunFeatures = kShared + kSteps, kRanks = 5, kTensorInputs = 1 + kRanks + 2 * kMomenta;
 constexpr int kMaxLists = 8, kMaxFactors = 4;
 constexpr int kMaxHidden = 2048, kMaxHeads = 1024;
 
@@ -67,7 +67,7 @@ struct FoldArgs {
     const double *sums, *numel;
     int32_t sums_width, p_column;
     double norm_eps;
-    Strided lr, weight_decay, factors[kMaxFactors], floor;
+    StridedView<float> lr, weight_decay, factors[kMaxFactors], floor;
     int32_t factors_count;
     bool has_floor;
     float step_mult;

@@ -6,7 +6,7 @@ namespace {
 
 HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     if (*a.skip) {
         if (at.tile == 0 && thread() == 0) a.sums[t.tensor] = 0.0;
         return;
@@ -15,7 +15,7 @@ HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
     const float second_scale = *a.second_correction;
     float step2 = 0.0f;
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         const Lane g =
             map(load(pointer<void>(a.table, t, sG), t.g_type, at, row), [&](float x) { return clamp(x, a.clip); });
         Lane p = load(pointer<void>(a.table, t, sP), t.p_type, at, row);
@@ -43,13 +43,13 @@ HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
 
 template <bool strided>
 HF_LOPT_DEVICE void descend_rows(const DescendArgs& a, const Place& at) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     const float rate = a.rate(a.rate_of_slice ? at.tensor : t.tensor);
     const float decay = rate * a.weight_decay(a.weight_decay_of_slice ? at.tensor : t.tensor);
     float scale = rate;
     if (a.squares) scale *= (float)(1.0 / sqrt(a.squares[at.tensor] / a.numel[at.tensor] + a.norm_eps));
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         const Lane step = load<strided>(pointer<void>(a.table, t, sG), t.g_type, at, row);
         Lane p = load<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row);
         HF_LOPT_EACH(e) p.x[e] = p.x[e] - decay * p.x[e] - scale * step.x[e];
@@ -70,9 +70,9 @@ HF_LOPT_KERNEL(kThreads, 2) descend_kernel(HF_LOPT_ARGUMENT DescendArgs a) {
 HF_LOPT_KERNEL(kThreads, 2) assign_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
     if (*a.skip) return;
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         Lane x = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
         store(pointer<void>(a.table, t, sP), t.p_type, at, row, x);
     }
@@ -80,9 +80,9 @@ HF_LOPT_KERNEL(kThreads, 2) assign_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
 
 HF_LOPT_KERNEL(kThreads, 2) zero_nan_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         Lane x = load(pointer<void>(a.table, t, sP), t.p_type, at, row);
         bool found = false;
         HF_LOPT_EACH(e) {

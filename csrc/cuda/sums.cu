@@ -33,9 +33,9 @@ HF_LOPT_DEVICE Lane add(const Lane& g, float clip, RowSums& sums) {
 }
 
 // The sums over a row: one number per line, or one for each of its `inner` places.
-HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const Row& row, const Lane& squares,
+HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const RowPlace& row, const Lane& squares,
                                float (&buffer)[kWarps][kStrip]) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     float* out = a.parts + t.line_part + at.strip * t.line_length();
     if (t.inner == 1) {
         float sum = 0.0f;
@@ -59,12 +59,12 @@ HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const Row& ro
 template <class T>
 HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, double* stats) {
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     MomentSums<T> p, others[1 + kMomenta];
     const float* v = pointer<float>(a.table, t, sV);
     const float* m = pointer<float>(a.table, t, sM);
     for (int turn = 0; turn < at.turns(); turn++) {
-        const Row row = at.row(turn);
+        const RowPlace row = at.row(turn);
         bool live[kLane];
         HF_LOPT_EACH(e) live[e] = at.live(row, e);
         p.add(load(pointer<void>(a.table, t, sP), t.p_type, at, row), live);
@@ -75,7 +75,7 @@ HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, double* stats) {
             others[j].add(load(x, kFloat32, at, row), live);
         }
     }
-    double sums[kMaxMoments] = {p.squares};
+    double sums[kMomentStats] = {p.squares};
 #pragma unroll
     for (int j = 0; j < 1 + kMomenta; j++) {
         sums[1 + 2 * j] = others[j].sum;
@@ -85,7 +85,7 @@ HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, double* stats) {
 }
 
 HF_LOPT_DEVICE void total_columns(const SumsArgs& a, const Place& at) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     const int64_t place = at.vector();
     float* out = pointer<float>(a.table, t, sVector);
     for (int c = thread(); c < at.width; c += kThreads) {
@@ -98,7 +98,7 @@ HF_LOPT_DEVICE void total_columns(const SumsArgs& a, const Place& at) {
 }
 
 HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     const int64_t length = t.line_length();
     float* out = pointer<float>(a.table, t, sLine);
     for (int64_t i = thread(); i < at.row_count() * t.inner; i += kThreads) {
@@ -119,7 +119,7 @@ HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
 HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     HF_LOPT_SHARED float buffer[kWarps][kStrip];
     const Place at = place(a.table);
-    const Entry& t = *at.entry;
+    const TensorEntry& t = *at.entry;
     const void* g = pointer<void>(a.table, t, sG);
     double* stats = a.partial + (int64_t)block() * a.width;
     RowSums sums = {};
@@ -128,14 +128,14 @@ HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
         Lane x[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
-            Row row = at.row(first + i);
+            RowPlace row = at.row(first + i);
             if (first + i >= turns) row.limit = 0;
             x[i] = load(g, t.g_type, at, row);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
             if (first + i >= turns) break;
-            const Row row = at.row(first + i);
+            const RowPlace row = at.row(first + i);
             const Lane squares = add(x[i], a.clip, sums);
             if (t.factored) store_line(a, at, row, squares, buffer);
         }

@@ -81,18 +81,19 @@ HF_LOPT_DEVICE Place batch_place(const Place& at, int batch) {
     return p;
 }
 
-// What a lane reads of a batch: the gradient, the second moment, and the parameter or a momentum.
+// What a lane reads of a batch: the gradient, the second moment, and what the lane updates beside them, which is the
+// parameter in lane 0 of a group and momentum k in lane k + 1.
 struct Raw {
-    Lane g, v, own;
+    Lane g, v, p_or_m;
 };
 
-HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const Row& row, int q) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q) {
+    const TensorEntry& t = *at.entry;
     Raw r;
     r.g = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
     r.v = load(pointer<float>(a.table, t, sV), kFloat32, at, row);
     const float* m = pointer<float>(a.table, t, sM) + (q - 1) * t.decay;
-    r.own = q == 0 ? load(pointer<void>(a.table, t, sP), t.p_type, at, row) : load(m, kFloat32, at, row);
+    r.p_or_m = q == 0 ? load(pointer<void>(a.table, t, sP), t.p_type, at, row) : load(m, kFloat32, at, row);
     return r;
 }
 
@@ -163,36 +164,36 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
     }
 }
 
-// Every lane of a group stores its own stream; lane 0 also the second moment and the step.
-HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const Row& row, int q, Raw& r, Lane step) {
-    const Entry& t = *at.entry;
+// Lanes 1 to 3 of a group store their momentum; lane 0 the second moment and the parameter or the step.
+HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q, Raw& r, Lane step) {
+    const TensorEntry& t = *at.entry;
     if (q > 0) {
-        store(pointer<float>(a.table, t, sM) + (q - 1) * t.decay, kFloat32, at, row, r.own);
+        store(pointer<float>(a.table, t, sM) + (q - 1) * t.decay, kFloat32, at, row, r.p_or_m);
         return;
     }
     store(pointer<float>(a.table, t, sV), kFloat32, at, row, r.v);
     if (a.into_out) {
         store(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
     } else {
-        store(pointer<void>(a.table, t, sP), t.p_type, at, row, r.own);
+        store(pointer<void>(a.table, t, sP), t.p_type, at, row, r.p_or_m);
     }
 }
 
 HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
                                           const Fragments& f, double* out) {
-    const Entry& t = *tile.entry;
+    const TensorEntry& t = *tile.entry;
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
     const float* along = s.factors[k];
     const float* line_factor = pointer<float>(a.table, t, sLineFactor) + k * t.line_decay;
     const float* line = pointer<float>(a.table, t, sLine);
     const int batches = (tile.width + kBatchColumns - 1) / kBatchColumns, turns = tile.turns();
-    MomentSums<float> own, second;
+    MomentSums<float> first, second;  // of p_or_m and of v
     float step2 = 0.0f;
     Raw next;
     if (turns > 0) next = load_raw(a, batch_place(tile, 0), tile.row(0), q);
     for (int turn = 0; turn < turns; turn++) {
-        const Row row = tile.row(turn);
+        const RowPlace row = tile.row(turn);
         const float rho = line_factor[row.line];
         float line_bias[kBlocksOfUnits][2];
 #pragma unroll
@@ -201,7 +202,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
         }
 #pragma unroll
         for (int d = 0; d < kFactored; d++) {
-            const float y = line[d * t.line_decay + row.line], root = inverse_root(y + kVectorEps);
+            const float y = line[d * t.line_decay + row.line], root = inverse_root_of_vector<Arithmetic>(y);
 #pragma unroll
             for (int i = 0; i < 2 * kBlocksOfUnits; i++) {
                 const int unit = i / 2 * 8 + 2 * q + i % 2;
@@ -228,7 +229,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
                     live[e + i] = at.live(row, e + i);
                     const float g = clamp(r.g.x[e + i], a.constants.clip);
                     const float v = ema(r.v.x[e + i], g * g, a.constants.keep_v, a.constants.add_v);
-                    const float root = inverse_root(v + a.constants.second_eps), p = r.own.x[e + i];
+                    const float root = inverse_root(v + a.constants.second_eps), p = r.p_or_m.x[e + i];
                     const float m = ema(p, g, keep, add);
                     const float factor = live[e + i] ? rho * along[at.column(e + i)] : 0.0f;
                     x[i][0] = q == 0 ? g : m;
@@ -236,27 +237,27 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
                     x[i][2] = q == 0 ? v : g * factor;
                     x[i][3] = q == 0 ? root : m * factor;
                     r.v.x[e + i] = v;
-                    if (q > 0) r.own.x[e + i] = m;
+                    if (q > 0) r.p_or_m.x[e + i] = m;
                 }
                 evaluate(s, f, line_bias, at, e, x, direction, magnitude);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const float p = r.own.x[e + i], y = direction[i] * exponential(magnitude[i]);
+                    const float p = r.p_or_m.x[e + i], y = direction[i] * exponential(magnitude[i]);
                     step.x[e + i] = y;
-                    if (q == 0 && !a.into_out) r.own.x[e + i] = p - s.net.decay * p - y;
+                    if (q == 0 && !a.into_out) r.p_or_m.x[e + i] = p - s.net.decay * p - y;
                     if (q == 0 && live[e + i]) step2 = fmaf(y, y, step2);
                 }
             }
             store_raw(a, at, row, q, r, step);
-            own.add(r.own, live);
+            first.add(r.p_or_m, live);
             if (q == 0) second.add(r.v, live);
         }
     }
-    double sums[kUpdateStats] = {step2, q == 0 ? own.squares : 0.0f, second.sum, second.squares};
+    double sums[kUpdateStats] = {step2, q == 0 ? first.squares : 0.0f, second.sum, second.squares};
 #pragma unroll
     for (int d = 0; d < kMomenta; d++) {
-        sums[4 + 2 * d] = q == d + 1 ? own.sum : 0.0f;
-        sums[5 + 2 * d] = q == d + 1 ? own.squares : 0.0f;
+        sums[4 + 2 * d] = q == d + 1 ? first.sum : 0.0f;
+        sums[5 + 2 * d] = q == d + 1 ? first.squares : 0.0f;
     }
     block_sums(sums, kUpdateStats, out);
 }

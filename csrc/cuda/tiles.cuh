@@ -1,17 +1,18 @@
 // Where a thread is in a tile, how it reads and writes its numbers there, and how a block sums up.
 //
-// A tile is a strip of kStrip columns by as many rows as give every thread kTurns turns. The threads of a warp share a
-// row (narrow tensors: several rows), the warps of a block take rows in turns. Sums over columns stay in registers
+// A tile is a strip of kStrip columns by as many rows as give every thread kTurns turns. A turn is one iteration of a
+// thread's loop over the rows of its tile. The threads of a warp share a row (narrow tensors: several rows), and in
+// each turn every warp of the block takes the next one. Sums over columns stay in registers
 // until the end of a tile. The partial sums of tiles are added up in their order by the last block to arrive, so that
 // results do not depend on the order in which blocks run.
 #pragma once
 
-#include "entries.h"
 #include "simt.h"
+#include "tensor_table.h"
 
 namespace hf_lopt {
 
-// The numbers of a thread in one row, with the arithmetic that feature_math.h and mlp.h use.
+// The numbers of a thread in one row, with the arithmetic that features.h and network.h use.
 struct Lane {
     float x[kLane];
 };
@@ -41,14 +42,14 @@ HF_LOPT_DEVICE float clamp(float x, float bound) { return x > bound ? bound : x 
 HF_LOPT_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
 HF_LOPT_DEVICE float exponential(float x) { return x < kExpSmall && x > -kExpSmall ? exp_small(x) : expf(x); }
 
-struct Row {
+struct RowPlace {
     int64_t line, offset;  // number of the line; of the first element of the strip in the tensor
     int limit;             // columns of the strip that are there; 0 where the tile has no such row
 };
 
 // What a thread keeps of its place for the whole tile is in registers: it is as little as there can be.
 struct Place {
-    const Entry* entry;
+    const TensorEntry* entry;
     int32_t tensor, tile, strip, row_tile, group;  // `tile`: of the tensor
     int width, rows_at_once, sub_row;  // columns of the strip; rows that a warp works on together, and the thread's
     int first_column, column_step;     // of the thread in the strip
@@ -58,10 +59,10 @@ struct Place {
     HF_LOPT_MEMBER int column(int e) const { return first_column + e * column_step; }
 
     // The warp's row in turn `turn`.
-    HF_LOPT_MEMBER Row row(int turn) const {
-        const Entry& t = *entry;
+    HF_LOPT_MEMBER RowPlace row(int turn) const {
+        const TensorEntry& t = *entry;
         const int64_t r = first_row() + (int64_t)(turn * kWarps + warp()) * rows_at_once + sub_row;
-        Row out;
+        RowPlace out;
         out.line = line(r);
         out.offset = out.line * t.columns + start();
         out.limit = r < t.rows ? width : 0;
@@ -83,20 +84,20 @@ struct Place {
     HF_LOPT_MEMBER int64_t line_of(int64_t row_in_tile) const { return line(first_row() + row_in_tile); }
     // Of row `r` of the tensor.
     HF_LOPT_MEMBER int64_t line(int64_t r) const {
-        const Entry& t = *entry;
+        const TensorEntry& t = *entry;
         return t.mid == 1 ? group * t.rows + r : (group / t.mid * t.rows + r) * t.mid + group % t.mid;
     }
     // Of the strip in the vector accumulator.
     HF_LOPT_MEMBER int64_t vector() const { return group * entry->columns + start(); }
-    HF_LOPT_MEMBER bool live(const Row& row, int e) const { return column(e) < row.limit; }
+    HF_LOPT_MEMBER bool live(const RowPlace& row, int e) const { return column(e) < row.limit; }
 };
 
 template <class T>
-HF_LOPT_DEVICE T* pointer(const Table& table, const Entry& t, Slot slot) {
+HF_LOPT_DEVICE T* pointer(const TensorTable& table, const TensorEntry& t, Slot slot) {
     return reinterpret_cast<T*>(table.base[slot] + t.at[slot]);
 }
 
-HF_LOPT_DEVICE int32_t find_tensor(const Table& table, int32_t tile) {
+HF_LOPT_DEVICE int32_t find_tensor(const TensorTable& table, int32_t tile) {
     int32_t low = 0, high = table.count;
     while (high - low > 1) {
         const int32_t middle = (low + high) / 2;
@@ -109,10 +110,10 @@ HF_LOPT_DEVICE int32_t find_tensor(const Table& table, int32_t tile) {
     return low;
 }
 
-HF_LOPT_DEVICE Place place(const Table& table) {
+HF_LOPT_DEVICE Place place(const TensorTable& table) {
     Place at;
     at.tensor = find_tensor(table, block());
-    const Entry& t = table.entries[at.tensor];
+    const TensorEntry& t = table.entries[at.tensor];
     at.entry = &t;
     at.tile = block() - table.first_tile[at.tensor];
     at.strip = at.tile % t.strips;
@@ -134,13 +135,13 @@ HF_LOPT_DEVICE float decode(uint16_t x, int32_t type) { return type == kBFloat16
 HF_LOPT_DEVICE uint16_t encode(float x, int32_t type) { return type == kBFloat16 ? to_bfloat16(x) : to_half(x); }
 
 // Where element e of the thread's columns is, with the steps of a strided slice.
-HF_LOPT_DEVICE int64_t strided_place(const int64_t (&step)[2], const Place& at, const Row& row, int e) {
+HF_LOPT_DEVICE int64_t strided_place(const int64_t (&step)[2], const Place& at, const RowPlace& row, int e) {
     return row.line * step[0] + (at.start() + at.column(e)) * step[1];
 }
 
 // The thread's numbers of a row, zero where there are none.
 template <bool strided = false>
-HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const Row& row) {
+HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const RowPlace& row) {
     Lane y = splat(0.0f);
     if constexpr (strided) {
         HF_LOPT_EACH(e) {
@@ -175,7 +176,7 @@ HF_LOPT_DEVICE Lane load(const void* data, int32_t type, const Place& at, const 
 
 // Writes them; `y` becomes what was stored, rounded.
 template <bool strided = false>
-HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const Row& row, Lane& y) {
+HF_LOPT_DEVICE void store(void* data, int32_t type, const Place& at, const RowPlace& row, Lane& y) {
     if constexpr (strided) {
         HF_LOPT_EACH(e) {
             const uint16_t z = type == kFloat32 ? 0 : encode(y.x[e], type);

@@ -10,14 +10,34 @@ namespace hf_lopt {
 // whose numbers are not neighbours, with accumulators that may vary along a row and along a column.
 enum Kind { kMatrix, kInner, kFlat, kStrided };
 
-struct Updated {
-    Lane g, p, m[kMomenta], v;
+// What features.h takes from the device.
+struct Arithmetic {
+    HF_LOPT_DEVICE float inverse_root(float x) { return hf_lopt::inverse_root(x); }
+    HF_LOPT_DEVICE float sqrt(float x) { return sqrtf(x); }
+    HF_LOPT_DEVICE float clamp(float x, float bound) { return hf_lopt::clamp(x, bound); }
+    HF_LOPT_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
+};
+
+// The numbers of a thread in one row after their update.
+struct Updated : Elements<Lane> {
     bool large;  // some gradient may be beyond kSmallClip
 };
 
+// Those of one element.
+HF_LOPT_DEVICE Elements<float> element(const Updated& u, int e) {
+    Elements<float> a;
+    a.g = u.g.x[e];
+    a.p = u.p.x[e];
+    HF_LOPT_UNROLL
+    for (int k = 0; k < kMomenta; k++) a.m[k] = u.m[k].x[e];
+    a.v = u.v.x[e];
+    return a;
+}
+
 template <bool strided = false>
-HF_LOPT_DEVICE Updated update(const Table& table, const Constants& c, const Place& at, const Row& row) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE Updated update(const TensorTable& table, const FeatureConstants& c, const Place& at,
+                              const RowPlace& row) {
+    const TensorEntry& t = *at.entry;
     Updated u;
     u.g = load<strided>(pointer<void>(table, t, sG), t.g_type, at, row);
     u.p = load<strided>(pointer<void>(table, t, sP), t.p_type, at, row);
@@ -43,7 +63,7 @@ HF_LOPT_DEVICE Lane load_vector(const float* x, const Place& at) {
 
 // The numbers of a line accumulator in the thread's columns of a row.
 template <Kind kind>
-HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const Row& row) {
+HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const RowPlace& row) {
     [[maybe_unused]] const int64_t inner = at.entry->inner;
     if constexpr (kind == kMatrix) {
         return splat(row.limit > 0 ? x[row.line] : 0.0f);
@@ -55,7 +75,7 @@ HF_LOPT_DEVICE Lane load_line(const float* x, const Place& at, const Row& row) {
 }
 
 // The numbers of an accumulator of a strided slice in the thread's columns of a row.
-HF_LOPT_DEVICE Lane load_strided(const float* x, const int64_t (&step)[2], const Place& at, const Row& row) {
+HF_LOPT_DEVICE Lane load_strided(const float* x, const int64_t (&step)[2], const Place& at, const RowPlace& row) {
     Lane y;
     HF_LOPT_EACH(e) y.x[e] = at.live(row, e) ? x[strided_place(step, at, row, e)] : 0.0f;
     return y;
@@ -63,9 +83,9 @@ HF_LOPT_DEVICE Lane load_strided(const float* x, const int64_t (&step)[2], const
 
 // row factor x column factor, for each decay
 template <Kind kind>
-HF_LOPT_DEVICE void load_factors(const Table& table, const Place& at, const Row& row, const Lane (&along)[kFactored],
-                                 Lane (&factor)[kFactored]) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE void load_factors(const TensorTable& table, const Place& at, const RowPlace& row,
+                                 const Lane (&along)[kFactored], Lane (&factor)[kFactored]) {
+    const TensorEntry& t = *at.entry;
     const float* line = pointer<float>(table, t, sLineFactor);
 #pragma unroll
     for (int k = 0; k < kFactored; k++) {
@@ -79,42 +99,26 @@ HF_LOPT_DEVICE void load_factors(const Table& table, const Place& at, const Row&
     }
 }
 
-HF_LOPT_DEVICE void load_vector_factors(const Table& table, const Place& at, Lane (&along)[kFactored]) {
-    const Entry& t = *at.entry;
+HF_LOPT_DEVICE void load_vector_factors(const TensorTable& table, const Place& at, Lane (&along)[kFactored]) {
+    const TensorEntry& t = *at.entry;
     const float* x = pointer<float>(table, t, sVectorFactor);
 #pragma unroll
     for (int k = 0; k < kFactored; k++) along[k] = load_vector(x + k * t.vector_decay, at);
 }
 
-// All features of element e of a tensor of rank < 2, and its new accumulators. Without an epsilon in fac_m the
-// accumulator may be as small as 1e-33: roots and divisions, no estimates.
-HF_LOPT_DEVICE void flat_features(const Updated& u, const Constants& c, const Lane (&old)[kFactored], int e,
-                                  float (&x)[kInputs], Lane (&d)[kFactored]) {
-    const float g = u.g.x[e], q = inverse_root(u.v.x[e] + c.second_eps);
-    x[kG] = g;
-    x[kClipG] = clamp(g, kSmallClip);
-    x[kP] = u.p.x[e];
-    x[kV] = u.v.x[e];
-    x[kRsqrtV] = q;
-    x[kGRsqrtV] = g * q;
-#pragma unroll
-    for (int k = 0; k < kMomenta; k++) {
-        x[kM + k] = u.m[k].x[e];
-        x[kMRsqrtV + k] = u.m[k].x[e] * q;
-    }
-#pragma unroll
-    for (int k = 0; k < kFactored; k++) {
-        const float y = ema(old[k].x[e], g * g + kFactoredEps, c.keep_d[k], c.add_d[k]);
-        d[k].x[e] = y;
-        x[kD + k] = y;
-        x[kRsqrtD + k] = 1.0f / sqrtf(y + kVectorEps);
-        const float under = y + kFactorEps;
-        x[kFacG + k] = g / sqrtf(under < kFactorEps ? kFactorEps : under);
-        x[kFacM + k] = u.m[k].x[e] / sqrtf(y + c.diagonal_eps);
-    }
+// All features of element e of a tensor of rank < 2. `d`: its diagonal accumulators, old before and new after.
+HF_LOPT_DEVICE void flat_features(const Updated& u, const FeatureConstants& c, int e, float (&x)[kInputs],
+                                  Lane (&d)[kFactored]) {
+    float old[kFactored], diagonal[kFactored];
+    HF_LOPT_UNROLL
+    for (int k = 0; k < kFactored; k++) old[k] = d[k].x[e];
+    flat_features<Arithmetic>(element(u, e), c, old, x, diagonal);
+    HF_LOPT_UNROLL
+    for (int k = 0; k < kFactored; k++) d[k].x[e] = diagonal[k];
 }
 
-HF_LOPT_DEVICE void load_diagonals(const Table& table, const Place& at, const Row& row, Lane (&d)[kFactored]) {
+HF_LOPT_DEVICE void load_diagonals(const TensorTable& table, const Place& at, const RowPlace& row,
+                                   Lane (&d)[kFactored]) {
     const float* x = pointer<float>(table, *at.entry, sD);
 #pragma unroll
     for (int k = 0; k < kFactored; k++) d[k] = load(x + k * at.entry->decay, kFloat32, at, row);

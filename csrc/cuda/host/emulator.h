@@ -1,4 +1,4 @@
-// Runs kernels on the host, a block after the other: every thread of a block is a context of its own that gives way at
+// Runs kernels on the host, a block after the other: every thread of a block is a separate context that gives way at
 // barriers and shuffles, so the source of a kernel needs no change. Slow, and only for tests.
 //
 // Blocks, and threads between two barriers, run in an order drawn from a seed: a result that depends on it is a race.
@@ -246,9 +246,9 @@ HF_LOPT_DEVICE uint32_t pack_bfloat16(float low, float high) {
 HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Fragments {
         uint32_t a[4], b[2];
-    } own = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    } of_lane = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
     Emulator& emulator = Emulator::get();
-    emulator.exchange(&own, sizeof own);
+    emulator.exchange(&of_lane, sizeof of_lane);
     const int lane = thread() % Emulator::kWarp;
     const auto number = [](uint32_t word, int half) { return from_bfloat16((uint16_t)(word >> 16 * half)); };
     for (int i = 0; i < 4; i++) {

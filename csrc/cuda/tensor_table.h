@@ -9,34 +9,29 @@
 // without the first axis is a vector along the line, one for each of the pre * mid groups of lines. Everything else is
 // flat: lines of kStrip numbers, the last of which may be shorter.
 //
-// A tensor may be a stack of slices, each with a network and results of its own: then every slice has an entry. Slices
+// A tensor may be a stack of slices, each with its own network and results: then every slice has an entry. Slices
 // over the last axes are matrices or vectors like others. Those over other axes, of a convolution for example, have
 // distances from row to row and from column to column.
 #pragma once
 
 #include <stdint.h>
 
-#include "../feature_math.h"
-#include "../mlp.h"
-
-#ifdef __CUDACC__
-#define HF_LOPT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HF_LOPT_HOST_DEVICE inline
-#endif
+#include "../network.h"
+#include "../statistics.h"
+#include "../strided_view.h"
 
 namespace hf_lopt {
 
 constexpr int kThreads = 256, kWarpSize = 32, kWarps = kThreads / kWarpSize;
 constexpr int kLane = 4;                   // neighbouring columns of a thread
 constexpr int kStrip = kWarpSize * kLane;  // columns of a tile
-constexpr int kTurns = 32;                 // rows of a tile that a thread works on, one after the other
+constexpr int kTurns = 32;                 // rows of a tile that a thread works on: iterations of its loop, or turns
 constexpr int kTileElements = kThreads * kLane * kTurns;
 
 enum Slot { sP, sG, sM, sV, sD, sLine, sVector, sLineFactor, sVectorFactor, sOut, kSlots };
 enum Type : int32_t { kFloat32, kBFloat16, kFloat16 };
 
-struct Entry {
+struct TensorEntry {
     int64_t at[kSlots];  // bytes from the base of the slot
     int64_t numel, rows, mid, groups, columns, inner;
     int64_t decay, line_decay, vector_decay;  // numbers from one decay to the next: of elements, of lines, of vectors
@@ -57,27 +52,16 @@ struct Entry {
     HF_LOPT_HOST_DEVICE int32_t tiles() const { return (int32_t)(groups * row_tiles * strips); }
 };
 
-struct Table {
-    const Entry* entries;
+struct TensorTable {
+    const TensorEntry* entries;
     const int32_t* first_tile;  // (count + 1,)
     int32_t count;
     uint32_t* tickets;  // zero between launches
     char* base[kSlots];
 };
 
-// Decays with their complements, and the constants of a rule's features.
-struct Constants {
-    float keep_m[kMomenta], add_m[kMomenta];
-    float keep_v, add_v;
-    float keep_d[kFactored], add_d[kFactored];
-    float clip, second_eps, diagonal_eps;
-};
-
-// Statistics of the gradient: non-finite entries, Σg². With moments also Σp², (Σv, Σv²), (Σm, Σm²) for each.
-constexpr int kGradientStats = 2, kMaxMoments = 1 + 2 * (1 + kMomenta);
-
 struct SumsArgs {
-    Table table;
+    TensorTable table;
     float* parts;
     double* partial;  // (tiles, width)
     double* stats;    // (count, width)
@@ -87,30 +71,18 @@ struct SumsArgs {
 };
 
 struct FeatureSumsArgs {
-    Table table;
-    Constants constants;
-    Columns columns;
+    TensorTable table;
+    FeatureConstants constants;
+    FeatureColumns columns;
     double* partial;  // (tiles, kSums)
     double* sums;     // (count, columns.count)
 };
-constexpr int kVectorSums = kVectorFeatures * kFactored, kSums = kInputs + kVectorSums;
-
-// A float32 tensor of up to three axes; stride 0 where the first has size 1 for all tensors.
-struct Strided {
-    const float* data;
-    int64_t stride[3];
-    HF_LOPT_HOST_DEVICE float operator()(int64_t t, int64_t i = 0, int64_t j = 0) const {
-        return data[t * stride[0] + i * stride[1] + j * stride[2]];
-    }
-};
-
-constexpr int kUpdateStats = 4 + 2 * kMomenta;  // Σ step², Σp², (Σv, Σv²), (Σm, Σm²) for each momentum
 
 struct ApplyArgs {
-    Table table;
-    Constants constants;
-    Columns columns;
-    Strided weights[3], biases[3], scale, decay;
+    TensorTable table;
+    FeatureConstants constants;
+    FeatureColumns columns;
+    StridedView<float> weights[3], biases[3], scale, decay;
     const bool* skip;
     float exp_mult;
     int32_t into_out;
@@ -121,10 +93,10 @@ struct ApplyArgs {
 
 // p <- p - decay p - step,  step = scale m / (sqrt(second_correction v + inner_eps) + outer_eps).
 struct AdamArgs {
-    Table table;
+    TensorTable table;
     int32_t slices;  // of each tensor
     float keep_m, add_m, keep_v, add_v, clip, inner_eps, outer_eps;
-    Strided scale, decay;
+    StridedView<float> scale, decay;
     const float *momentum_correction, *second_correction;
     const bool* skip;
     double* partial;  // (tiles,)
@@ -133,8 +105,8 @@ struct AdamArgs {
 
 // p <- p - rate (g / sqrt(squares / numel + norm_eps) + weight_decay p); no squares: rate (g + weight_decay p)
 struct DescendArgs {
-    Table table;
-    Strided rate, weight_decay;
+    TensorTable table;
+    StridedView<float> rate, weight_decay;
     bool rate_of_slice, weight_decay_of_slice;  // rather than of the tensor
     const double *squares, *numel;
     double norm_eps;
@@ -143,7 +115,7 @@ struct DescendArgs {
 
 // p <- g, or p <- p with 0 for NaN, which needs no `skip`
 struct AssignArgs {
-    Table table;
+    TensorTable table;
     const bool* skip;
 };
 

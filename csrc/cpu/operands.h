@@ -1,6 +1,8 @@
 // What the second and the third pass share: the column of each feature, and the data of each tensor.
 #pragma once
 
+#include "../arguments.h"
+#include "../contiguous.h"
 #include "tensors.h"
 
 namespace hf_lopt {
@@ -18,30 +20,23 @@ struct Operands {
 // How many slices tensor `t` has, over two axes each; no axes: one.
 int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t);
 
-// Contiguous float32 data of accumulators; those that are not contiguous are worked on as copies.
-class Copies {
+inline float* float_data(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
+
+// The arguments of a pass as the kernels take them.
+class PassOperands {
   public:
-    const float* readable(const Tensor& x);
-    float* writable(const Tensor& x);
-    void store();  // writes the copies of `writable` back
-
-  private:
-    Tensors kept_;
-    std::vector<std::pair<Tensor, Tensor>> written_;
-};
-
-struct Problem {
-    Columns columns;
-    Constants constants;
+    FeatureColumns columns;
+    FeatureConstants constants;
     std::vector<Operands> tensors;
     std::vector<Shape> shapes;
 
-    explicit Problem(const Common& common);
+    // Checks the arguments.
+    explicit PassOperands(const CommonArguments& common);
     // After the accumulators have been written.
     void store_copies() { copies_.store(); }
 
   private:
-    Copies copies_;
+    ContiguousCopies copies_;
 };
 
 // Memory of one thread for one row at a time.
@@ -61,7 +56,7 @@ class Buffers {
 
 // The part of line `line` in a tile: pointers into the tensors, or into the buffers where numbers had to be converted
 // or a factor varies with the inner axes. `slot` is its number among the rows that are in the buffers together.
-void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, Row& row);
+void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row);
 
 // The values of an accumulator without L (kFactored, line_length) at every column of a row, when it has inner axes.
 void expand(const float* accumulator, const Shape& shape, const Tile& tile, int64_t line, float* out, int64_t stride);

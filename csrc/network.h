@@ -5,38 +5,9 @@
 // cpu/apply_network.cpp).
 #pragma once
 
-#include <stdint.h>
-
-#include "feature_math.h"
+#include "features.h"
 
 namespace hf_lopt {
-
-// The element features, one entry per column.
-enum Input {
-    kG,
-    kClipG,
-    kP,
-    kM,
-    kV = kM + kMomenta,
-    kMRsqrtV,
-    kRsqrtV = kMRsqrtV + kMomenta,
-    kFacG,
-    kGRsqrtV = kFacG + kFactored,
-    kFacM,
-    kD = kFacM + kMomenta,  // diagonal accumulators and their inverse roots: tensors of rank < 2 only
-    kRsqrtD = kD + kFactored,
-    kInputs = kRsqrtD + kFactored
-};
-
-// Features that are constant along a row or a column of a matrix.
-enum VectorFeature { kRow, kCol, kRsqrtRow, kRsqrtCol, kVectorFeatures };
-
-// The column of every feature in the rule's order, -1 for a feature that it does not have.
-struct Columns {
-    int32_t element[kInputs];
-    int32_t vector[kVectorFeatures][kFactored];
-    int32_t count;
-};
 
 // Weights with the feature scales, the size of the step and the multiplier of the exponent folded in.
 template <int U>
@@ -48,6 +19,13 @@ struct Network {
     float last[U][2];  // direction, magnitude
     float last_bias[2];
     float decay;  // p <- p - decay p - step
+};
+
+// The weights of the vector features in the first layer. `line`: those of the accumulator that has a number per line,
+// and of its inverse root; `vector`: those of the other one, which varies along a line.
+template <int U>
+struct VectorWeights {
+    float line[kFactored][U], rsqrt_line[kFactored][U], vector[kFactored][U], rsqrt_vector[kFactored][U];
 };
 
 // The layers after the first: z are its sums before the rectifier. V is float or a vector of floats; `relu` is passed

@@ -1,21 +1,16 @@
-// The operators of the library: every schema, and the kernels that are registered for the CPU. No arithmetic.
+// The kernels that are registered for the CPU. No arithmetic.
 //
-// hf_lopt/_ops.py defines the same schemas when this library is not there, and holds the fake kernels;
-// hf_lopt/_plain*.py specify them. csrc/cuda/register.cpp has the kernels for CUDA.
+// hf_lopt/_ops.py defines the operators before it loads this library; csrc/cuda/register.cpp has the kernels for CUDA.
 #include <Python.h>
 
-#include "boxed.h"
-#include "cpu/orthogonalize.h"
-#include "cpu/tensors.h"
-
-STABLE_TORCH_LIBRARY_FRAGMENT(hf_lopt, m) {
-    // Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
-    m.def("cpu_kernels(str name) -> str");
-}
+#include "../boxed.h"
+#include "orthogonalize.h"
+#include "tensors.h"
 
 namespace hf_lopt {
 namespace {
 
+// Chooses among the kernels for this processor by name ("" to leave them) and returns the name of those in use.
 std::string cpu_kernels(std::string name) {
     STD_TORCH_CHECK(name.empty() || use_kernels(name), "this processor or this build has no kernels '", name,
                     "'; choose avx512, avx2 or portable");
@@ -27,9 +22,11 @@ std::string cpu_kernels(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CPU, m) {
     hf_lopt::implement_passes(m);
-    m.impl("specialize_networks", TORCH_BOX(&hf_lopt::fold_network));
     m.impl("orthogonalize", TORCH_BOX(&hf_lopt::orthogonalize));
 }
+
+// An operator of this library alone, which has no tensors.
+STABLE_TORCH_LIBRARY_FRAGMENT(hf_lopt, m) { m.def("cpu_kernels(str name) -> str"); }
 
 STABLE_TORCH_LIBRARY_IMPL(hf_lopt, CompositeExplicitAutograd, m) {
     m.impl("cpu_kernels", TORCH_BOX(&hf_lopt::cpu_kernels));

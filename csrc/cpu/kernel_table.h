@@ -1,5 +1,5 @@
-// The table of one instruction set. The including file is compiled for it and defines HF_LOPT_KERNELS, the name of the
-// table, and HF_LOPT_ISA, that of the instruction set.
+// The kernels of one instruction set. The including file is compiled for it and defines HF_LOPT_KERNELS, the name of
+// the struct, and HF_LOPT_ISA, that of the instruction set.
 #include "matrices.h"
 #include "network_rows.h"
 

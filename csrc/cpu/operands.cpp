@@ -1,0 +1,101 @@
+#include "operands.h"
+
+#include <algorithm>
+
+namespace hf_lopt {
+
+int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
+    const int64_t* axes = slice_of(slice_axes, t);
+    const Tensor& p = params[t];
+    const int64_t dim = p.dim(), n = p.numel();
+    if (!axes || dim < 2 || n == 0) return 1;
+    const int64_t first = std::min(axes[0], axes[1]), last = std::max(axes[0], axes[1]);
+    const int64_t slices = n / (first == last ? p.size(last) : p.size(first) * p.size(last));
+    STD_TORCH_CHECK(slices == 1 || (last == dim - 1 && first >= dim - 2),
+                    "the fused kernels for the CPU take slices over the last axes, got axes ", first, " and ", last,
+                    " of ", dim);
+    return slices;
+}
+
+PassOperands::PassOperands(const CommonArguments& x)
+    : columns(feature_columns(x.features)), constants(feature_constants(x)) {
+    check_common(x);
+    const size_t count = x.params.size();
+    tensors.resize(count);
+    shapes.reserve(count);
+    for (size_t t = 0; t < count; t++) {
+        Operands& o = tensors[t];
+        o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices_of(x.params, x.slice_axes, t));
+        shapes.push_back(o.shape);
+        o.p = Array(x.params[t]);
+        o.g = Array(x.grads[t]);
+        o.m = float_data(copies_.writable(x.momenta[t]));
+        o.v = float_data(copies_.writable(x.second_moments[t]));
+        if (!o.shape.factored) {
+            o.d = float_data(copies_.writable(x.diagonals[t]));
+            continue;
+        }
+        const float* row = float_data(copies_.readable(x.rows[t]));
+        const float* col = float_data(copies_.readable(x.cols[t]));
+        const float* row_factor = float_data(copies_.readable(x.row_factors[t]));
+        const float* col_factor = float_data(copies_.readable(x.col_factors[t]));
+        const bool row_is_line = o.shape.row_is_line;
+        o.line = row_is_line ? row : col;
+        o.vector = row_is_line ? col : row;
+        o.line_factor = row_is_line ? row_factor : col_factor;
+        o.vector_factor = row_is_line ? col_factor : row_factor;
+    }
+}
+
+Buffers::Buffers(int units, int64_t row_elements) {
+    // An odd number of cache lines apart, so that the rows of a buffer do not compete for the same cache sets.
+    stride = row_elements + 16;
+    memory_.reset(new float[3 * kRowElements + (2 * kFactored + 2 * units) * stride]);
+    g = memory_.get();
+    p = g + kRowElements;
+    step = p + kRowElements;
+    factor = step + kRowElements;
+    expanded = factor + kFactored * stride;
+    bias = expanded + kFactored * stride;
+    line_bias = bias + units * stride;
+}
+
+void expand(const float* accumulator, const Shape& shape, const Tile& tile, int64_t line, float* out, int64_t stride) {
+    for (int k = 0; k < kFactored; k++) {
+        const float* x = accumulator + k * shape.line_length() + line * shape.inner;
+        int64_t position = tile.start % shape.inner;
+        for (int64_t i = 0; i < tile.n; i++) {
+            out[k * stride + i] = x[position];
+            if (++position == shape.inner) position = 0;
+        }
+    }
+}
+
+void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row) {
+    const Shape& shape = x.shape;
+    const int64_t offset = line * shape.columns + tile.start;
+    row.step_out = nullptr;
+    row.n = tile.n;
+    row.g = x.g.read(line, tile.start, tile.n, shape.columns, buffers.g + slot * tile.n);
+    row.p = row.p_out = x.p.read(line, tile.start, tile.n, shape.columns, buffers.p + slot * tile.n);
+    for (int k = 0; k < kMomenta; k++) row.m[k] = x.m + k * shape.numel + offset;
+    row.v = x.v + offset;
+    if (!shape.factored) {
+        for (int k = 0; k < kFactored; k++) row.d[k] = x.d + k * shape.numel + offset;
+        return;
+    }
+    const bool inner = shape.inner > 1;
+    if (inner) expand(x.line_factor, shape, tile, line, buffers.factor, buffers.stride);
+    for (int k = 0; k < kFactored; k++) {
+        const float* along = x.vector_factor + k * shape.vector_length() + tile.vector;
+        row.rho[k] = inner ? 1.0f : x.line_factor[k * shape.line_length() + line];
+        row.factor[k] = along;
+        if (inner) {
+            float* product = buffers.factor + k * buffers.stride;
+            for (int64_t i = 0; i < tile.n; i++) product[i] *= along[i];
+            row.factor[k] = product;
+        }
+    }
+}
+
+}  // namespace hf_lopt
