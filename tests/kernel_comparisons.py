@@ -168,14 +168,14 @@ COMPARISONS: dict[str, tuple[Callable[[Case], list], Callable[..., None]]] = {
 PASSES = ("sums", "update_factored", "feature_sums", "apply_network")
 
 
-def compare(backend: Backend, x: Case, *operators: str, fallback: bool = False) -> None:
+def compare(backend: Backend, x: Case, *operators: str) -> None:
     """The kernels of the active backend beside the plain ones, with the same inputs; of all passes unless some
-    ``operators`` are named. ``fallback``: the backend need not have kernels for the calls."""
+    ``operators`` are named."""
     x = x.to(backend.device)
     for name in operators or PASSES:
         calls, check = COMPARISONS[name]
         if name not in x.compared:  # the same for all backends that share the case
             x.compared[name] = [(arguments, plain_outcome(arguments)) for arguments in calls(x)]
         for arguments, want in x.compared[name]:
-            assert fallback or backend.supports(arguments), name
+            assert backend.supports(arguments), name
             check(x, arguments, outcome(arguments), want)
