@@ -34,6 +34,7 @@ CMA = {"perturbation": {"method": "cma_es"}, "mixture": {"m[0]": 1.0}}
         ({"selection": {"tasks": ["nothing"]}}, "'nothing'.*digits_mlp"),
         ({"rule": "elo_celo2"}, "train celo2"),
         ({"tasks": {}}, "tasks.*digits_mlp"),
+        ({"tasks": {"mnist": 4}}, "'mnist'"),
         ({"tasks": {"char_lm": 4}}, "char_lm.*test"),
         ({"tasks": {"digits_mlp": 0}}, "tasks.digits_mlp.*0"),
         ({"tasks": {"digits_mlp": 1.5}}, "tasks.digits_mlp.*int.*1.5"),

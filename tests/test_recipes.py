@@ -23,11 +23,8 @@ import arguments  # noqa: E402
 import assets  # noqa: E402
 import causal_lm  # noqa: E402
 import common  # noqa: E402
-import image_classification  # noqa: E402
 import report  # noqa: E402
-import seq2seq  # noqa: E402
 import text_classification  # noqa: E402
-from metrics import perplexity  # noqa: E402
 
 
 TINY_LM = "--layers 1 --width 16 --heads 2 --vocab_size 257 --block_size 32 --per_device_train_batch_size 4".split()
@@ -351,19 +348,6 @@ def test_scripts_run_from_any_folder_and_report_mistakes_in_one_line(tmp_path):
     assert "Traceback" not in finished.stderr
 
 
-def test_help_explains_every_argument_and_names_the_files(capsys):
-    for recipe in (causal_lm, text_classification, image_classification, seq2seq):
-        with pytest.raises(SystemExit) as leave:
-            recipe.main(["--help"])
-        assert leave.value.code == 0
-        text = capsys.readouterr().out
-        for part in ("metrics.json", "curves.png", "--optim ", "--compare ", "--resume", "default: velo"):
-            assert part in text
-        assert "(default: None)" not in text
-        for field in recipe.Arguments.__dataclass_fields__.values():
-            assert field.metadata.get("help"), field.name
-
-
 def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "metrics.json"
     report.write_json(path, {"loss": [1.5, math.nan], "perplexity": math.inf})
@@ -374,12 +358,6 @@ def test_json_has_no_nan_and_a_failed_write_leaves_the_old_file(tmp_path):
         report._replace(path, lambda temporary: temporary.write_text(str(1 / 0)))
     assert json.loads(path.read_text())["loss"] == [1.5, None]
     assert [item.name for item in tmp_path.iterdir()] == ["metrics.json"]
-
-
-def test_perplexity_of_a_diverged_model_is_infinite():
-    assert perplexity({"eval_loss": 2.0})["eval_perplexity"] == pytest.approx(7.38905609893)
-    assert perplexity({"eval_loss": 1e4})["eval_perplexity"] == math.inf
-    assert math.isnan(perplexity({"eval_loss": math.nan})["eval_perplexity"])
 
 
 def test_pydoc_topics_are_split_by_topic():
@@ -412,12 +390,6 @@ def test_blocks_hold_the_texts_in_order_with_end_tokens():
     blocks = causal_lm.make_blocks(["abcd", "efg"], tokenizer, 4)
     assert [tokenizer.decode(block["input_ids"]) for block in blocks] == ["abcd", "<|endoftext|>efg"]
     assert all(block["labels"] == block["input_ids"] for block in blocks)
-
-
-def test_a_missing_package_is_named_with_its_pip_command(monkeypatch):
-    monkeypatch.setitem(assets.PACKAGES, "no_such_package_here", "no-such-package-here==1.0")
-    with pytest.raises(assets.MissingPackageError, match="no-such-package-here==1.0"):
-        assets.package_dir("no_such_package_here")
 
 
 def test_packages_are_those_of_the_requirements_files():
