@@ -62,10 +62,3 @@ def test_examples_run(page: str):
     assert blocks
     for block in blocks:
         exec(compile(block, page, "exec"), {})
-
-
-def test_links_lead_somewhere():
-    for page in PAGES:
-        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (ROOT / "docs" / target).exists(), f"{page}: {target}"

@@ -1,4 +1,4 @@
-"""The fast paths of the CPU kernels, which never form products with factors, against the generic ones of features.h."""
+"""The fast paths of the CPU kernels, which never multiply row by column factors, against the generic ones."""
 
 from __future__ import annotations
 
