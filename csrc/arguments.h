@@ -109,12 +109,12 @@ bool check_rate(const TensorChecks& check, const Tensor& x, int64_t tensors, int
 void check_squares(const TensorChecks& check, const std::optional<Tensor>& squares, const std::optional<Tensor>& numel,
                    int64_t slices);
 
-struct FoldSizes {
+struct NetworkSizes {
     int64_t count = 0;      // of tensors or slices, for which there are step sizes
     int64_t constants = 0;  // how many of the first layer's inputs are constants
     Ints widths;            // of the layers of the result
     int64_t numbers = 0;    // in a network of the result
 };
-FoldSizes check_fold_network(const FoldArguments& x);
+NetworkSizes check_specialize_networks(const SpecializeArguments& x);
 
 }  // namespace hf_lopt

@@ -1,4 +1,4 @@
-// The checks of what stands beside the passes: Adam, given steps, and the folding of networks.
+// The checks of what stands beside the passes: Adam, given steps, and networks that are specialized for a tensor.
 #include "arguments.h"
 
 namespace hf_lopt {
@@ -68,14 +68,14 @@ void check_rows(const Tensor& x, int64_t count, const char* name) {
     STD_TORCH_CHECK(rows == 1 || rows == count, name, ": there are ", rows, " rows for ", count, " tensors");
 }
 
-void check_feature_sums(const TensorChecks& check, const FoldArguments& x, int64_t count) {
+void check_feature_sums(const TensorChecks& check, const SpecializeArguments& x, int64_t count) {
     check.type(x.sums, ScalarType::Double, "sums");
     check.dims(x.sums, 2, "sums");
     STD_TORCH_CHECK(x.sums.size(0) == count, "sums: there are ", x.sums.size(0), " rows for ", count, " tensors");
 }
 
 // The widths of the layers that result, and that the networks and the sums have the widths that go with them.
-void check_layers(const TensorChecks& check, const FoldArguments& x, FoldSizes& sizes) {
+void check_layers(const TensorChecks& check, const SpecializeArguments& x, NetworkSizes& sizes) {
     check.type(x.networks, ScalarType::Float, "networks");
     check_rows(x.networks, sizes.count, "networks");
     if (x.constants) {
@@ -106,12 +106,12 @@ void check_layers(const TensorChecks& check, const FoldArguments& x, FoldSizes& 
 
 }  // namespace
 
-FoldSizes check_fold_network(const FoldArguments& x) {
+NetworkSizes check_specialize_networks(const SpecializeArguments& x) {
     const TensorChecks check(x.lr);
     check.dims(x.lr, 1, "lr");
     check.dims(x.numel, 1, "numel");
     check.type(x.numel, ScalarType::Double, "numel");
-    FoldSizes sizes;
+    NetworkSizes sizes;
     sizes.count = x.lr.size(0);
     // Without networks and floor nothing is asked of the elements.
     STD_TORCH_CHECK((x.sizes.empty() && !x.floor) || x.numel.size(0) == sizes.count, "there are ", x.numel.size(0),

@@ -37,14 +37,14 @@ inline Tensor boxed_adam_step(Tensors params, Tensors grads, Tensors momenta, Te
                       inner_eps, outer_eps, skip});
 }
 
-inline std::tuple<Tensor, Tensor, Tensor> boxed_fold_network(Tensor networks, Ints sizes, int64_t outputs,
-                                                             std::optional<Tensor> constants, Tensor sums,
-                                                             Tensor numel, double norm_eps, Tensor lr,
-                                                             Tensor weight_decay, Tensors factors,
-                                                             std::optional<Tensor> floor, double step_mult,
-                                                             int64_t p_column) {
-    return fold_network({networks, sizes, outputs, constants, sums, numel, norm_eps, lr, weight_decay, factors, floor,
-                         step_mult, p_column});
+inline std::tuple<Tensor, Tensor, Tensor> boxed_specialize_networks(Tensor networks, Ints sizes, int64_t outputs,
+                                                                    std::optional<Tensor> constants, Tensor sums,
+                                                                    Tensor numel, double norm_eps, Tensor lr,
+                                                                    Tensor weight_decay, Tensors factors,
+                                                                    std::optional<Tensor> floor, double step_mult,
+                                                                    int64_t p_column) {
+    return specialize_networks({networks, sizes, outputs, constants, sums, numel, norm_eps, lr, weight_decay, factors,
+                                floor, step_mult, p_column});
 }
 
 template <class Library>
@@ -55,7 +55,7 @@ void implement_passes(Library& m) {
     m.impl("apply_network", TORCH_BOX(&boxed_apply_network));
     m.impl("adam_step", TORCH_BOX(&boxed_adam_step));
     m.impl("descend", TORCH_BOX(&descend));
-    m.impl("specialize_networks", TORCH_BOX(&boxed_fold_network));
+    m.impl("specialize_networks", TORCH_BOX(&boxed_specialize_networks));
 }
 
 }  // namespace hf_lopt

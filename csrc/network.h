@@ -9,7 +9,7 @@
 
 namespace hf_lopt {
 
-// Weights with the feature scales, the size of the step and the multiplier of the exponent folded in.
+// Weights with the feature scales, the size of the step and the multiplier of the exponent in them.
 template <int U>
 struct Network {
     float first[kInputs][U];

@@ -1,4 +1,5 @@
-// The operators that have kernels on every device, as C++ functions; see hf_lopt/_plain*.py for what they compute.
+// The operators that have kernels on every device, as C++ functions; see hf_lopt/kernels/reference for what they
+// compute.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -42,7 +43,7 @@ struct AdamArguments {
 };
 
 // What lies between the decision about a step and pass 2.
-struct FoldArguments {
+struct SpecializeArguments {
     Tensor networks;
     Ints sizes;
     int64_t outputs;
@@ -68,6 +69,6 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
                  const AdamArguments& step);
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
              std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip);
-std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x);
+std::tuple<Tensor, Tensor, Tensor> specialize_networks(const SpecializeArguments& x);
 
 }  // namespace hf_lopt

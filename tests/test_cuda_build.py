@@ -34,7 +34,7 @@ LIMITS = {
     "advance_kernel": (64, 0),
     "pool_kernel": (32, 0),
     "lstm_kernel": (48, 0),
-    "fold_kernel": (64, 0),
+    "specialize_kernel": (64, 0),
 }
 # Bytes that functions out of line spill at most, by file: those for vectors, convolutions and slices.
 OUT_OF_LINE = {"apply_4": 148, "apply_8": 356, "apply_32": 60, "feature_sums": 16, "sums": 0}

@@ -161,7 +161,7 @@ def test_tasks():
     with pytest.raises(ValueError, match="'mnist'.*digits_mlp"):
         tasks.named("mnist")
     with pytest.raises(ValueError, match="train, validation, test.*'all'"):
-        data.cut(torch.zeros(4, 1), None, "all")
+        data.split_dataset(torch.zeros(4, 1), None, "all")
     vector = theta.Vector("celo2", theta.starting_weights("celo2", "constructed"))
     with pytest.raises(ValueError, match="digits_mlp.*0"):
         arguments = (tasks.named("digits_mlp"), vector, "celo2", 0, RunSettings(), Objective())

@@ -1,4 +1,4 @@
-// The operator that only the CPU has a kernel for; see hf_lopt/_plain_steps.py for what it computes.
+// The operator that only the CPU has a kernel for; see hf_lopt/kernels/reference for what it computes.
 #pragma once
 
 #include <optional>

@@ -1,6 +1,7 @@
 // The kernels that are registered for the CPU. No arithmetic.
 //
-// hf_lopt/_ops.py defines the operators before it loads this library; csrc/cuda/register.cpp has the kernels for CUDA.
+// hf_lopt/kernels/ops.py defines the operators before it loads this library; csrc/cuda/register.cpp has the kernels
+// for CUDA.
 #include <Python.h>
 
 #include "../boxed.h"

@@ -18,7 +18,7 @@ struct Shared {
     alignas(16) float factors[kFactored][kStrip];  // of the columns
 };
 
-// ContiguousCopies the network of the tensor, with the scale of its step folded in.
+// Copies the network of the tensor, with the scale of its step in it.
 template <int U>
 HF_LOPT_DEVICE void load_network(const ApplyArgs& a, const Place& at, Shared<U>& s) {
     const int t = at.tensor;

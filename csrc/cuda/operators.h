@@ -1,4 +1,4 @@
-// The operators that only a GPU has kernels for; see hf_lopt/_plain_scheduler.py for what they compute.
+// The operators that only a GPU has kernels for; see hf_lopt/kernels/reference for what they compute.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// The kernels of the operators for CUDA tensors. hf_lopt/_ops.py defines the operators.
+// The kernels of the operators for CUDA tensors. hf_lopt/kernels/ops.py defines the operators.
 //
 // Compiled for tests on the host, the same operators are registered for CPU tensors in a library of their own.
 #include <Python.h>

@@ -196,7 +196,7 @@ HF_LOPT_KERNEL(kManyThreads, 1) lstm_kernel(HF_LOPT_ARGUMENT LstmArgs a) {
 
 // ---- the networks -------------------------------------------------------------------------------------------------
 
-HF_LOPT_KERNEL(kThreads, 2) fold_kernel(HF_LOPT_ARGUMENT FoldArgs a) {
+HF_LOPT_KERNEL(kThreads, 2) specialize_kernel(HF_LOPT_ARGUMENT SpecializeArgs a) {
     const int64_t t = block();
     const double numel = a.numel[t];
     const double* sums = a.sums + t * a.sums_width;
@@ -247,8 +247,8 @@ void launch_pool(const PoolArgs& args, void* stream) {
 void launch_lstm(const LstmArgs& args, int rows, void* stream) {
     HF_LOPT_LAUNCH(lstm_kernel, rows, kManyThreads, stream, args);
 }
-void launch_fold(const FoldArgs& args, int rows, void* stream) {
-    HF_LOPT_LAUNCH(fold_kernel, rows, kThreads, stream, args);
+void launch_specialize(const SpecializeArgs& args, int rows, void* stream) {
+    HF_LOPT_LAUNCH(specialize_kernel, rows, kThreads, stream, args);
 }
 
 }  // namespace hf_lopt

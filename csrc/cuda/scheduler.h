@@ -1,5 +1,5 @@
 // The small operators between the passes: their arguments on the device, and the operators themselves. See
-// hf_lopt/_plain_scheduler.py for what they compute.
+// hf_lopt/kernels/reference for what they compute.
 #pragma once
 
 #include "tensor_table.h"
@@ -57,7 +57,7 @@ struct LstmArgs {
     bool celo;
 };
 
-struct FoldArgs {
+struct SpecializeArgs {
     const float* networks;
     int64_t row;  // numbers from one network to the next, 0 for one for all
     int32_t sizes[4], outputs, layers;
@@ -78,6 +78,6 @@ struct FoldArgs {
 void launch_advance(const AdvanceArgs& args, void* stream);
 void launch_pool(const PoolArgs& args, void* stream);
 void launch_lstm(const LstmArgs& args, int rows, void* stream);
-void launch_fold(const FoldArgs& args, int rows, void* stream);
+void launch_specialize(const SpecializeArgs& args, int rows, void* stream);
 
 }  // namespace hf_lopt

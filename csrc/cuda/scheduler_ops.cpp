@@ -205,15 +205,15 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tenso
     return {controls, lr_mult, networks};
 }
 
-std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x) {
+std::tuple<Tensor, Tensor, Tensor> specialize_networks(const SpecializeArguments& x) {
     const Device device(x.lr);
-    const FoldSizes sizes = check_fold_network(x);
+    const NetworkSizes sizes = check_specialize_networks(x);
     STD_TORCH_CHECK(x.sizes.empty() || x.sizes.size() == 4,
                     "the fused kernel is for networks of two hidden layers, got ", x.sizes.size(), " widths");
     STD_TORCH_CHECK(x.factors.size() <= kMaxFactors, "the fused kernel takes at most ", kMaxFactors, " factors, got ",
                     x.factors.size());
     const int64_t count = sizes.count;
-    FoldArgs args{};
+    SpecializeArgs args{};
     ContiguousCopies copies;
     if (!x.sizes.empty()) {
         args.layers = 3;
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x) {
     args.out_row = sizes.numbers;
     args.scale = float_data(scale);
     args.decay = float_data(decay);
-    if (count > 0) launch_fold(args, (int)count, device.stream());
+    if (count > 0) launch_specialize(args, (int)count, device.stream());
     return {out, scale, decay};
 }
 

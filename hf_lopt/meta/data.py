@@ -71,7 +71,7 @@ class Data:
         return Data(self.inputs.to(device), targets, self.fresh, self.window)
 
 
-def cut(inputs: Tensor, targets: Tensor | None, part: str, window: int = 0) -> Data:
+def split_dataset(inputs: Tensor, targets: Tensor | None, part: str, window: int = 0) -> Data:
     """The samples of a part ("train", "validation" or "test") of those given, in their order."""
     if part not in PARTS:
         raise ValueError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
@@ -93,13 +93,13 @@ def _digits() -> tuple[Tensor, Tensor]:
 
 def digits(part: str) -> Data:
     """1,797 images of 8 x 8, in [-1, 1], with ten classes."""
-    return cut(*_digits(), part)
+    return split_dataset(*_digits(), part)
 
 
 def digit_images(part: str) -> Data:
     """The same images, to be reproduced."""
     images, _ = _digits()
-    return cut(images, images, part)
+    return split_dataset(images, images, part)
 
 
 def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, samples: int = 8192) -> Data:
@@ -110,14 +110,14 @@ def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, sampl
     waves = torch.sin(2.0 * x @ directions + 3.0 * torch.randn(6 * outputs, generator=generator))
     y = waves.view(samples, outputs, 6).sum(2)
     y = (y - y.mean(0)) / y.std(0) + 0.1 * torch.randn(y.shape, generator=generator)
-    return cut(x, y, part)
+    return split_dataset(x, y, part)
 
 
 def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples: int = 8192) -> Data:
     """Classes: which of several smooth random functions is the largest, for normal inputs of unequal size."""
     sizes = torch.logspace(-0.5, 0.5, inputs)
     whole = functions("train", seed, inputs, classes, samples=4 * samples)  # the first quarter
-    return cut(whole.inputs * sizes, whole.targets.argmax(1), part)
+    return split_dataset(whole.inputs * sizes, whole.targets.argmax(1), part)
 
 
 def _waves(generator: torch.Generator, samples: int, side: int, count: int = 3) -> Tensor:
@@ -138,7 +138,7 @@ def noisy_waves(part: str, seed: int = 0, side: int = 10, samples: int = 4096) -
     generator = torch.Generator().manual_seed(seed)
     clean = _waves(generator, samples, side)
     clean = clean / clean.std()
-    return cut(clean + torch.randn(clean.shape, generator=generator), clean, part)
+    return split_dataset(clean + torch.randn(clean.shape, generator=generator), clean, part)
 
 
 def teacher(
@@ -151,7 +151,7 @@ def teacher(
     for size in (width, width, outputs):
         y = 1.7 * torch.tanh(y) if y is not x else y
         y = y @ torch.randn(y.shape[1], size, generator=generator) / math.sqrt(y.shape[1])
-    return cut(x, (y - y.mean(0)) / y.std(0), part)
+    return split_dataset(x, (y - y.mean(0)) / y.std(0), part)
 
 
 def tumours(part: str) -> Data:
@@ -161,7 +161,7 @@ def tumours(part: str) -> Data:
     rows, classes = load_breast_cancer(return_X_y=True)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(rows, dtype=torch.float32)[order]
-    return cut((x - x.mean(0)) / x.std(0), torch.tensor(classes)[order], part)
+    return split_dataset((x - x.mean(0)) / x.std(0), torch.tensor(classes)[order], part)
 
 
 def _numbers(text: str) -> Tensor:
@@ -183,7 +183,7 @@ def text(part: str, window: int, capitals: bool = False) -> Data:
 
     ``capitals``: all letters are capitals, for a model that knows the text as it is.
     """
-    return cut(_text(capitals), None, part, window)
+    return split_dataset(_text(capitals), None, part, window)
 
 
 @functools.cache
@@ -194,7 +194,7 @@ def _code(modules: Sequence[str]) -> Tensor:
 
 def code(part: str, window: int) -> Data:
     """The source text of modules of Python's standard library, character by character."""
-    return cut(_code(CODE), None, part, window)
+    return split_dataset(_code(CODE), None, part, window)
 
 
 @functools.cache
@@ -206,4 +206,4 @@ def _names() -> Tensor:
 
 def character_names(part: str, window: int) -> Data:
     """The names of characters in Unicode (GREEK SMALL LETTER ALPHA), in random order, letter by letter."""
-    return cut(_names(), None, part, window)
+    return split_dataset(_names(), None, part, window)

@@ -276,7 +276,7 @@ def store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
 def apply_network(arguments: ApplyNetwork) -> tuple[Tensor, Tensor]:
     """Pass 2. Evaluates the network and updates params, momenta, second moments and diagonals in place.
 
-    ``weights[0]`` (T or 1, F, U) has the feature scales folded in, further layers follow; ``biases`` likewise. With
+    ``weights[0]`` (T or 1, F, U) has the feature scales in it, further layers follow; ``biases`` likewise. With
     outputs o: step = scale[t] * o0 * exp(exp_mult * o1), p <- p - decay[t] * p - step; if ``out`` is not empty, the
     step is written there (float32) and p is left alone. ``skip`` (bool, 0-d): nothing is changed where it is true.
 

@@ -7,8 +7,8 @@
 
 namespace hf_lopt {
 
-std::tuple<Tensor, Tensor, Tensor> fold_network(const FoldArguments& x) {
-    const FoldSizes sizes = check_fold_network(x);
+std::tuple<Tensor, Tensor, Tensor> specialize_networks(const SpecializeArguments& x) {
+    const NetworkSizes sizes = check_specialize_networks(x);
     const int64_t count = sizes.count;
     const Ints& widths = sizes.widths;
     ContiguousCopies copies;
