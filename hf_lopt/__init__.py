@@ -4,6 +4,7 @@
 ``TrainingArguments(optim="velo")`` works.
 """
 
+from hf_lopt.feed import feed_loss
 from hf_lopt.hf.register import register as _register
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import ELO, RNNMLP, Celo, Celo2, CeloAdam, ELOCelo2, MuLO, SmallFC, VeLO
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LearnedOptimizer",
     "available",
+    "feed_loss",
     "param_groups",
     "Celo",
     "Celo2",

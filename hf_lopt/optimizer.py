@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt import distributed, rules
-from hf_lopt.kernels import ops
-from hf_lopt.kernels.arguments import ZeroNan
+from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
-from hf_lopt.run_state import PendingLoss, RunMonitor, RunState
+from hf_lopt.run_state import RunMonitor, RunState, step_metrics
 from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
+from hf_lopt.step.passes import local_state, ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.weights import Weights, push_to_hub
 
@@ -48,38 +48,38 @@ class LearnedOptimizer(Optimizer):
         settings = complete_settings(rule_, hyperparameters)
         weights = rule_.load_weights(settings.pop("weights"), **settings)
         self._attach(rule_, weights)
+        self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
         super().__init__(params, defaults | self._run_state.initial_values())
 
     def _attach(self, rule: Rule, weights: Weights) -> None:
         self._rule, self._weights = rule, weights
+        # Objects that a wrapper shares which copies the __dict__: none of these attributes is ever replaced.
         self._pending = PendingLoss()
-        self._run_state = RunState(rule, weights)
+        self._run_state = RunState(self, rule, weights)
+        self._report: dict[str, Tensor | Callable[[], Tensor]] = {}
+        self._agreed: set[int] = set()  # selections of parameters that all ranks have compared
         self._start_over()
 
     def _start_over(self) -> None:
         """Drop what is derived or transient; what has to survive lives in state and param_groups."""
         self._pending.discard()
         self._run_state.forget_counters()
-        self._monitor = RunMonitor(self._rule.class_name)
-        self._prepared: PreparedStep | None = None
-        self._report: dict[str, Tensor | Callable[[], Tensor]] = {}
-        self._agreed: set[int] = set()  # selections of parameters that all ranks have compared
-
-    @property
-    def _run(self) -> RunState:
-        """The state of the run, in the groups as they are now: torch and wrappers may have replaced the list."""
-        self._run_state.groups = self.param_groups
-        return self._run_state
+        self._report.clear()
+        self._agreed.clear()
+        owner = self._run_state.owner  # not a wrapper
+        owner._monitor, owner._prepared = RunMonitor(self._rule.class_name), None
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_rule": self._rule.name, "_weights": self._weights}
+        own = {"_rule": self._rule.name, "_weights": self._weights, "_chosen_steps": self._run_state.chosen_steps}
+        return super().__getstate__() | own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_rule" in state:
             self._attach(rules.get(state.pop("_rule")), state.pop("_weights"))
+            self._run_state.chosen_steps = state.pop("_chosen_steps", 0)
         super().__setstate__(state)
 
     @property
@@ -100,7 +100,7 @@ class LearnedOptimizer(Optimizer):
         Settings of the run as a whole belong to the constructor; a group that brings its own is told so.
         """
         # A copy: torch fills the dict in place, and a caller may build another optimizer from it.
-        own, dropped = self._run.without_run_settings(param_group, self.defaults)
+        own, dropped = self._run_state.without_run_settings(param_group, self.defaults)
         super().add_param_group(own)
         group = self.param_groups[-1]
         try:
@@ -110,7 +110,7 @@ class LearnedOptimizer(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        group.update({key: self.param_groups[0][key] for key in self._run.keys(self.defaults)})
+        group.update({key: self.param_groups[0][key] for key in self._run_state.keys(self.defaults)})
         if dropped:
             warnings.warn(
                 f"{', '.join(dropped)} of a parameter group is one setting for all groups: dropped", stacklevel=2
@@ -119,26 +119,26 @@ class LearnedOptimizer(Optimizer):
     @property
     def num_training_steps(self) -> int:
         """Length of the run in optimizer steps, 0 while it is not set."""
-        return self._run.num_training_steps
+        return self._run_state.num_training_steps
 
     @num_training_steps.setter
     def num_training_steps(self, value: int) -> None:
-        self._run.num_training_steps = value
+        self._run_state.num_training_steps = value
         self._monitor.warned_horizon = False
 
     @property
     def steps_done(self) -> int:
         """Steps taken so far, skipped ones left out. Reading it waits for the device."""
-        return self._run.step
+        return self._run_state.step
 
     @steps_done.setter
     def steps_done(self, value: int) -> None:
-        self._run.step = value
+        self._run_state.step = value
 
     def reset_state(self) -> None:
         """Forget all accumulators, counters and observed losses, as if no step had been taken; settings stay."""
         self.state.clear()
-        self._run.reset()
+        self._run_state.reset()
         self._start_over()
 
     # ---- the loss ---------------------------------------------------------------------------------------------------
@@ -167,6 +167,11 @@ class LearnedOptimizer(Optimizer):
         """Forget the waiting loss."""
         self._pending.discard()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, see ``torch.optim.Optimizer.zero_grad``, and the waiting loss, which belongs to them."""
+        super().zero_grad(set_to_none)
+        self._pending.discard(by_zero_grad=True)
+
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     @overload
@@ -177,12 +182,12 @@ class LearnedOptimizer(Optimizer):
     def step(self, closure: _Loss) -> _Loss: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor | float] | Tensor | float | None = None) -> Tensor | float | None:
-        """One update of all parameters that have a gradient.
+        """One update of all parameters that have a gradient. Without any it does nothing, and drops the loss.
 
         Args:
             closure: as in ``torch.optim``, a function that evaluates the model and returns the loss, called once with
-                gradients enabled; or the loss itself, a 0-d tensor or a number. A loss given here replaces those given
-                to :meth:`observe_loss`.
+                gradients enabled; or the loss itself, a 0-d tensor or a number. It replaces those given to
+                :meth:`observe_loss`. What a function returns does not count if it delivered losses of its own.
 
         Returns:
             the loss that ``closure`` returned or was, None without one.
@@ -192,30 +197,32 @@ class LearnedOptimizer(Optimizer):
                 happens, which is how checkpoints are loaded), for sparse gradients, and after ``max_nonfinite_steps``
                 steps in a row with a non-finite loss, gradient or parameter. Such steps change nothing.
         """
-        if not callable(closure):
-            result = closure
-        else:
+        result, fed = closure, self._pending.fed_calls
+        if callable(closure):
             with torch.enable_grad():
                 result = closure()
-        if result is not None:
+        if result is not None and self._pending.fed_calls == fed:
             self._pending.replace(result)
 
         created = self._create_state()
         if self._only_allocates(created):
             return result
-        self._run.check_ready(self._pending.is_set)
         active = self._active()
+        if active:
+            self._run_state.check_ready(self._pending)
         self._check_ranks(active)
+        if not active:
+            self._pending.discard()
+            return result
 
         loss = self._pending.take()
-        if self._run.calls_per_update > 1:
+        if self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
-            loss = self._run.accumulate([p for p, _ in active], trainable, self.state, loss)
+            loss = self._run_state.accumulate([p for p, _ in active], trainable, self.state, loss)
             if loss is None:  # the update takes more calls
                 return result
             active = self._active()
-        if active:
-            self._update(active, loss)
+        self._update([p for p, _ in active], [group for _, group in active], loss)
         return result
 
     def _create_state(self) -> bool:
@@ -258,55 +265,40 @@ class LearnedOptimizer(Optimizer):
         selection = frozenset(id(p) for p, _ in active)
         if distributed.world_size() == 1 or hash(selection) in self._agreed:
             return
-        run = {name: self.param_groups[0][name] for name in self._run.keys(self.defaults)}
+        run = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
         check_ranks_agree(run, list(self._trainable()), selection, ("lr", "weight_decay", *self._rule.per_group))
         self._agreed.add(hash(selection))
 
-    def _update(self, active: _Parameters, loss: Tensor | float | None) -> None:
+    def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
-        params, groups = [p for p, _ in active], [group for _, group in active]
         rule, first, device = self._rule, self.param_groups[0], params[0].device
         text_settings = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
         number_settings = ("lr", "weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float)))
-        key = tuple((id(p), p.device, *(group[name] for name in text_settings)) for p, group in active)
+        texts = [[group[name] for name in text_settings] for group in groups]
+        key = tuple((id(p), p.device, *values) for p, values in zip(params, texts, strict=True))
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
                 self._prepared = PreparedStep(key, params, groups, rule, self._weights.theta)
-            run = self._run.tensors(device)
+            run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             tensors = TensorList(
                 layout=self._prepared.layout,
                 cache=self._prepared.cache,
                 root=self._prepared.cache,
                 params=[distributed.local(p) for p in params],
-                grads=self._gradients(params),
-                state=self._local_state(params),
+                grads=ready_gradients(params, rule.nan_to_zero, first.get("max_grad_norm", 0.0)),
+                state=local_state([self.state[p] for p in params]),
                 settings={name: self._prepared.setting(name, groups) for name in number_settings},
                 labels={name: [group[name] for group in groups] for name in text_settings},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
-            settings = first | {"num_training_steps": self._run.num_updates}
+            settings = first | {"num_training_steps": self._run_state.num_updates}
             result = rule.update(tensors, run, self._prepared.weights, settings, loss)
-            self._run.write(result.run)
-            self._report = result.report
-            self._monitor.check(run["counters"], first["max_nonfinite_steps"], self._run.num_updates)
-
-    def _local_state(self, params: list[Tensor]) -> dict[str, list[Any]]:
-        """Name -> this rank's shard of that state of each parameter, None for those that have no such state."""
-        states = [{name: distributed.local(value) for name, value in self.state[p].items()} for p in params]
-        names = dict.fromkeys(name for state in states for name in state)
-        return {name: [state.get(name) for state in states] for name in names}
-
-    def _gradients(self, params: list[Tensor]) -> list[Tensor]:
-        """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
-        if self._rule.nan_to_zero:
-            ops.zero_nan(ZeroNan([distributed.local(p.grad) for p in params]))
-        max_norm = self.param_groups[0].get("max_grad_norm", 0.0)
-        gradients = [distributed.local_gradient(p) for p in params]
-        if max_norm:
-            distributed.clip_grad_norm_(gradients, [distributed.sharding_of(p) for p in params], max_norm)
-        return gradients
+            self._run_state.write(result.run)
+            self._report.clear()
+            self._report.update(result.report)
+            self._monitor.check(run["counters"], first["max_nonfinite_steps"], self._run_state.num_updates)
 
     @property
     def report(self) -> dict[str, Tensor]:
@@ -320,13 +312,7 @@ class LearnedOptimizer(Optimizer):
         elements, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is one step late: it is summed over
         ranks in the reduction of the step that follows, and until then it is the value of the step before.
         """
-        if not self._report:
-            return {}
-        report, numbers = self.report, {}
-        if "lr_mult" in report:
-            numbers = {f"lr_mult_{name}": getattr(report["lr_mult"], name)().item() for name in ("mean", "min", "max")}
-        numbers["update_rms"] = report["update_rms"].item()
-        return numbers | {"nonfinite_steps": float(self.param_groups[0]["nonfinite_steps"])}
+        return step_metrics(self.report, self.param_groups[0]["nonfinite_steps"]) if self._report else {}
 
     def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, str]:
         """Publish the weights in use, see :func:`hf_lopt.weights.push_to_hub`; the commit of each repository."""
@@ -338,13 +324,16 @@ class LearnedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
 
+        A ``num_training_steps`` that was passed or set stays, with a warning where the checkpoint has another.
+
         Raises:
             ValueError: if it is of another optimizer, another rule or other weights than this one.
         """
-        self._run.check_saved(state_dict["param_groups"])
+        self._run_state.check_saved(state_dict["param_groups"])
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
+        self._run_state.keep_chosen_steps()
         # torch casts floating-point state to the dtype of the parameter.
         for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             if p.dtype != torch.float32 and i in saved:

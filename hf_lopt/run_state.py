@@ -2,7 +2,7 @@
 
 ``state_dict`` saves tensors per parameter and settings per group, and nothing for the optimizer as a whole. So these
 values stand in every parameter group, the same in all of them, and :class:`RunState` is the view that reads and writes
-them. Two things of a run are not saved: the loss that waits for the next step (:class:`PendingLoss`), and what
+them. Two things of a run are not saved: the loss that waits for the next step (:mod:`hf_lopt.pending`), and what
 :class:`RunMonitor` has already warned about.
 """
 
@@ -13,11 +13,14 @@ import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hf_lopt import distributed
+from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
 from hf_lopt.weights import Weights
@@ -34,16 +37,29 @@ class RunState:
     set); the rule's own tensors, such as its buffer of losses; and for rules with ``max_training_steps`` the calls and
     the loss (0-d float32) that the next update has so far.
 
-    ``groups`` is the optimizer's list. torch replaces the list when it restores a checkpoint, so the optimizer sets it
-    anew whenever it hands out its run state.
+    ``owner`` is the optimizer, held weakly. Its list of groups is read anew each time: torch replaces the list when it
+    restores a checkpoint, and a wrapper that copied the ``__dict__`` of the optimizer has the old one.
     """
 
-    def __init__(self, rule: Rule, weights: Weights):
-        self.groups: list[dict[str, Any]] = []
+    def __init__(self, owner: Optimizer, rule: Rule, weights: Weights):
+        self._owner = ref(owner)
         self._rule, self._weights = rule, weights
+        self.chosen_steps = 0  # num_training_steps as somebody set it, 0 if nobody has: a checkpoint has one too
         self._tensor_names = tuple(rule.init_run(weights.theta))
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    @property
+    def owner(self) -> Optimizer:
+        """The optimizer itself, whichever wrapper asks."""
+        owner = self._owner()
+        assert owner is not None
+        return owner
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer."""
+        return self.owner.param_groups
 
     # ---- storage ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +130,20 @@ class RunState:
 
     @num_training_steps.setter
     def num_training_steps(self, value: int) -> None:
-        self.write({"num_training_steps": positive_int("num_training_steps", value)})
+        self.chosen_steps = positive_int("num_training_steps", value)
+        self.write({"num_training_steps": self.chosen_steps})
+
+    def keep_chosen_steps(self) -> None:
+        """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
+        saved, chosen = self.num_training_steps, self.chosen_steps
+        if chosen and saved != chosen:
+            self.write({"num_training_steps": chosen})
+            if saved:
+                warnings.warn(
+                    f"the checkpoint is of a run with num_training_steps={saved}; this {self._rule.class_name} was "
+                    f"set to {chosen} and keeps that: its schedule goes on as one of {chosen} steps.",
+                    stacklevel=4,
+                )
 
     @property
     def calls_per_update(self) -> int:
@@ -138,18 +167,24 @@ class RunState:
     def step(self, value: int) -> None:
         self.write({"step": torch.full_like(self.groups[0]["step"], operator.index(value))})
 
-    def check_ready(self, has_loss: bool) -> None:
+    def check_ready(self, pending: PendingLoss) -> None:
         """See that the rule has what it needs for a step.
 
         Raises:
             RuntimeError: without a loss or a horizon, where the rule needs them.
         """
         name = self._rule.class_name
-        if self._rule.needs_loss and not has_loss:
+        if self._rule.needs_loss and not pending.is_set:
+            dropped = (
+                "zero_grad() has dropped the one that it was given, with the gradients: " if pending.dropped else ""
+            )
             raise RuntimeError(
-                f"{name} needs the training loss: call optimizer.observe_loss(loss) before "
-                "optimizer.step(), or optimizer.step(loss). Under Trainer and Accelerate `import hf_lopt` delivers it "
-                "from accelerator.backward(loss)."
+                f"{name} needs the training loss: {dropped}call optimizer.observe_loss(loss) between zero_grad() and "
+                "optimizer.step(), or optimizer.step(loss); on wrapper.optimizer where a wrapper lacks these methods. "
+                "Under Trainer, Accelerate and Lightning `import hf_lopt` delivers it from "
+                "accelerator.backward(loss), manual_backward(loss) or fabric.backward(loss). A loop of a library, "
+                "which calls loss.backward() itself, can run in `with hf_lopt.feed_loss(optimizer):`. The rules celo2 "
+                "and small_fc_lopt need no loss."
             )
         if self._rule.needs_horizon and not self.num_training_steps:
             raise RuntimeError(
@@ -212,57 +247,6 @@ class RunState:
         return all(self.groups[0][name] is x for name, x in zip(COUNTERS, counters, strict=True))
 
 
-class PendingLoss:
-    """The loss that waits for the next step, on its device, or none.
-
-    An object of its own, so that a wrapper which copies the ``__dict__`` of an optimizer shares it: a loss that is
-    given to either of them is there for the step of the other.
-    """
-
-    def __init__(self) -> None:
-        self.value: Tensor | float | None = None
-
-    @property
-    def is_set(self) -> bool:
-        """Whether a loss waits."""
-        return self.value is not None
-
-    def add(self, loss: Tensor | float) -> None:
-        """Add a scalar tensor, which is detached, or a number.
-
-        Raises:
-            ValueError: if it holds more than one number.
-        """
-        if isinstance(loss, Tensor):
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"the loss must be one number, got a tensor of shape {tuple(loss.shape)}; reduce it first"
-                )
-            loss = loss.detach().reshape(()).float()
-        else:
-            loss = float(loss)
-        self.value = loss if self.value is None else self.value + loss
-
-    def replace(self, loss: Tensor | float) -> None:
-        """Take ``loss`` instead of what waits; see :meth:`add`."""
-        self.discard()
-        self.add(loss)
-
-    def scale(self, factor: float) -> None:
-        """Multiply the loss, if there is one."""
-        if self.value is not None:
-            self.value = self.value * factor
-
-    def discard(self) -> None:
-        """Forget the loss."""
-        self.value = None
-
-    def take(self) -> Tensor | float | None:
-        """The loss, which no longer waits."""
-        value, self.value = self.value, None
-        return value
-
-
 class RunMonitor:
     """Warns and raises by the counters of a run. An accelerator's are read one step late, without waiting."""
 
@@ -319,3 +303,12 @@ class RunMonitor:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def step_metrics(report: Mapping[str, Tensor], nonfinite_steps: Tensor) -> dict[str, float]:
+    """Numbers for a logger from what the last step reported and the count of skipped ones. Waits for the device."""
+    numbers = {}
+    if "lr_mult" in report:
+        numbers = {f"lr_mult_{name}": getattr(report["lr_mult"], name)().item() for name in ("mean", "min", "max")}
+    numbers["update_rms"] = report["update_rms"].item()
+    return numbers | {"nonfinite_steps": float(nonfinite_steps)}

@@ -27,7 +27,7 @@ HF_LOPT_DEVICE bool anything_bad(const AdvanceArgs& a) {
     return any;
 }
 
-// The loss buffer and the loss features; see `update_loss_buffer` in Python. For one thread.
+// The loss buffer and the loss features; see `next_loss_buffer` in Python. For one thread.
 HF_LOPT_DEVICE void update_loss_buffer(const AdvanceArgs& a, const double* correction, int64_t step, bool skip,
                                        float* features) {
     double loss = *a.loss, largest = loss;
@@ -35,10 +35,11 @@ HF_LOPT_DEVICE void update_loss_buffer(const AdvanceArgs& a, const double* corre
         const double mean = a.loss_means[i] / correction[i];
         if (i == 0 || mean > largest || mean != mean) largest = mean;
     }
-    if (loss > 2.0 * fabs(largest)) loss = 2.0 * fabs(largest);
+    if (largest != 0.0 && loss > 2.0 * fabs(largest)) loss = 2.0 * fabs(largest);
     double corrected[kLossDecays], minimum[kLossDecays];
     for (int i = 0; i < kLossDecays; i++) {
-        const double mean = a.loss_decay[i] * a.loss_means[i] + (1.0 - a.loss_decay[i]) * loss;
+        const double next = a.loss_decay[i] * a.loss_means[i] + (1.0 - a.loss_decay[i]) * loss;
+        const double mean = step > 0 && a.loss_min[i] >= kLossMinStart ? correction[i] * loss : next;
         corrected[i] = mean / correction[i];
         minimum[i] = a.loss_min[i] < corrected[i] ? a.loss_min[i] : corrected[i];
         if (skip) continue;

@@ -3,72 +3,33 @@
 A learned optimizer needs the training loss, and neither Trainer nor Accelerate gives an optimizer anything but
 gradients. ``Accelerator.backward`` is the one place where every loop of both hands over the scalar as the user
 defined it, before it is divided by the accumulation steps or scaled for float16; no hook, plugin or subclass reaches
-it, because Trainer builds its Accelerator itself. So three methods are wrapped, on the class, once:
-``Accelerator.backward`` to record its argument, and ``AcceleratedOptimizer.step`` and ``zero_grad``, which know
-whether a window of accumulation has ended, to close the window.
+it, because Trainer builds its Accelerator itself. So methods are wrapped, on the class, once: ``Accelerator.backward``
+to record its argument for the optimizers whose gradients it changes (:mod:`hf_lopt.feed`), ``Accelerator.accumulate``
+to tell micro-batches apart, and ``AcceleratedOptimizer.step`` and ``zero_grad`` to end a window of accumulation. And
+what a learned optimizer has beside the methods of torch is reached through an ``AcceleratedOptimizer`` around it.
 
-For a plain loop the value is the loss, with accumulation the mean over the micro-batches of the window, also of a
-short last one. Losses that a loop divides itself, without telling Accelerate, add up. A loop that calls
-``accelerator.backward`` must not call ``observe_loss`` as well: that would add to it. ``step(loss)`` replaces it.
+For a plain loop the value is the loss. With ``accumulate()`` it is the mean over the micro-batches of the window, also
+of a short last one; in a loop that has ``gradient_accumulation_steps`` but not ``accumulate()``, the sum divided by
+them, as the gradients are. Losses that a loop divides itself add up; where it divides by one number throughout, a
+short last window has the mean over its calls (:class:`hf_lopt.pending.Window`). ``observe_loss`` and ``step(loss)``
+have precedence over all of this.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from hf_lopt.feed import deliver, parts_of, unwrap
 from hf_lopt.hf import limits
 from hf_lopt.optimizer import LearnedOptimizer
 
 
 _MARK = "_hf_lopt_original"
-
-
-class _Window:
-    """Micro-batches of one optimizer since its last step. Not saved: nor are the gradients of half a window."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.micro_batches = 0
-        self.last: int | None = None
-        self.uses_accumulate = False
-
-    def add(self, accelerator_step: int) -> None:
-        """Count one ``backward``.
-
-        ``accelerator_step`` moves once per ``accelerator.accumulate``, by which calls for the same micro-batch are
-        told from calls for the next one.
-        """
-        self.calls += 1
-        self.uses_accumulate |= accelerator_step != 0
-        if accelerator_step != self.last:
-            self.micro_batches += 1
-        self.last = accelerator_step
-
-    def close(self) -> None:
-        self.calls, self.micro_batches, self.last = 0, 0, None
-
-    @property
-    def size(self) -> int:
-        """Micro-batches in the window.
-
-        ``accelerator.step`` stays 0 in loops that accumulate without ``accumulate()``: every call counts as one there.
-        """
-        return self.micro_batches if self.uses_accumulate else self.calls
-
-
-_windows: WeakKeyDictionary[LearnedOptimizer, _Window] = WeakKeyDictionary()
+_micro_batches: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of each accelerator, entries of accumulate()
 _scaled_by_trainer: WeakSet[LearnedOptimizer] = WeakSet()
-
-
-def unwrap(optimizer: Any) -> LearnedOptimizer | None:
-    """The learned optimizer inside Accelerate's wrappers, None if it is another kind."""
-    while optimizer is not None and not isinstance(optimizer, LearnedOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 def set_trainer(optimizer: LearnedOptimizer, driven: bool) -> None:
@@ -76,53 +37,49 @@ def set_trainer(optimizer: LearnedOptimizer, driven: bool) -> None:
     (_scaled_by_trainer.add if driven else _scaled_by_trainer.discard)(optimizer)
 
 
-def _window(optimizer: LearnedOptimizer) -> _Window:
-    return _windows.setdefault(optimizer, _Window())
-
-
 def forget(optimizer: LearnedOptimizer) -> None:
     """Drop the losses of an unfinished window."""
     optimizer.discard_loss()
-    _window(optimizer).close()
-
-
-def _optimizers(accelerator: Any) -> list[LearnedOptimizer]:
-    found = [unwrap(optimizer) for optimizer in accelerator._optimizers]
-    return [optimizer for optimizer in found if optimizer is not None]
-
-
-@functools.cache
-def _warn_several() -> None:
-    warnings.warn(
-        "one Accelerator holds several learned optimizers, and each of them gets every loss given to "
-        "accelerator.backward. Where a loss belongs to one of them, call zero_grad() of that optimizer right before "
-        "the backward for its step.",
-        stacklevel=4,
-    )
 
 
 def wrap_backward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``Accelerator.backward`` that also gives its argument to the learned optimizers of the accelerator."""
+    """``Accelerator.backward`` that also gives its argument to the learned optimizers whose gradients it changes."""
 
     @functools.wraps(original)
     def backward(self: Any, loss: Any, **kwargs: Any) -> Any:
-        optimizers = _optimizers(self)
-        if len(optimizers) > 1:
-            _warn_several()
+        optimizers = [optimizer for optimizer in map(unwrap, self._optimizers) if optimizer is not None]
+        if not optimizers:
+            return original(self, loss, **kwargs)
         for optimizer in optimizers:
             limits.check_accelerator_state(optimizer.rule.class_name, self.state)
-            # Before the call, which frees the graph; the argument as it came is the undivided loss.
-            optimizer.observe_loss(loss)
-            _window(optimizer).add(self.step)
-        try:
-            return original(self, loss, **kwargs)
-        except BaseException:
-            # Out of memory, and Trainer starts over with a smaller batch: this loss belongs to no step.
-            for optimizer in optimizers:
-                forget(optimizer)
-            raise
+        # The argument as it came is the undivided loss. What the graph tells has to be read before it is freed.
+        parts, steps = parts_of(loss), self.gradient_accumulation_steps
+        micro_batch = (_micro_batches.get(self, 0), self.step)
+        accumulates = steps > 1 and micro_batch != (0, 0)
+
+        def feed(optimizer: LearnedOptimizer, afresh: bool) -> None:
+            if optimizer in _scaled_by_trainer:
+                optimizer._pending.feed(loss, afresh=afresh)
+            elif accumulates:
+                optimizer._pending.feed(loss, afresh=afresh, micro_batch=micro_batch)
+            else:
+                optimizer._pending.feed(loss, afresh=afresh, steps=steps, parts=parts)
+
+        models = self._models if getattr(self, "is_fsdp2", False) else ()
+        return deliver(optimizers, lambda: original(self, loss, **kwargs), feed, tensors=[loss], modules=models)
 
     return backward
+
+
+def wrap_accumulate(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Accelerator.accumulate`` that counts: what lies between two calls is one micro-batch."""
+
+    @functools.wraps(original)
+    def accumulate(self: Any, *models: Any) -> Any:
+        _micro_batches[self] = _micro_batches.get(self, 0) + 1
+        return original(self, *models)
+
+    return accumulate
 
 
 def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,11 +90,6 @@ def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
         optimizer = unwrap(self)
         if optimizer is None or not self.gradient_state.sync_gradients:
             return original(self, closure)
-        window = _window(optimizer)
-        # A raw loop passes micro-batch means, which Accelerate divides by the accumulation steps: their mean is the
-        # loss. Trainer passes parts that already add up to it.
-        if self.gradient_state.num_steps > 1 and optimizer not in _scaled_by_trainer and window.calls:
-            optimizer.scale_observed_loss(1 / window.size)
         try:
             return original(self, closure)
         finally:
@@ -148,16 +100,42 @@ def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_zero_grad(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``AcceleratedOptimizer.zero_grad`` that forgets losses together with the gradients they made."""
+    """``AcceleratedOptimizer.zero_grad`` that forgets losses together with the gradients they made.
+
+    The learned optimizer does so itself, unless another wrapper between the two clears the gradients without it.
+    """
 
     @functools.wraps(original)
     def zero_grad(self: Any, set_to_none: bool | None = None) -> Any:
         optimizer = unwrap(self)
         if optimizer is not None and self.gradient_state.sync_gradients:
-            forget(optimizer)
+            optimizer._pending.discard(by_zero_grad=True)
         return original(self, set_to_none)
 
     return zero_grad
+
+
+class _OfTheOptimizer:
+    """An attribute of a wrapper that is the learned optimizer's; of wrappers of other optimizers, an ordinary one."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __get__(self, wrapper: Any, cls: type | None = None) -> Any:
+        learned = None if wrapper is None else unwrap(wrapper.__dict__.get("optimizer"))
+        if learned is not None:
+            return getattr(learned, self._name)
+        if wrapper is not None and self._name in wrapper.__dict__:
+            return wrapper.__dict__[self._name]
+        owner = cls if wrapper is None else type(wrapper)
+        raise AttributeError(f"{getattr(owner, '__name__', owner)!r} object has no attribute {self._name!r}")
+
+    def __set__(self, wrapper: Any, value: Any) -> None:
+        learned = unwrap(wrapper.__dict__.get("optimizer"))
+        if learned is None:
+            wrapper.__dict__[self._name] = value
+        else:
+            setattr(learned, self._name, value)
 
 
 def _wrap(cls: type, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -169,11 +147,19 @@ def _wrap(cls: type, method: str, wrapper: Callable[[Callable[..., Any]], Callab
 
 
 def patch_accelerator(module: Any) -> None:
-    """Wrap ``Accelerator.backward`` of the imported module ``accelerate.accelerator``, once."""
+    """Wrap ``Accelerator.backward`` and ``accumulate`` of the imported module ``accelerate.accelerator``, once."""
     _wrap(module.Accelerator, "backward", wrap_backward)
+    _wrap(module.Accelerator, "accumulate", wrap_accumulate)
 
 
 def patch_optimizer(module: Any) -> None:
-    """Wrap ``AcceleratedOptimizer.step`` and ``zero_grad`` of the imported module ``accelerate.optimizer``, once."""
-    _wrap(module.AcceleratedOptimizer, "step", wrap_step)
-    _wrap(module.AcceleratedOptimizer, "zero_grad", wrap_zero_grad)
+    """Wrap ``AcceleratedOptimizer.step`` and ``zero_grad`` of the imported module ``accelerate.optimizer``, once.
+
+    The other public attributes of learned optimizers, such as ``observe_loss`` and ``num_training_steps``, get there.
+    """
+    cls = module.AcceleratedOptimizer
+    _wrap(cls, "step", wrap_step)
+    _wrap(cls, "zero_grad", wrap_zero_grad)
+    for name in vars(LearnedOptimizer):
+        if not name.startswith("_") and not any(name in vars(base) for base in cls.__mro__):
+            setattr(cls, name, _OfTheOptimizer(name))

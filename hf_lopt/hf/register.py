@@ -16,7 +16,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from hf_lopt.hf import loss_feed
+from hf_lopt.hf import lightning, loss_feed
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.optimizers import OPTIMIZERS
 
@@ -144,6 +144,7 @@ _ACTIONS = tuple(
         ("transformers.trainer", _extend_trainer),
         ("accelerate.accelerator", loss_feed.patch_accelerator),
         ("accelerate.optimizer", loss_feed.patch_optimizer),
+        *lightning.PATCHES,
     )
 )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_lopt.features import (
     LOSS_DECAYS,
+    LOSS_MIN_START,
     SHARED_INPUTS,
     STAT_NONFINITE,
     STAT_PAIRS,
@@ -64,12 +65,17 @@ def next_loss_buffer(
     The loss is clipped at twice the largest bias-corrected mean so far. A feature compares two
     neighbouring means, both above the running minimum of the faster one; all are 0 in the first two steps. The
     corrections 1 - d^n are small next to 1, so the arithmetic is in float64 and rounded once.
+
+    Two cases that the references do not have in mind. Means of 0, after losses of exactly 0, are no measure for a
+    clip, which would make every later loss 0: there is none then. A buffer that is still empty at a later step, in a
+    run that goes on without its state, begins as if all losses before had been this one.
     """
+    empty = (step > 0) & (minimum >= LOSS_MIN_START)
     means, minimum, loss = means.double(), minimum.double(), loss.double()
     correction = 1.0 - decay ** (step + 1)
     largest = torch.where(step > 0, (means / correction).amax(-1, keepdim=loss.dim() > 0), loss)
-    loss = torch.minimum(loss, 2.0 * largest.abs())
-    means = decay * means + (1.0 - decay) * loss
+    loss = torch.where(largest == 0.0, loss, torch.minimum(loss, 2.0 * largest.abs()))
+    means = torch.where(empty, correction * loss, decay * means + (1.0 - decay) * loss)
     corrected = means / correction
     minimum = torch.minimum(minimum, corrected)
     slower = corrected[..., 1:] - minimum[..., :-1]
