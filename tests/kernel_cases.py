@@ -175,7 +175,7 @@ class Case:
 
     @functools.cached_property
     def network(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and biases of a size that a trained network has, with the scales of the features in the first layer."""
+        """Weights and biases of a size that a trained network has, the scales of the features in the first layer."""
         params, generator = self.slices(self.params), torch.Generator().manual_seed(1)
         widths = (sum(self.features.widths()), self.units, self.units, 2)
         numel = torch.tensor([max(p.numel(), 1) for p in params], device=self.device)

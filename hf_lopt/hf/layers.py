@@ -42,8 +42,8 @@ class LayerLog:
         if not self._taken:
             return
         names = [name for name, _, _ in self._taken]
-        cuts = [distributed.sharding_of(p) for _, p, _ in self._taken]
-        groups = [() if cut is None else cut.groups() for cut in cuts]
+        shardings = [distributed.sharding_of(p) for _, p, _ in self._taken]
+        groups = [() if sharding is None else sharding.groups() for sharding in shardings]
         moved = [_squares(p.detach() - old) for _, p, old in self._taken]
         sizes = [_squares(old) for _, _, old in self._taken]
         sums = distributed.sum_over(list(zip([*moved, *sizes], [*groups, *groups], strict=True)))
