@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt import distributed, rules
+from hf_lopt.given_settings import GivenSettings
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ZeroNan
 from hf_lopt.rules.base import Rule
@@ -25,7 +25,7 @@ _Loss = TypeVar("_Loss", bound=Tensor | float)
 _Parameters = list[tuple[Tensor, dict[str, Any]]]  # each with its group
 
 
-class LearnedOptimizer(Optimizer):
+class LearnedOptimizer(GivenSettings):
     """A learned optimizer for any rule of :mod:`hf_lopt.rules`.
 
     State and arithmetic are float32 whatever the dtype of a parameter, and the parameter is rounded once when it is
@@ -203,10 +203,11 @@ class LearnedOptimizer(Optimizer):
         created = self._create_state()
         if self._only_allocates(created):
             return result
+        if created:
+            self.warn_of_small_multiplier(self._rule)
         self._run.check_ready(self._pending.is_set)
         active = self._active()
         self._check_ranks(active)
-
         loss = self._pending.take()
         if self._run.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
@@ -286,6 +287,7 @@ class LearnedOptimizer(Optimizer):
                 labels={name: [group[name] for group in groups] for name in text_settings},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
+            self._run.first_losses(run, loss)
             settings = first | {"num_training_steps": self._run.num_updates}
             result = rule.update(tensors, run, self._prepared.weights, settings, loss)
             self._run.write(result.run)
@@ -320,13 +322,7 @@ class LearnedOptimizer(Optimizer):
         elements, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is one step late: it is summed over
         ranks in the reduction of the step that follows, and until then it is the value of the step before.
         """
-        if not self._report:
-            return {}
-        report, numbers = self.report, {}
-        if "lr_mult" in report:
-            numbers = {f"lr_mult_{name}": getattr(report["lr_mult"], name)().item() for name in ("mean", "min", "max")}
-        numbers["update_rms"] = report["update_rms"].item()
-        return numbers | {"nonfinite_steps": float(self.param_groups[0]["nonfinite_steps"])}
+        return self._run.metrics(self.report) if self._report else {}
 
     def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, str]:
         """Publish the weights in use, see :func:`hf_lopt.weights.push_to_hub`; the commit of each repository."""
