@@ -116,7 +116,7 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
 
 
 def local_gradient(p: Tensor) -> Tensor:
-    """The local shard of the gradient of ``p``, sharded as ``p`` is. A collective where the gradient comes otherwise."""
+    """The local shard of the gradient of ``p``, sharded as ``p``. A collective where the gradient comes otherwise."""
     return local(p.grad, like=sharding_of(p))
 
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt import distributed, rules
+from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
@@ -25,7 +25,7 @@ _Loss = TypeVar("_Loss", bound=Tensor | float)
 _Parameters = list[tuple[Tensor, dict[str, Any]]]  # each with its group
 
 
-class LearnedOptimizer(Optimizer):
+class LearnedOptimizer(GivenSettings):
     """A learned optimizer for any rule of :mod:`hf_lopt.rules`.
 
     State and arithmetic are float32 whatever the dtype of a parameter, and the parameter is rounded once when it is
@@ -207,6 +207,8 @@ class LearnedOptimizer(Optimizer):
         created = self._create_state()
         if self._only_allocates(created):
             return result
+        if created:
+            self.warn_of_small_multiplier(self._rule)
         active = self._active()
         if active:
             self._run_state.check_ready(self._pending)
@@ -293,6 +295,7 @@ class LearnedOptimizer(Optimizer):
                 labels={name: [group[name] for group in groups] for name in text_settings},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
+            self._run_state.first_losses(run, loss)
             settings = first | {"num_training_steps": self._run_state.num_updates}
             result = rule.update(tensors, run, self._prepared.weights, settings, loss)
             self._run_state.write(result.run)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import distributed
+from hf_lopt.kernels.reference.scheduler import loss_decays
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
@@ -48,6 +49,7 @@ class RunState:
         self._tensor_names = tuple(rule.init_run(weights.theta))
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._starts_late = False
 
     @property
     def owner(self) -> Optimizer:
@@ -100,7 +102,7 @@ class RunState:
 
     def forget_counters(self) -> None:
         """Do not rely on the counters of earlier steps: the groups have been written by someone else."""
-        self._counters = None
+        self._counters, self._starts_late = None, False
 
     def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """See that the ``param_groups`` of a checkpoint are of this rule and these weights.
@@ -160,12 +162,41 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """Steps taken so far, skipped ones left out. Reading it waits for the device."""
+        """Steps taken so far, skipped ones left out. Reading it waits for the device.
+
+        Setting it while the loss buffer is empty starts the buffer late, see :meth:`first_losses`.
+        """
         return int(self.groups[0]["step"])
 
     @step.setter
     def step(self, value: int) -> None:
-        self.write({"step": torch.full_like(self.groups[0]["step"], operator.index(value))})
+        first = self.groups[0]
+        self.write({"step": torch.full_like(first["step"], operator.index(value))})
+        self._starts_late = value > 0 and "loss_means" in first and not bool(first["loss_means"].any())
+
+    def first_losses(self, run: Mapping[str, Tensor], loss: Tensor | None) -> None:
+        """Fill the averages of the loss before the first step of a run that goes on without its state.
+
+        The averages after n steps are divided by 1 - d^n, as in the reference, which undoes their start at 0 if they
+        have seen n losses. With none of them, a loss counts as twice the largest average at most, which is 0: the
+        buffer would stay at 0 to the end of the run. The reference does not say what to do. Here the averages become
+        what n losses equal to the first one would have made them. A loss of 0, or one that is not finite, tells
+        nothing and leaves it to the next.
+
+        Args:
+            run: the tensors of the run, see :meth:`tensors`; "loss_means" (10,) changes in place.
+            loss: of this rank, 0-d float32, on the device of the parameters.
+        """
+        if not self._starts_late or loss is None:
+            return
+        size = distributed.world_size()
+        (total,) = distributed.sum_over([(loss.double().reshape(1), distributed.world_groups(()))])
+        mean = total / size
+        if not bool(torch.isfinite(mean)) or not bool(mean):  # waits for the device, once in such a run
+            return
+        self._starts_late = False
+        averaged = 1.0 - loss_decays(self.num_updates, run["loss_means"]) ** run["step"]
+        run["loss_means"].copy_(averaged * mean)
 
     def check_ready(self, pending: PendingLoss) -> None:
         """See that the rule has what it needs for a step.

@@ -1,25 +1,16 @@
-"""From ``TrainingArguments`` to the class and the keywords of a learned optimizer.
-
-Trainer's defaults are AdamW's: a learning rate of 5e-5 that decays linearly. A rule with a schedule of its own needs
-neither, so arguments left at their class's default become the rule's own multiplier and a constant schedule. Trainer
-builds the scheduler, and every logger reads the arguments, after the optimizer has been made: changing them here is
-enough, and shows everywhere.
-"""
+"""From ``TrainingArguments`` to the class and the keywords of a learned optimizer."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from hf_lopt import rules
 from hf_lopt.hf import limits
+from hf_lopt.hf.policy import choose_run
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import OPTIMIZERS
 from hf_lopt.param_groups import param_groups
 from hf_lopt.rules.base import Rule
-from hf_lopt.weights import Weights
 
 
 if TYPE_CHECKING:
@@ -31,27 +22,6 @@ BASE_WIDTH = "base_width"
 LOG_LAYERS = "log_layers"
 _SCHEDULES = ("auto", "keep")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-# What was written into the arguments, so that a later train() does not take it for the user's choice.
-_WRITTEN = "_hf_lopt_written"
-_HARDLY_MOVES = 1e-3
-# The size that a relative step assumes for a tensor of an adapter at least. With embedded weights the step is then
-# about that of AdamW at 6e-4; at 0.01, LoRA on a 135M language model learned a third as much in as many steps.
-_ADAPTER_SCALE = 0.1
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Choice(Generic[_T]):
-    """A value that was chosen, and the words for it.
-
-    Attributes:
-        value: what will be used.
-        reason: what to tell the user about it; "" where there is nothing to tell. Nothing is decided by it.
-    """
-
-    value: _T
-    reason: str = ""
 
 
 def optim_name(args: TrainingArguments) -> str:
@@ -132,106 +102,34 @@ def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
     return {key: _convert(rule, key, value) for key, value in given.items()}, schedule
 
 
-def has_adapters(model: nn.Module | None) -> bool:
-    """Whether ``model`` trains PEFT adapters, which start from random numbers and zeros on top of frozen weights."""
-    modules = [] if model is None else model.modules()
-    return any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules)
+class OptimizerKeywords(dict[str, Any]):
+    """Keywords for the class of an optimizer, and the parameter groups under "params", where Trainer looks for them.
 
-
-def pretrained_name(model: nn.Module | None) -> str | None:
-    """The checkpoint that ``model`` was loaded from; None for training from scratch, and of adapters.
-
-    ``from_pretrained`` leaves its argument in ``config._name_or_path``. Submodules count, as in sentence-transformers
-    or under DDP. A random model built from a *configuration* that was loaded by name cannot be told apart.
+    Trainer takes "params" out before it calls the class. A subclass that makes its own groups calls
+    ``cls(groups, **keywords)`` with all that it got, as it may with AdamW. So "params" can be asked for and taken out,
+    and is no item of its own: unpacking leaves it out.
     """
-    if has_adapters(model):
-        return None
-    modules = [] if model is None else model.modules()
-    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in modules)
-    return next((str(name) for name in names if name), None)
 
+    def __init__(self, keywords: dict[str, Any], params: list[dict[str, Any]] | None):
+        super().__init__(keywords)
+        self._params = params
 
-def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
-    """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
-    lr = rule.defaults["lr"]
-    name = pretrained_name(model)
-    if weights.finetune_lr is None or name is None:
-        return Choice(lr)
-    reason = "the embedded weights take steps for training from scratch, which wreck pretrained parameters"
-    return Choice(weights.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
+    def __contains__(self, key: object) -> bool:
+        return (key == "params" and self._params is not None) or super().__contains__(key)
 
+    def __missing__(self, key: str) -> Any:
+        if key in self:
+            return self._params
+        raise KeyError(key)
 
-def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[str, Choice[float]]:
-    """Settings that embedded weights want for this kind of model."""
-    if weights.finetune_lr is not None and pretrained_name(model) is not None:
-        settings, why = weights.finetune_settings, "which suits embedded weights on a pretrained model"
-    elif weights.origin == "bundled" and "min_param_scale" in rule.defaults and has_adapters(model):
-        settings = {"min_param_scale": _ADAPTER_SCALE}
-        why = "because adapters start with matrices of zeros, to whose size the step is relative"
-    else:
-        return {}
-    return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
 
-
-def _untouched(args: TrainingArguments, field: str) -> bool:
-    """Whether ``field`` has its class's default or what was written here. TRL's defaults differ from transformers'."""
-    value = getattr(args, field)
-    return value == type(args).__dataclass_fields__[field].default or value == getattr(args, _WRITTEN, {}).get(field)
-
-
-def _choose_lr(args: TrainingArguments, rule: Rule, given: float | None, default: Choice[float]) -> Choice[float]:
-    """The lr: that of optim_args, that of the arguments, or the rule's own."""
-    name = rule.class_name
-    if given is not None:
-        written = getattr(args, _WRITTEN, {}).get("learning_rate")
-        if _untouched(args, "learning_rate") or args.learning_rate in (given, written):
-            return Choice(given)
-        return Choice(given, f"learning_rate={args.learning_rate:g} gave way to lr={given:g} of optim_args")
-    if not _untouched(args, "learning_rate"):
-        lr = args.learning_rate
-        if rule.own_schedule and 0 < lr < _HARDLY_MOVES and not hasattr(args, _WRITTEN):  # once
-            meant = f"which is meant for {default.value:g}"
-            why = f"it multiplies {name}'s own step size, {meant}: training will hardly move"
-            return Choice(lr, f"learning_rate={lr:g} is kept, but {why}")
-        return Choice(lr)
-    lr = default.value
-    if lr == args.learning_rate:
-        return Choice(lr)
-    meaning = f"a multiplier of {name}'s own step size" if rule.own_schedule else f"what {name} is used with"
-    said = f"learning_rate was not set ({args.learning_rate:g}) and is now {lr:g}, {meaning}"
-    return Choice(lr, f"{said}, because {default.reason}" if default.reason else said)
-
-
-def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> Choice[str]:
-    """The scheduler type."""
-    current = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    if not rule.own_schedule or schedule == "keep" or not _untouched(args, "lr_scheduler_type"):
-        return Choice(current)
-    # Asked with a large number, a ratio of the steps counts as well.
-    wanted = "constant_with_warmup" if args.get_warmup_steps(1_000_000) > 0 else "constant"
-    if wanted == current:
-        return Choice(wanted)
-    why = f"{rule.class_name} decides the course of the step size itself"
-    return Choice(wanted, f"lr_scheduler_type was not set ({current}) and is now {wanted}, because {why}")
-
-
-def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> Choice[float]:
-    """The decay of the parameters that decay."""
-    default = rule.defaults["weight_decay"]
-    if not _untouched(args, "weight_decay") or args.weight_decay == default:
-        return Choice(args.weight_decay)
-    said = f"weight_decay was not set ({args.weight_decay:g}) and is now {default:g}"
-    return Choice(default, f"{said}, what {rule.class_name} is used with")
-
-
-def _tell(args: TrainingArguments, rule: Rule, choices: Iterable[Choice[Any]]) -> None:
-    said = [choice.reason for choice in choices if choice.reason]
-    if not said or not getattr(args, "should_log", True):  # one process speaks for all
-        return
-    rest = "Whatever you set stays; optim_args='lr=...,schedule=keep' overrides."
-    if args.max_grad_norm:
-        rest += f" max_grad_norm={args.max_grad_norm:g} still clips gradients before the optimizer sees them."
-    warnings.warn(f"optim={rule.name!r}: {'; '.join(said)}. {rest}", stacklevel=4)
+    def pop(self, key: str, *default: Any) -> Any:
+        if key != "params" or self._params is None:
+            return super().pop(key, *default)
+        params, self._params = self._params, None
+        return params
 
 
 def optimizer_class_and_arguments(
@@ -240,8 +138,7 @@ def optimizer_class_and_arguments(
     """The optimizer that ``args.optim`` names, as Trainer wants it.
 
     A class and keywords. Their "params" are groups that know the model (:mod:`hf_lopt.param_groups`), which Trainer
-    takes instead of its own two; weight decay is split in the same way. Writes the chosen ``learning_rate``,
-    ``lr_scheduler_type`` and ``weight_decay`` into ``args``.
+    takes instead of its own two; weight decay is split in the same way. Without a model there are none.
 
     Raises:
         ValueError: for optim_args that the rule does not take, and for ways of training that
@@ -253,24 +150,11 @@ def optimizer_class_and_arguments(
     base_width = given.pop(BASE_WIDTH, None)
     spec = given.pop("weights", rule.defaults["weights"])
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
-
-    lr = _choose_lr(args, rule, given.pop("lr", None), own_multiplier(rule, weights, model))
-    settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
-    given |= {key: choice.value for key, choice in settings.items()}
-    scheduler = _choose_schedule(args, rule, schedule)
-    weight_decay = _choose_weight_decay(args, rule)
-    _tell(args, rule, [lr, *settings.values(), scheduler, weight_decay])
-    written = {"learning_rate": lr.value, "lr_scheduler_type": type(args.lr_scheduler_type)(scheduler.value)}
-    written["weight_decay"] = weight_decay.value
-    changed = {field: value for field, value in written.items() if getattr(args, field) != value}
-    # A value written before may be replaced too, for another model or other weights.
-    setattr(args, _WRITTEN, getattr(args, _WRITTEN, {}) | changed)
-    for field, value in changed.items():
-        setattr(args, field, value)
-    keywords = {**given, "lr": lr.value, "weights": weights}
+    policy = choose_run(args, rule, weights, model, given, schedule)
+    given |= {key: choice.value for key, choice in policy.settings.items()}
+    groups = None
     if model is not None:
         per_group = {key: given[key] for key in rule.per_group if key in given}
-        keywords["params"] = param_groups(
-            model, rule.name, weight_decay=weight_decay.value, base_width=base_width, **per_group
-        )
-    return OPTIMIZERS[rule.name], keywords
+        decay = policy.weight_decay.value
+        groups = param_groups(model, rule.name, weight_decay=decay, base_width=base_width, **per_group)
+    return OPTIMIZERS[rule.name], OptimizerKeywords({**given, "lr": policy.lr.value, "weights": weights}, groups)

@@ -8,13 +8,16 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_lopt.hf import limits, loss_feed
-from hf_lopt.hf.arguments import optim_name, read_optim_args, wants_layers
+from hf_lopt.hf.arguments import read_optim_args, wants_layers
+from hf_lopt.hf.group_settings import settle
 from hf_lopt.hf.layers import LayerLog
+from hf_lopt.hf.policy import Choice, told
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.weights import Weights
 
 
 _LOGGED = ("lr_mult_mean", "lr_mult_min", "lr_mult_max", "update_rms")
+_FULL = 0.9  # of the horizon: a run that takes less of it is told so
 _MAX_SOURCE = 60  # progress bars hide texts of more than 100 characters
 
 
@@ -22,6 +25,16 @@ def describe_weights(weights: Weights) -> str:
     """``source@sha256``, short enough for progress bars."""
     source = weights.source if len(weights.source) <= _MAX_SOURCE else "…" + weights.source[-_MAX_SOURCE:]
     return f"{source}@{weights.sha256[:12]}"
+
+
+def _length_text(name: str, steps: int, horizon: int) -> str:
+    """The words for a run of ``steps`` steps whose schedule was made for ``horizon`` steps."""
+    start = f"training ended after {steps} steps, and {name}'s schedule is made for {horizon} (num_training_steps)"
+    advice = "Give the run its length: max_steps, or optim_args='num_training_steps=...'."
+    if steps > horizon:
+        return f"{start}: the steps beyond were taken with the last stretch of it. {advice}"
+    used = f"it used {100 * steps / horizon:.2g} % of it and never came to the end, where steps get small"
+    return f"{start}: {used}. {advice}"
 
 
 def _warn(state: TrainerState, text: str) -> None:
@@ -32,8 +45,9 @@ def _warn(state: TrainerState, text: str) -> None:
 class LearnedOptimizerCallback(TrainerCallback):
     """Attaches itself to every Trainer; without a learned optimizer it does nothing.
 
-    At the start of training it sets ``num_training_steps`` from ``state.max_steps``, unless ``optim_args`` give one;
-    the optimizer itself warns when training goes on after that. With every row of training logs it adds
+    When training begins it settles what is not settled yet (:mod:`hf_lopt.hf.group_settings`), sets
+    ``num_training_steps`` from ``state.max_steps``, unless ``optim_args`` give one, and tells what was chosen. When it
+    ends it says so if the run was much shorter than that, or longer. With every row of training logs it adds
     ``lopt/lr_mult_mean``, ``lopt/lr_mult_min``, ``lopt/lr_mult_max`` and ``lopt/update_rms``;
     ``lopt/nonfinite_steps`` once there are any; and in the first row ``lopt/weights``, a text, which does not change
     and which some trackers answer with a warning each time. Only then does it read from the device.
@@ -48,6 +62,9 @@ class LearnedOptimizerCallback(TrainerCallback):
     def __init__(self) -> None:
         self._weights_logged = False
         self._layers: LayerLog | None = None
+        self._told: set[str] = set()
+        self._begins = False
+        self._first_step = 0
 
     def on_train_begin(
         self,
@@ -56,6 +73,7 @@ class LearnedOptimizerCallback(TrainerCallback):
         control: TrainerControl,
         optimizer: Any = None,
         model: Any = None,
+        lr_scheduler: Any = None,
         **kwargs: Any,
     ) -> None:
         """Runs after a checkpoint's optimizer state has been loaded and before the first step."""
@@ -66,16 +84,41 @@ class LearnedOptimizerCallback(TrainerCallback):
         limits.check_arguments(learned.rule.class_name, args)  # optimizers given by hand pass no handler
         loss_feed.set_trainer(learned, True)
         loss_feed.forget(learned)
+        if learned.run_policy is None:
+            settle(learned, args, model, lr_scheduler)
+        self._set_horizon(learned, args, state)
         self._align_steps(learned, state)
-        if learned.rule.needs_horizon:
-            self._set_horizon(learned, args, state)
+        self._begins, self._first_step = True, state.global_step
+        for text in told(learned.run_policy, args.max_grad_norm):
+            if text not in self._told:
+                self._told.add(text)
+                _warn(state, text)
         # Of an optimizer that was passed in, the arguments may be for another one.
-        if optim_name(args) == learned.rule.name and wants_layers(args.optim_args):
+        if learned.run_policy.named and wants_layers(args.optim_args):
             self._layers = LayerLog(model)
 
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """The length again, before the first step: another callback may have changed it when training began."""
+        learned = loss_feed.unwrap(optimizer) if self._begins else None
+        self._begins = False
+        if learned is not None:
+            self._set_horizon(learned, args, state)
+
     def _align_steps(self, optimizer: LearnedOptimizer, state: TrainerState) -> None:
-        """Make the optimizer's count of steps agree with Trainer's. Steps that were skipped make it smaller."""
+        """See that the optimizer stands where training stands.
+
+        Whether a checkpoint had its state is known from the loading of it. Its count of steps does not tell: skipped
+        steps and accumulated updates make it smaller than Trainer's, down to 0.
+        """
         name, done, global_step = optimizer.rule.class_name, optimizer.steps_done, state.global_step
+        loaded, optimizer.state_was_loaded = optimizer.state_was_loaded, False
         if global_step == 0 and done > 0:
             _warn(
                 state,
@@ -84,28 +127,31 @@ class LearnedOptimizerCallback(TrainerCallback):
                 "make another optimizer each time.",
             )
             optimizer.reset_state()
-        elif global_step > 0 and not 0 < done <= global_step:
+        elif global_step > 0 and not loaded:
             _warn(
                 state,
                 f"training resumes at step {global_step}, but {name}'s state is of step {done} (no optimizer state in "
-                f"the checkpoint?): its schedule goes on from step {global_step}, its accumulators as they are.",
+                f"the checkpoint?): its schedule goes on from step {global_step}. Its accumulators start afresh, and "
+                "its loss history as if all losses so far had been equal to the next one.",
             )
-            optimizer.steps_done = global_step
+            optimizer.reset_state()
+            optimizer.steps_done = global_step // optimizer._run_state.calls_per_update
 
     def _set_horizon(self, optimizer: LearnedOptimizer, args: TrainingArguments, state: TrainerState) -> None:
         """The run's length, or the one of optim_args: a checkpoint's is of the run that wrote it."""
+        policy = optimizer.run_policy
+        if not optimizer.rule.needs_horizon or state.max_steps <= 0:  # a run without steps needs none
+            return
         name, before, wanted = optimizer.rule.class_name, optimizer.num_training_steps, state.max_steps
-        if optim_name(args) == optimizer.rule.name:
-            wanted = read_optim_args(optimizer.rule, args.optim_args)[0].get("num_training_steps", wanted)
-            if wanted < state.max_steps:
-                _warn(
-                    state,
-                    f"optim_args give num_training_steps={wanted}, but this run has {state.max_steps} steps: {name}'s "
-                    "schedule ends early, and later steps are taken with the last stretch of it.",
-                )
-        elif before not in (0, wanted) and state.global_step == 0:
+        reason = "the length of the run"
+        if policy.named:
+            explicit = read_optim_args(optimizer.rule, args.optim_args)[0].get("num_training_steps")
+            if explicit is not None:
+                wanted, reason = explicit, "num_training_steps of optim_args"
+        elif before not in (0, wanted) and state.global_step == 0 and policy.horizon.value in (0, wanted):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
+        policy.horizon = Choice(wanted, reason)
 
     def on_pre_optimizer_step(
         self,
@@ -174,7 +220,12 @@ class LearnedOptimizerCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """A loop without Trainer may use the optimizer next."""
+        """Compare the run with its horizon. A loop without Trainer may use the optimizer next."""
         learned = loss_feed.unwrap(optimizer)
-        if learned is not None:
-            loss_feed.set_trainer(learned, False)
+        if learned is None:
+            return
+        loss_feed.set_trainer(learned, False)
+        policy, steps = learned.run_policy, state.global_step
+        horizon = 0 if policy is None else policy.horizon.value
+        if horizon and self._first_step < steps and not _FULL * horizon <= steps <= horizon:
+            _warn(state, _length_text(learned.rule.class_name, steps, horizon))

@@ -1,8 +1,9 @@
 """``optim="velo"`` in transformers: the names, the handlers, the callback, the loss.
 
-transformers has no entry point for optimizers, so four of its tables are extended and three methods of Accelerate are
-wrapped (:mod:`hf_lopt.hf.loss_feed` says why). All of it happens when the module in question is imported, by the user
-or by another library; none of it changes what other optimizers do.
+transformers has no entry point for optimizers, so four of its tables are extended, and methods of its Trainer
+(:mod:`hf_lopt.hf.scheduler` says why) and of Accelerate (:mod:`hf_lopt.hf.loss_feed`) are wrapped. All of it happens
+when the module in question is imported, by the user or by another library; none of it changes what other optimizers
+do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from packaging.version import Version
 
 from hf_lopt.hf import lightning, loss_feed
 from hf_lopt.hf.import_hook import when_imported
+from hf_lopt.hf.scheduler import wrap_create_scheduler
 from hf_lopt.optimizers import OPTIMIZERS
 
 
@@ -114,6 +116,10 @@ def _extend_trainer(module: Any) -> None:
 
     if not hasattr(module, "_OPTIMIZER_HANDLERS"):
         _wrap_static_method(module.Trainer)
+    if not hasattr(module.Trainer.create_scheduler, _MARK):
+        wrapped = wrap_create_scheduler(module.Trainer.create_scheduler)
+        setattr(wrapped, _MARK, module.Trainer.create_scheduler)
+        module.Trainer.create_scheduler = wrapped
     if LearnedOptimizerCallback not in module.DEFAULT_CALLBACKS:
         module.DEFAULT_CALLBACKS.append(LearnedOptimizerCallback)
 

@@ -1,0 +1,94 @@
+"""What the caller of an optimizer chose, as opposed to what was left at its default.
+
+An integration that sees the model later may set what nobody chose, and has to leave alone what somebody did. A value
+does not tell: ``lr=1.0`` may have been written down or left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from hf_lopt.rules.base import Rule
+
+
+_Self = TypeVar("_Self", bound="GivenSettings")
+# Below it, the step size of a rule that decides its step size itself is next to nothing on a model that is trained
+# from scratch. Fine-tuning goes down to about 0.05.
+SMALL_MULTIPLIER = 0.02
+
+
+class GivenSettings(Optimizer):
+    """An optimizer that remembers which settings its caller gave.
+
+    Attributes:
+        explicit_settings: names of the keywords that the constructor was called with, positional ones included.
+        run_policy: what an integration decided for this run, for reports; None without one.
+        state_was_loaded: whether per-parameter state came from ``load_state_dict`` and nobody has reacted to that yet.
+    """
+
+    explicit_settings: frozenset[str] = frozenset()
+    run_policy: Any = None
+    state_was_loaded: bool = False
+
+    def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
+        # Here, because the constructors of subclasses pass all of their arguments on, defaults too.
+        self = super().__new__(cls)
+        self._given_groups: list[tuple[frozenset[str], Any]] = []  # per group: names of its settings, and its lr
+        if args or kwargs:
+            try:
+                given = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
+            except TypeError:  # __init__ raises the same
+                return self
+            names = {name for name, value in given.items() if not isinstance(value, dict)}
+            self.explicit_settings = frozenset(names | set(kwargs)) - {"self", "params", "rule"}
+        return self
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, and note what it sets for itself. See ``torch.optim.Optimizer.add_param_group``."""
+        names = frozenset(param_group) - {"params"}
+        super().add_param_group(param_group)
+        del self._given_groups[len(self.param_groups) - 1 :]  # of a group that was refused
+        self._given_groups.append((names, self.param_groups[-1]["lr"]))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""
+        super().load_state_dict(state_dict)
+        self.state_was_loaded = bool(state_dict["state"])
+
+    def explicit_in_group(self, index: int) -> frozenset[str]:
+        """Names of the settings that the group of this index brought with it."""
+        return self._given_groups[index][0] if index < len(self._given_groups) else frozenset()
+
+    def replace_groups(self, groups: list[dict[str, Any]], explicit: list[frozenset[str]]) -> None:
+        """Take ``groups``, which are complete and hold the same parameters, with the settings that count as given."""
+        self.param_groups[:] = groups
+        self._given_groups = [(names, group["lr"]) for names, group in zip(explicit, groups, strict=True)]
+
+    def warn_of_small_multiplier(self, rule: Rule) -> None:
+        """Warn if ``lr`` is a usual learning rate, of a rule whose own step size it multiplies.
+
+        What counts is what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.
+        """
+        if not rule.own_schedule or self.run_policy is not None:  # whoever decided it has told
+            return
+        rates = [rate for _, rate in self._given_groups]
+        rates += [group[key] for group in self.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group]
+        # Reading a tensor on an accelerator would wait for it.
+        numbers = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
+        largest = max(numbers, default=0.0) if len(numbers) == len(rates) else 0.0
+        if 0.0 < largest < SMALL_MULTIPLIER:
+            warnings.warn(small_multiplier(rule.class_name, largest), stacklevel=5)
+
+
+def small_multiplier(name: str, lr: float) -> str:
+    """The words for an ``lr`` that was meant for another kind of optimizer."""
+    return (
+        f"lr={lr:g} multiplies {name}'s own step size and is no learning rate as of Adam or SGD: training will hardly "
+        f"move. {name} decides its step size itself; lr=1.0, the default, is meant for training from scratch, and "
+        "embedded weights take 0.05 on a pretrained model."
+    )

@@ -1,0 +1,254 @@
+"""One place that decides a run: lr, schedule, floor, horizon and weight decay, each with its reason.
+
+Trainer's defaults are AdamW's: a learning rate of 5e-5 that decays linearly. A rule with a schedule of its own needs
+neither. What the user set stays; what was left at the default of its class is decided here, from the rule, the
+weights and the model. Nothing is written into the ``TrainingArguments``, which serve other runs and optimizers too:
+:mod:`hf_lopt.hf.group_settings` brings lr and settings into the parameter groups, :mod:`hf_lopt.hf.scheduler` makes
+the scheduler, and :mod:`hf_lopt.hf.callback` sets the horizon and tells the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hf_lopt.given_settings import SMALL_MULTIPLIER
+from hf_lopt.rules.base import Rule
+from hf_lopt.weights import Weights
+
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+# The size that a relative step assumes for a tensor of an adapter at least. With embedded weights the step is then
+# about that of AdamW at 6e-4; at 0.01, LoRA on a 135M language model learned a third as much in as many steps.
+_ADAPTER_SCALE = 0.1
+# Of the step size of a rule with a schedule of its own, on a pretrained model.
+_HARDLY_MOVES = 1e-3
+_CONSTANT = ("constant", "constant_with_warmup")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[_T]):
+    """A value that was chosen, and the words for it.
+
+    Attributes:
+        value: what will be used.
+        reason: what to tell the user about it; "" where there is nothing to tell. Nothing is decided by it.
+    """
+
+    value: _T
+    reason: str = ""
+
+
+@dataclass
+class RunPolicy:
+    """What was decided for one run of one optimizer.
+
+    Attributes:
+        rule: name of the rule.
+        named: whether ``args.optim`` names the rule, so that the arguments, ``optim_args`` included, are meant for it.
+        lr: of the parameter groups; groups in a ratio to each other keep the ratio.
+        default_lr: what ``lr`` would be if nobody had set it.
+        schedule: the type of the scheduler. Where the user passes a scheduler, its class.
+        settings: further settings of the groups that suit the weights and the model, by name.
+        weight_decay: of the parameters that decay.
+        horizon: length of the run in optimizer steps; 0 until training begins, and for rules that need none.
+        conflicts: what the groups hold and should not, a sentence each.
+    """
+
+    rule: str
+    named: bool
+    lr: Choice[float]
+    default_lr: Choice[float]
+    schedule: Choice[str]
+    settings: dict[str, Choice[float]]
+    weight_decay: Choice[float]
+    horizon: Choice[int] = Choice(0)
+    conflicts: list[str] = field(default_factory=list)
+
+    def reasons(self) -> list[str]:
+        """What there is to tell about the choices, in one order; conflicts apart."""
+        choices: list[Choice[Any]] = [self.lr, *self.settings.values(), self.schedule, self.weight_decay]
+        return [choice.reason for choice in choices if choice.reason]
+
+    def summary(self) -> dict[str, float | str]:
+        """What was used, by name, for reports."""
+        values = {"lr": self.lr.value, "lr_scheduler_type": self.schedule.value}
+        values |= {"weight_decay": self.weight_decay.value, "num_training_steps": self.horizon.value}
+        return values | {key: choice.value for key, choice in self.settings.items()}
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def has_adapters(model: nn.Module | None) -> bool:
+    """Whether ``model`` trains PEFT adapters, which start from random numbers and zeros on top of frozen weights."""
+    modules = [] if model is None else model.modules()
+    return any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules)
+
+
+def pretrained_name(model: nn.Module | None) -> str | None:
+    """The checkpoint that ``model`` was loaded from; None for training from scratch, and of adapters.
+
+    ``from_pretrained`` leaves its argument in ``config._name_or_path``. Submodules count, as in sentence-transformers
+    or under DDP. A random model built from a *configuration* that was loaded by name cannot be told apart.
+    """
+    if has_adapters(model):
+        return None
+    modules = [] if model is None else model.modules()
+    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in modules)
+    return next((str(name) for name in names if name), None)
+
+
+def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
+    """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
+    lr = rule.defaults["lr"]
+    name = pretrained_name(model)
+    if weights.finetune_lr is None or name is None:
+        return Choice(lr)
+    reason = "the embedded weights take steps for training from scratch, which wreck pretrained parameters"
+    return Choice(weights.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
+
+
+def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[str, Choice[float]]:
+    """Settings that embedded weights want for this kind of model."""
+    if weights.finetune_lr is not None and pretrained_name(model) is not None:
+        settings, why = weights.finetune_settings, "which suits embedded weights on a pretrained model"
+    elif weights.origin == "bundled" and "min_param_scale" in rule.defaults and has_adapters(model):
+        settings = {"min_param_scale": _ADAPTER_SCALE}
+        why = "because adapters start with matrices of zeros, to whose size the step is relative"
+    else:
+        return {}
+    return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
+
+
+def least_multiplier(rule: Rule, model: nn.Module | None) -> float:
+    """The lr below which the rule's steps do next to nothing; 0 for rules whose lr is a learning rate."""
+    if not rule.own_schedule:
+        return 0.0
+    return SMALL_MULTIPLIER if pretrained_name(model) is None else _HARDLY_MOVES
+
+
+# ---- the arguments --------------------------------------------------------------------------------------------------
+
+
+def untouched(args: TrainingArguments, name: str) -> bool:
+    """Whether the argument ``name`` has its class's default. TRL's defaults differ from transformers'."""
+    return getattr(args, name) == type(args).__dataclass_fields__[name].default
+
+
+def _choose_lr(
+    args: TrainingArguments, rule: Rule, model: nn.Module | None, given: float | None, default: Choice[float]
+) -> Choice[float]:
+    """The lr: that of optim_args, that of the arguments, or the rule's own."""
+    name = rule.class_name
+    if given is not None:
+        if untouched(args, "learning_rate") or args.learning_rate == given:
+            return Choice(given)
+        return Choice(given, f"learning_rate={args.learning_rate:g} gives way to lr={given:g} of optim_args")
+    if not untouched(args, "learning_rate"):
+        lr = args.learning_rate
+        if 0 < lr < least_multiplier(rule, model):
+            meant = f"which is meant for {default.value:g}"
+            why = f"it multiplies {name}'s own step size, {meant}: training will hardly move"
+            return Choice(lr, f"learning_rate={lr:g} is kept, but {why}")
+        return Choice(lr)
+    lr = default.value
+    if lr == args.learning_rate:
+        return Choice(lr)
+    meaning = f"a multiplier of {name}'s own step size" if rule.own_schedule else f"what {name} is used with"
+    said = f"learning_rate was not set ({args.learning_rate:g}): lr is {lr:g}, {meaning}"
+    return Choice(lr, f"{said}, because {default.reason}" if default.reason else said)
+
+
+def _choose_schedule(args: TrainingArguments, rule: Rule, schedule: str) -> Choice[str]:
+    """The type of the scheduler that Trainer makes."""
+    current = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    if not rule.own_schedule:
+        return Choice(current)
+    if schedule == "keep" or not untouched(args, "lr_scheduler_type"):
+        said = f"the {current} scheduler comes on top of {rule.class_name}'s own schedule"
+        return Choice(current, "" if current in _CONSTANT else said)
+    # Asked with a large number, a ratio of the steps counts as well.
+    wanted = "constant_with_warmup" if args.get_warmup_steps(1_000_000) > 0 else "constant"
+    if wanted == current:
+        return Choice(wanted)
+    why = f"{rule.class_name} decides the course of the step size itself"
+    return Choice(wanted, f"lr_scheduler_type was not set ({current}): the scheduler is {wanted}, because {why}")
+
+
+def schedule_of(scheduler: Any, rule: Rule) -> Choice[str]:
+    """The schedule of a run whose scheduler is not of Trainer's making."""
+    name = type(scheduler).__name__
+    # The constant ones of transformers are LambdaLR, with functions that say so.
+    constant = name == "ConstantLR" or "constant" in str(getattr(scheduler, "lr_lambdas", ""))
+    silent = not rule.own_schedule or constant
+    return Choice(name, "" if silent else f"the {name} comes on top of {rule.class_name}'s own schedule")
+
+
+def _choose_weight_decay(args: TrainingArguments, rule: Rule) -> Choice[float]:
+    """The decay of the parameters that decay."""
+    default = rule.defaults["weight_decay"]
+    if not untouched(args, "weight_decay") or args.weight_decay == default:
+        return Choice(args.weight_decay)
+    said = f"weight_decay was not set ({args.weight_decay:g}): it is {default:g}"
+    return Choice(default, f"{said}, what {rule.class_name} is used with")
+
+
+def choose_run(
+    args: TrainingArguments,
+    rule: Rule,
+    weights: Weights,
+    model: nn.Module | None,
+    given: Mapping[str, Any],
+    schedule: str = "auto",
+    named: bool = True,
+) -> RunPolicy:
+    """Decide a run.
+
+    Args:
+        args: as the user made them; not changed.
+        rule: the update rule.
+        weights: of the rule.
+        model: what is trained; None while it is not known, as for a subclass that asks Trainer for a class only.
+        given: settings that the user chose for the optimizer, in ``optim_args`` or in its constructor.
+        schedule: "auto", or "keep" for the arguments' scheduler.
+        named: see :class:`RunPolicy`. Without it ``learning_rate`` and ``weight_decay`` are not asked.
+    """
+    default = own_multiplier(rule, weights, model)
+    if named:
+        lr = _choose_lr(args, rule, model, given.get("lr"), default)
+        weight_decay = _choose_weight_decay(args, rule)
+    else:
+        lr = Choice(given["lr"]) if "lr" in given else _of_the_class(rule, default)
+        weight_decay = Choice(given.get("weight_decay", rule.defaults["weight_decay"]))
+    settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
+    scheduler = _choose_schedule(args, rule, schedule)
+    return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay)
+
+
+def _of_the_class(rule: Rule, default: Choice[float]) -> Choice[float]:
+    """The lr of an optimizer that was made without one."""
+    if not default.reason:
+        return default
+    said = f"lr was not set ({rule.defaults['lr']:g}): it is {default.value:g}, because {default.reason}"
+    return Choice(default.value, said)
+
+
+def told(policy: RunPolicy, max_grad_norm: float | None) -> Iterator[str]:
+    """The texts for the user: one for what was chosen, and one for what conflicts with it."""
+    start = f"optim={policy.rule!r}"
+    reasons = policy.reasons()
+    if reasons:
+        rest = "Whatever you set stays"
+        rest += "; optim_args='lr=...,schedule=keep' overrides." if policy.named else "."
+        if max_grad_norm:
+            rest += f" max_grad_norm={max_grad_norm:g} still clips gradients before the optimizer sees them."
+        yield f"{start}: {'; '.join(reasons)}. {rest}"
+    if policy.conflicts:
+        yield f"{start}: {'; '.join(policy.conflicts)}."
