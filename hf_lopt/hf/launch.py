@@ -14,8 +14,9 @@ from hf_lopt.hf.register import register
 from hf_lopt.hf.replace import Options, Replacer
 
 
-_USAGE = """usage: python -m hf_lopt.launch [options] script.py [arguments of the script]
-       python -m hf_lopt.launch [options] -m module [arguments of the module]
+_USAGE = """usage: python -m hf_lopt.launch script.py [arguments of the script]
+       python -m hf_lopt.launch -m module [arguments of the module]
+       python -m hf_lopt.launch --replace CLASS=OPTIMIZER [options] script.py or -m module [arguments]
 
 Runs a script that does not know hf_lopt with its optimizers registered, so that --optim {name} works in it.
 Under a launcher: accelerate launch [options] -m hf_lopt.launch script.py ...

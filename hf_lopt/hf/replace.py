@@ -1,9 +1,9 @@
 """``--replace AdamW=velo``: a learned optimizer wherever a script constructs a class of another one.
 
 A raw loop names its optimizer in code, so there is no argument to change. While the script runs, constructing the
-named class gives the learned optimizer instead: :func:`Replacer.__enter__` gives ``Optimizer`` a ``__new__``, which
-every import of the class goes through, however early it was. The script's parameter groups and weight decay are taken
-over. Its learning rate, betas and epsilon belong to the class that it named and are not.
+named class gives the learned optimizer instead, under whatever name and however early the script has imported it: all
+of it goes through ``Optimizer.__new__`` (:mod:`hf_lopt.hf.constructor`). The script's parameter groups and weight
+decay are taken over. Its learning rate, betas and epsilon belong to the class that it named and are not.
 
 A rule that decides the course of its own step size gets a constant lr: schedulers built on it become
 :class:`hf_lopt.hf.schedules.ConstantSchedule`. What the script told them of the length of the run is its horizon.
@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_lopt import rules
-from hf_lopt.hf import schedules
+from hf_lopt.hf import constructor, schedules
 from hf_lopt.hf.arguments import own_multiplier, own_settings, read_optim_args
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
@@ -151,7 +151,8 @@ class Script:
                 given |= given.pop(name, {})
         default = signature.parameters["lr"].default if "lr" in signature.parameters else None
         params = list(given[first])
-        groups = [dict(x) for x in params] if params and isinstance(params[0], dict) else [{"params": params}]
+        in_groups = bool(params) and isinstance(params[0], dict)
+        groups: list[dict[str, Any]] = [dict(x) for x in params] if in_groups else [{"params": params}]
         for group in groups:
             tensors = group["params"]
             tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
@@ -210,25 +211,26 @@ class Replacer:
         matching = (x for x in self.options.replacements.items() if re.fullmatch(_VARIANT.format(x[0]), cls.__name__))
         return next((optim for _, optim in matching), None)
 
-    def __enter__(self) -> Replacer:
-        def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if not (args or kwargs) or issubclass(cls, LearnedOptimizer):  # copying and unpickling give no arguments
-                return object.__new__(cls)
-            optim = self.optim_name(cls)
-            if optim is not None:
-                # Not an instance of cls, so Python does not call cls.__init__ on it.
-                return self.construct(cls, rules.get(optim), args, kwargs)
-            if not any(isinstance(x, Optimizer) for x in (*args, *kwargs.values())):  # wrappers
-                self._others.add(cls.__name__)
+    def new(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        """``Optimizer.__new__`` while this is entered."""
+        if not (args or kwargs) or issubclass(cls, LearnedOptimizer):  # copying and unpickling give no arguments
             return object.__new__(cls)
+        optim = self.optim_name(cls)
+        if optim is not None:
+            # Not an instance of cls, so Python does not call cls.__init__ on it.
+            return self.construct(cls, rules.get(optim), args, kwargs)
+        if not any(isinstance(x, Optimizer) for x in (*args, *kwargs.values())):  # wrappers
+            self._others.add(cls.__name__)
+        return object.__new__(cls)
 
-        Optimizer.__new__ = new  # type: ignore[method-assign, assignment]
+    def __enter__(self) -> Replacer:
+        constructor.intercept(Optimizer, self.new)
         self._schedules.apply()
         when_imported("accelerate.optimizer", self._watch_accelerate)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        del Optimizer.__new__
+        constructor.release(Optimizer)
         self._schedules.remove()
         if exception[0] is None or exception[0] is SystemExit:
             self._conclude()

@@ -12,12 +12,13 @@ import sys
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from hf_lopt.hf import messages
+from hf_lopt.hf import constructor, messages
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.optimizer import LearnedOptimizer
@@ -198,7 +199,7 @@ def told_steps(cls: type, optimizer: LearnedOptimizer, args: tuple[Any, ...], kw
     Functions that build schedulers, in transformers, diffusers or the script, have an argument ``num_training_steps``
     beside the optimizer; torch's classes name it differently.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     for _ in range(_DEPTH):
         if frame is None:
             break
@@ -256,25 +257,25 @@ class Patches:
         self._run_of = run_of
         self._undo: list[tuple[Any, str, Any]] = []
 
+    def new(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        """``LRScheduler.__new__`` while the changes are in force."""
+        found = (unwrap_optimizer(value) for value in (*args, *kwargs.values()))
+        optimizer = next((x for x in found if x is not None), None)
+        run = None if optimizer is None else self._run_of(optimizer)
+        if optimizer is None or run is None:
+            return object.__new__(cls)
+        total = told_steps(cls, optimizer, args, kwargs)
+        # A constant one is not an instance of cls, so Python does not call cls.__init__ on it.
+        scheduler: Any = object.__new__(ConstantSchedule if run.constant else cls)
+        if run.constant:
+            LRScheduler.__init__(scheduler, optimizer)
+        scheduler.num_training_steps = total
+        run.note(scheduler, total)
+        return scheduler
+
     def apply(self) -> None:
         """Make the changes."""
-
-        def new(cls: type, *args: Any, **kwargs: Any) -> Any:
-            found = (unwrap_optimizer(value) for value in (*args, *kwargs.values()))
-            optimizer = next((x for x in found if x is not None), None)
-            run = None if optimizer is None else self._run_of(optimizer)
-            if optimizer is None or run is None:
-                return object.__new__(cls)
-            total = told_steps(cls, optimizer, args, kwargs)
-            # Not an instance of cls, so Python does not call cls.__init__ on it.
-            scheduler = object.__new__(ConstantSchedule if run.constant else cls)
-            if run.constant:
-                LRScheduler.__init__(scheduler, optimizer)
-            scheduler.num_training_steps = total
-            run.note(scheduler, total)
-            return scheduler
-
-        LRScheduler.__new__ = new  # type: ignore[method-assign, assignment]
+        constructor.intercept(LRScheduler, self.new)
         for name, arguments in _ABSOLUTE.items():
             cls = getattr(lr_scheduler, name)
             self.restore(cls, "__init__", cls.__init__)
@@ -287,7 +288,7 @@ class Patches:
 
     def remove(self) -> None:
         """Undo the changes."""
-        del LRScheduler.__new__
+        constructor.release(LRScheduler)
         while self._undo:
             setattr(*self._undo.pop())
 
