@@ -175,13 +175,15 @@ def _other_half(item: str | Path) -> str | Path:
 
 
 def _contents(files: Sequence[Path], request: _Request) -> dict[Path, bytes]:
-    """The files' contents, each read once: what is compared with a record is what is used."""
+    """The files' contents, each read once: what is compared with its record is what is used."""
     contents: dict[Path, bytes] = {}
     for file in files:
         if file in contents:
             raise ValueError(f"{file} is named twice; a split network has two files.")
         contents[file] = reading.read_bytes(file, request.max_bytes)
         reading.check_blob(file, contents[file])
+    # Before anything is made of them: that a file is not what was saved says more than what then does not fit.
+    records.check_files(contents, records.beside(files))
     return contents
 
 

@@ -35,18 +35,17 @@ def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
             if not stat.S_ISREG(before.st_mode):
                 kind = "a folder" if stat.S_ISDIR(before.st_mode) else "not a regular file"
                 raise ValueError(f"{file}: this is {kind}; a file is needed. Name the file itself.")
-            # One byte more than there should be, in case it grows.
-            content = opened.read(min(before.st_size, max_bytes) + 1)
+            if before.st_size > max_bytes:
+                raise ValueError(
+                    f"{file}: {before.st_size} bytes, but such a file has at most {max_bytes}. It is something else: "
+                    "name the file of the weights."
+                )
+            content = opened.read(before.st_size + 1)  # one more than there should be, in case it grows
             after = os.fstat(descriptor)
     except OSError as error:
         if os.path.isdir(file):  # some systems do not open folders at all
             raise ValueError(f"{file}: this is a folder; a file is needed. Name the file itself.") from error
         raise type(error)(error.errno, error.strerror or str(error), str(file)) from error
-    if before.st_size > max_bytes:
-        raise ValueError(
-            f"{file}: {before.st_size} bytes, but a file of such weights has at most {max_bytes}. It is something "
-            "else: name the file of the weights."
-        )
     if len(content) != before.st_size or (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
         raise ValueError(f"{file}: it changed while it was read. Try again when nothing writes to it.")
     return content
