@@ -5,6 +5,7 @@ of the environment, and an exception would make ``import torch`` fail. So this i
 package, which imports nothing unless it is asked to, and turns whatever goes wrong into a warning.
 """
 
+import contextlib
 import os
 import sys
 import warnings
@@ -21,9 +22,21 @@ def load() -> None:
         return
     try:
         import hf_lopt  # noqa: F401  (the import registers)
-    except Exception as error:
-        text = f"{VARIABLE} is set, but hf_lopt could not be loaded: {type(error).__name__}: {error}"
-        try:
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
-        except RuntimeWarning:  # warnings are errors here
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever it is, SystemExit too: a program that needs torch alone goes on
+        _warn(error)
+
+
+def _warn(error: BaseException) -> None:
+    """Say what went wrong, if there is a way to: warnings may be errors, and standard error closed."""
+    try:
+        reason = f"{type(error).__name__}: {error}"
+    except Exception:  # the error's own text fails
+        reason = type(error).__name__
+    text = f"{VARIABLE} is set, but hf_lopt could not be loaded: {reason}"
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    except Exception:  # raised by a filter, or by writing
+        with contextlib.suppress(Exception):
             sys.stderr.write(text + "\n")

@@ -3,6 +3,7 @@
 The entry point is given to them as an installed distribution would give it, so that the tests need no installation.
 """
 
+import builtins
 import importlib
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,62 @@ def test_a_broken_package_never_breaks_torch(distribution, tmp_path, options):
     result = run([sys.executable, *options, "-c", code], environment(distribution, "1", tmp_path), cwd=tmp_path)
     assert result.stdout.split() == ["2.0"]
     assert "HF_LOPT_AUTOLOAD is set, but hf_lopt could not be loaded: ValueError: of another age" in result.stderr
+
+
+BREAKAGES = {
+    "SystemExit": "import sys; sys.exit(3)",
+    "BaseException": "class Odd(BaseException): pass\nraise Odd('odd')",
+    "no text": "class Mute(Exception):\n    def __str__(self): raise KeyError('no text')\nraise Mute",
+    "SyntaxError": "def (",
+}
+
+
+@pytest.mark.parametrize("stderr", ["open", "closed"])
+@pytest.mark.parametrize("breakage", BREAKAGES)
+def test_nothing_that_the_package_raises_breaks_torch(distribution, tmp_path, breakage, stderr):
+    (tmp_path / "hf_lopt").mkdir()
+    (tmp_path / "hf_lopt" / "__init__.py").write_text(BREAKAGES[breakage])
+    command = f'"{sys.executable}" -W error -c "import torch; print(float(torch.ones(2).sum()))"'
+    command += " 2>&-" if stderr == "closed" else ""
+    result = run(["sh", "-c", command], environment(distribution, "1", tmp_path), cwd=tmp_path)
+    assert result.stdout.split() == ["2.0"]
+    assert ("could not be loaded" in result.stderr) == (stderr == "open")
+
+
+@pytest.mark.parametrize("stderr", [None, "closed"])
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_the_warning_itself_never_fails(monkeypatch, tmp_path, stderr, action):
+    """Standard error as ``pythonw`` has it, and closed behind the interpreter's back."""
+    monkeypatch.setenv(hf_lopt_autoload.VARIABLE, "1")
+    monkeypatch.delitem(sys.modules, "hf_lopt")
+    monkeypatch.setattr(builtins, "__import__", failing_import(ValueError("broken")))
+    if stderr is not None:
+        stderr = open(tmp_path / "stderr", "w")
+        stderr.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter(action)
+        monkeypatch.setattr(warnings, "showwarning", lambda *args, **kwargs: sys.stderr.write("x"))
+        monkeypatch.setattr(sys, "stderr", stderr)
+        hf_lopt_autoload.load()
+
+
+def test_an_interrupt_passes(monkeypatch):
+    monkeypatch.setenv(hf_lopt_autoload.VARIABLE, "1")
+    monkeypatch.delitem(sys.modules, "hf_lopt")
+    monkeypatch.setattr(builtins, "__import__", failing_import(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        hf_lopt_autoload.load()
+
+
+def failing_import(error):
+    real = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name == "hf_lopt":
+            raise error
+        return real(name, *args, **kwargs)
+
+    return fail
 
 
 def test_hook_waits_for_a_module_that_is_being_executed(tmp_path, monkeypatch):

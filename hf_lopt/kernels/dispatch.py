@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -56,7 +57,15 @@ _CUDA_REMEDY = (
 )
 # The devices that have compiled kernels.
 _loaded: set[str] = set()
-_enabled = True
+
+
+class _Choice(threading.local):
+    """Of each thread: one that compares in plain PyTorch must not change what others run meanwhile."""
+
+    enabled = True
+
+
+_choice = _Choice()
 
 
 def load() -> bool:
@@ -96,19 +105,18 @@ def loaded(device: str = "cpu") -> bool:
 
 
 def enabled() -> bool:
-    """Whether compiled kernels are used: not within :func:`plain`."""
-    return _enabled
+    """Whether this thread uses compiled kernels: not within :func:`plain`."""
+    return _choice.enabled
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """A context within which the operators run in plain PyTorch, for comparisons."""
-    global _enabled
-    before, _enabled = _enabled, False
+    """A context within which the operators run in plain PyTorch in this thread, for comparisons."""
+    before, _choice.enabled = _choice.enabled, False
     try:
         yield
     finally:
-        _enabled = before
+        _choice.enabled = before
 
 
 Kind = TypeVar("Kind", bound=Arguments)
@@ -135,7 +143,7 @@ class Operator(Generic[Kind, Result]):
         if not _loaded or (device != "cpu" and device not in _loaded):
             # No kernels at all, a device without kernels of its own, or a fake tensor.
             return self._call(arguments)
-        if not (_enabled and supports(arguments, device)):
+        if not (_choice.enabled and supports(arguments, device)):
             return self.reference(arguments)
         if self._written:
             torch.autograd.graph.increment_version(self._changed(arguments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -10,6 +11,11 @@ import torch
 
 # Leaf -> shape. A dimension is a size, a symbol ("H") or a multiple of one ("4H").
 Shapes = Mapping[str, tuple[int | str, ...]]
+
+# The most that a symbol is taken to stand for in a file: four times what was ever published.
+_MAX_UNITS = 2048
+# Names, shapes and offsets; and the scratch space that some published files hold.
+_MAX_HEADER_BYTES = 1 << 20
 
 
 def check(theta: Mapping[str, torch.Tensor], shapes: Shapes | None, rule: str, source: str) -> None:
@@ -39,6 +45,13 @@ def check(theta: Mapping[str, torch.Tensor], shapes: Shapes | None, rule: str, s
                 f"{where}: leaf {name!r} has {count} values that are NaN or infinite. Get the file again, or use "
                 "weights='bundled'."
             )
+
+
+def largest_file(shapes: Shapes) -> int:
+    """Bytes of the largest file that holds leaves of such shapes: all symbols at their most, in float64."""
+    dims = {dim for shape in shapes.values() for dim in shape if isinstance(dim, str)}
+    sizes = {re.sub(r"^\d+", "", dim): _MAX_UNITS for dim in dims}
+    return 8 * sum(math.prod(_size(dim, sizes) for dim in shape) for shape in shapes.values()) + _MAX_HEADER_BYTES
 
 
 def _check_shapes(theta: Mapping[str, torch.Tensor], shapes: Shapes, where: str) -> None:

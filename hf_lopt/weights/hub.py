@@ -35,8 +35,15 @@ class NotAvailable(Exception):
 
 
 def cached(repo_id: str, filename: str) -> Path | None:
-    """The file in the hub's local cache, or None. No network."""
-    found = try_to_load_from_cache(repo_id, filename, cache_dir=constants.HF_HUB_CACHE)
+    """The file in the hub's local cache, or None. No network.
+
+    Raises:
+        NotAvailable: the cache cannot be read.
+    """
+    try:
+        found = try_to_load_from_cache(repo_id, filename, cache_dir=constants.HF_HUB_CACHE)
+    except (OSError, UnicodeError) as error:
+        raise NotAvailable(f"the cache {constants.HF_HUB_CACHE} cannot be read: {error}", "repository") from error
     return Path(found) if isinstance(found, str) else None
 
 

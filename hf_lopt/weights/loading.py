@@ -6,10 +6,8 @@ from the package. Under torch.distributed rank 0 decides for all.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_lopt.weights import formats, hub
-from hf_lopt.weights.checks import Shapes, check
-from hf_lopt.weights.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, content_sha256, velo_split
+from hf_lopt.weights import formats, hub, locating, reading, records
+from hf_lopt.weights.checks import Shapes, check, largest_file
+from hf_lopt.weights.formats import PROVENANCE, Theta, content_sha256, velo_split
 from hf_lopt.weights.published import PUBLISHED, Published
 
 
 EMBEDDED = Path(__file__).parents[1] / "embedded"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_FILE_SUFFIXES = (".safetensors", ".state", ".msgpack", ".npz", ".pt", ".bin")
-_WAYS_OUT = (
-    "weights= takes 'auto', 'published', 'bundled', a hub id ('owner/name'), a path to a theta.state or .safetensors "
-    "file, a folder with one, a pair of folders or hub ids (VeLO's RNN and MLP halves), or a mapping from theta path "
-    "to array"
-)
 
 _warned: set[str] = set()
 
@@ -71,6 +61,10 @@ class _Request:
     settings: Mapping[str, Any]
     deadline: float
 
+    @property
+    def max_bytes(self) -> int:
+        return reading.MAX_BYTES if self.shapes is None else min(reading.MAX_BYTES, largest_file(self.shapes))
+
 
 def load(
     rule_name: str,
@@ -97,7 +91,9 @@ def load(
     rank 0 looks for the weights, and all get its result or its error.
 
     Raises:
-        ValueError: `spec` names nothing that can be loaded, a file is damaged, or leaves, shapes or values are wrong.
+        ValueError: `spec` names nothing that can be loaded, a file is damaged or is not what its record says, or
+            leaves, shapes or values are wrong.
+        OSError: a file cannot be read.
     """
     if not (math.isfinite(bank_scale) and bank_scale > 0):
         raise ValueError(f"bank_scale must be a positive number, got {bank_scale}")
@@ -109,9 +105,9 @@ def load(
         try:
             theta = formats.flatten(spec)
         except ValueError as error:
-            raise ValueError(f"weights=<mapping>: {error}. {_WAYS_OUT}.") from error
+            raise ValueError(f"weights=<mapping>: {error}. {locating.WAYS_OUT}.") from error
         return _finish(theta, request, "mapping", "user")
-    items = _items(spec)
+    items = locating.items_of(spec)
     if items == ("bundled",):
         return _bundled(request)
     if items == ("published",):
@@ -119,7 +115,7 @@ def load(
     if items == ("auto",):
         return _decided_by_rank_0(lambda: _auto(request))
     # By its spelling alone: a path may exist for some ranks only, and then not all would take part in the broadcast.
-    if any(isinstance(item, str) and _is_hub_id(item) for item in items):
+    if any(isinstance(item, str) and locating.is_hub_id(item) for item in items):
         return _decided_by_rank_0(lambda: _named(items, request))
     return _named(items, request)
 
@@ -131,75 +127,96 @@ def find(rule_name: str) -> list[Weights]:
     """
     request = _Request(rule_name, None, 100.0, {}, deadline=0.0)
     found = []
-    loaders = [lambda: _bundled(request)] if _embedded_file(rule_name).is_file() else []
-    loaders += [lambda e=e, f=f: _read(f, request, e) for e, f in _cached_sets(rule_name)]
+    loaders: list[Callable[[], Weights | None]] = []
+    loaders += [lambda: _bundled(request)] if _embedded_file(rule_name).is_file() else []
+    loaders += [lambda entry=entry: _cached(entry, request) for entry in PUBLISHED.get(rule_name, ())]
     for loader in loaders:
         try:
-            found.append(loader())
-        except ValueError as error:
+            weights = loader()
+        except (ValueError, OSError, hub.NotAvailable) as error:
             warnings.warn(f"hf_lopt: {error}", stacklevel=2)
+        else:
+            found += [weights] if weights is not None else []
     return found
 
 
 # --- what a spec names
 
 
-def _items(spec: Any) -> tuple[str | Path, ...]:
-    items = tuple(spec) if isinstance(spec, (list, tuple)) else (spec,)
-    for item in items:
-        if not isinstance(item, (str, os.PathLike)) or not os.fspath(item):
-            raise ValueError(f"weights={spec!r} ({type(item).__name__}) is not understood: {_WAYS_OUT}.")
-    if len(items) not in (1, 2):
-        raise ValueError(f"weights={spec!r} has {len(items)} parts; a split network has 2. {_WAYS_OUT}.")
-    return tuple(item if isinstance(item, str) else Path(item) for item in items)
-
-
-def _is_hub_id(item: str) -> bool:
-    return _HUB_ID.fullmatch(item) is not None and not item.endswith(_FILE_SUFFIXES)
-
-
 def _named(items: Sequence[str | Path], request: _Request) -> Weights:
     """Paths and hub ids, one or the two halves of one network."""
     for entry in PUBLISHED.get(request.rule, ()):
-        if set(map(str, items)) <= set(entry.ids) and not any(Path(item).expanduser().exists() for item in items):
+        if set(map(str, items)) <= set(entry.ids) and not any(locating.path_of(item).exists() for item in items):
             try:
                 return _read(_fetch_set(entry, request.deadline), request, entry)
             except hub.NotAvailable as error:
                 raise ValueError(_not_available(items, error)) from error
     try:
-        files = [file for item in items for file in _locate(item, request.deadline)]
-        if len(files) == 1 and velo_split.lacks_other_half(files[0]):
-            other = velo_split.other_half(str(items[0]))
-            if other is None:
-                raise ValueError(
-                    f"weights={str(items[0])!r} holds one half of a network that is split in an RNN and an MLP. "
-                    "Pass both: weights=(rnn, mlp)."
-                )
-            files += _locate(other if isinstance(items[0], str) else Path(other), request.deadline)
+        files = [file for item in items for file in locating.files_of(item, request.deadline)]
+        contents = _contents(files, request)
+        if len(files) == 1 and formats.lacks_other_half(files[0], contents[files[0]]):
+            other = _other_half(items[0])
+            contents |= _contents(locating.files_of(other, request.deadline), request)
             items = (items[0], other)
     except hub.NotAvailable as error:
         raise ValueError(_not_available(items, error)) from error
-    theta, absent = formats.read(files, bank_scale=request.bank_scale)
-    beside = _beside(items, files[0], request.deadline) if absent else {}
-    settings = {leaf: beside[leaf] for leaf in absent if leaf in beside}
+    theta, absent, settings = _verified(contents, request, items)
     return _finish(theta, request, " + ".join(map(str, items)), "user", absent, settings)
 
 
-def _beside(items: Sequence[str | Path], file: Path, deadline: float) -> dict[str, Any]:
-    """The settings that `save` has put next to `file` for what its format has no room for; {} without any."""
-    record = file.with_name(PROVENANCE)
-    if not record.is_file() and isinstance(items[0], str) and _is_hub_id(items[0]) and not Path(items[0]).exists():
-        try:
-            record = hub.fetch(items[0], (PROVENANCE,), deadline)
-        except hub.NotAvailable:  # published by other software
-            return {}
-    if not record.is_file():
+def _other_half(item: str | Path) -> str | Path:
+    other = velo_split.other_half(str(item))
+    if other is None:
+        raise ValueError(
+            f"weights={str(item)!r} holds one half of a network that is split in an RNN and an MLP. "
+            "Pass both: weights=(rnn, mlp)."
+        )
+    return other if isinstance(item, str) else Path(other)
+
+
+def _contents(files: Sequence[Path], request: _Request) -> dict[Path, bytes]:
+    """The files' contents, each read once: what is compared with its record is what is used."""
+    contents: dict[Path, bytes] = {}
+    for file in files:
+        if file in contents:
+            raise ValueError(f"{file} is named twice; a split network has two files.")
+        contents[file] = reading.read_bytes(file, request.max_bytes)
+        reading.check_blob(file, contents[file])
+    # Before anything is made of them: that a file is not what was saved says more than what then does not fit.
+    records.check_files(contents, records.beside(files))
+    return contents
+
+
+def _verified(
+    contents: Mapping[Path, bytes], request: _Request, items: Sequence[str | Path] = ()
+) -> tuple[Theta, tuple[str, ...], dict[str, Any]]:
+    """Theta, the leaves that its format has no room for, and those of them that a record holds; compared with it."""
+    files = list(contents)
+    found = records.beside(files)
+    records.check_files(contents, found)
+    theta, format_ = formats.read(contents, bank_scale=request.bank_scale)
+    absent = format_.absent if format_ is not None else ()
+    fetched: dict[Path, dict[str, Any]] = {}
+    if absent and not found and (fetched := _record_on_hub(items, request.deadline)):
+        found = records.beside(files)  # the record came to lie there, if it is of the same revision
+        records.check_files(contents, found)
+    records.check_content(contents, found)
+    settings: dict[str, Any] = {}
+    for place, record in (found or fetched).items():
+        if place.name == PROVENANCE:
+            settings |= records.leaves(place, record, absent)
+    return theta, absent, settings
+
+
+def _record_on_hub(items: Sequence[str | Path], deadline: float) -> dict[Path, dict[str, Any]]:
+    """The record of weights that were loaded by their hub id; {} without any."""
+    if not (items and isinstance(items[0], str) and locating.is_hub_id(items[0])) or Path(items[0]).exists():
         return {}
     try:
-        settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
-        return {leaf: tuple(float(x) for x in xs) for leaf, xs in settings.items() if isinstance(xs, list)}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{record}: damaged: {error!r}. Copy it again, or delete it.") from error
+        place = hub.fetch(items[0], (PROVENANCE,), deadline)
+    except hub.NotAvailable:  # published by other software
+        return {}
+    return {place: reading.read_json(place)}
 
 
 def _not_available(items: Sequence[str | Path], error: Exception) -> str:
@@ -207,34 +224,6 @@ def _not_available(items: Sequence[str | Path], error: Exception) -> str:
     return (
         f"weights={names!r}: no file or folder of that name is here, and as a hub id it cannot be had: {error}. Check "
         "the name, log in to the hub if the repository is private, or use weights='bundled'."
-    )
-
-
-def _locate(item: str | Path, deadline: float) -> list[Path]:
-    """The files that one path or hub id stands for: one, or two for a folder with both halves of a split network."""
-    path = Path(item).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return _files_in(path)
-    if isinstance(item, str) and _is_hub_id(item):
-        return [hub.fetch(item, (THETA_STATE, SAFETENSORS), deadline)]
-    raise ValueError(f"weights={str(item)!r}: no such file or folder. {_WAYS_OUT}.")
-
-
-def _files_in(folder: Path) -> list[Path]:
-    for name in (THETA_STATE, SAFETENSORS):
-        if (folder / name).is_file():
-            return [folder / name]
-    singles = sorted(folder.glob("*.safetensors"))
-    if len(singles) == 1:
-        return singles
-    halves = sorted(folder.glob(f"*/{SAFETENSORS}"))
-    if len(halves) == 2:
-        return halves
-    raise ValueError(
-        f"weights={str(folder)!r}: the folder has no {THETA_STATE}, no {SAFETENSORS} and no two subfolders with one. "
-        "Name the file itself."
     )
 
 
@@ -246,11 +235,18 @@ def _bundled(request: _Request) -> Weights:
     file = _embedded_file(request.rule)
     if not file.is_file():
         names = ", ".join(sorted(f.stem for f in EMBEDDED.glob("*.safetensors"))) or "none"
-        raise ValueError(f"no weights are embedded for the rule {request.rule!r} (embedded: {names}). {_WAYS_OUT}.")
-    card = file.with_suffix(".json")
-    record = json.loads(card.read_text(encoding="utf-8")) if card.is_file() else {}
-    theta, absent = formats.read([file], bank_scale=request.bank_scale)
-    weights = _finish(theta, request, f"bundled:{request.rule}", "bundled", absent, record.get("settings", {}))
+        raise ValueError(
+            f"no weights are embedded for the rule {request.rule!r} (embedded: {names}). {locating.WAYS_OUT}."
+        )
+    place = file.with_suffix(".json")
+    try:
+        record = reading.read_json(place) if place.is_file() else {}
+        theta, _ = formats.read(_contents([file], request), bank_scale=request.bank_scale)
+        if "sha256" in record:
+            records.check_theta(theta, record["sha256"], str(file), place)
+    except ValueError as error:
+        raise ValueError(f"embedded weights are not as they were shipped; install hf_lopt again: {error}") from error
+    weights = _finish(theta, request, f"bundled:{request.rule}", "bundled", (), records.settings_of(record))
     finetune = {key: record[key] for key in ("finetune_lr", "finetune_settings") if key in record}
     return replace(weights, **finetune)
 
@@ -258,11 +254,14 @@ def _bundled(request: _Request) -> Weights:
 def _published(request: _Request) -> Weights:
     """The first published set that can be had and read; cached ones before any network access."""
     reasons = []
-    for entry, files in _cached_sets(request.rule):
+    for entry in PUBLISHED.get(request.rule, ()):
         try:
-            return _read(files, request, entry)
-        except ValueError as error:
+            weights = _cached(entry, request)
+        except (ValueError, OSError, hub.NotAvailable) as error:
             reasons.append(str(error))
+        else:
+            if weights is not None:
+                return weights
     for entry in PUBLISHED.get(request.rule, ()):
         try:
             return _read(_fetch_set(entry, request.deadline), request, entry)
@@ -270,7 +269,7 @@ def _published(request: _Request) -> Weights:
             reasons.append(f"{' + '.join(entry.ids)}: {error}")
             if error.scope == "hub":
                 break
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             reasons.append(str(error))
     raise hub.NotAvailable("; ".join(dict.fromkeys(reasons)) or "no published weights are known for this rule")
 
@@ -310,8 +309,18 @@ def _auto(request: _Request) -> Weights:
 
 
 def _read(files: Sequence[Path], request: _Request, entry: Published) -> Weights:
-    theta, absent = formats.read(files, bank_scale=request.bank_scale)
-    return _finish(theta, request, " + ".join(entry.ids), "published", absent, entry.settings)
+    """A published set from the hub's cache.
+
+    Raises:
+        ValueError, OSError: naming the file, and that deleting it helps.
+    """
+    try:
+        theta, absent, settings = _verified(_contents(files, request), request)
+        return _finish(theta, request, " + ".join(entry.ids), "published", absent, {**settings, **entry.settings})
+    except (ValueError, OSError) as error:
+        # The library would link a blob again instead of downloading it, so it is the blob that has to go.
+        blobs = " and ".join(os.path.realpath(file) for file in files)
+        raise ValueError(f"{error} Delete {blobs} in the hub's cache, and it is downloaded again.") from error
 
 
 # --- what is returned
@@ -328,19 +337,29 @@ def _finish(
     settings = {**(published_settings or {}), **request.settings}
     for leaf, shape in (request.shapes or {}).items():
         if leaf in request.settings or (leaf in absent and leaf in settings):
-            theta[leaf] = torch.tensor(settings[leaf], dtype=torch.float32)
+            theta[leaf] = _leaf(leaf, settings[leaf])
         elif leaf in absent:
-            theta[leaf] = torch.zeros(shape)
+            theta[leaf] = torch.zeros(shape, dtype=torch.float32)
     check(theta, request.shapes, request.rule, source)
     return Weights(theta, source, content_sha256(theta), origin, settings)
+
+
+def _leaf(name: str, value: Any) -> torch.Tensor:
+    """A leaf that is given as a setting."""
+    try:
+        return torch.as_tensor(value, dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the setting {name!r} must be numbers, got {str(value)[:80]}: {error}") from error
 
 
 # --- the hub
 
 
-def _cached_sets(rule_name: str) -> list[tuple[Published, list[Path]]]:
-    sets = ((entry, [hub.cached(repo, entry.file) for repo in entry.ids]) for entry in PUBLISHED.get(rule_name, ()))
-    return [(entry, files) for entry, files in sets if None not in files]
+def _cached(entry: Published, request: _Request) -> Weights | None:
+    """A published set from the hub's cache alone; None if it is not there."""
+    files = [hub.cached(repo, entry.file) for repo in entry.ids]
+    there = [file for file in files if file is not None]
+    return _read(there, request, entry) if len(there) == len(files) else None
 
 
 def _fetch_set(entry: Published, deadline: float) -> list[Path]:

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 
-from hf_lopt.weights import formats, hub
+from hf_lopt.weights import formats, hub, records
 from hf_lopt.weights.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, flax, safetensors_file
 from hf_lopt.weights.formats.theta import BANK
 
@@ -81,7 +81,10 @@ def save(
     """
     what = _collect(source, rule, settings)
     files = _files(what, format, license)
-    folder = Path(folder).expanduser()
+    try:
+        folder = Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"cannot save to the folder {str(folder)!r}: {error}") from error
     _refuse_others((p.relative_to(folder).as_posix() for p in _weight_files(folder)), files, f"the folder {folder}")
     return _write(folder, files)
 
@@ -233,13 +236,18 @@ def _files(what: _Set, format: str, license: str | None) -> dict[str, bytes]:
     record = {
         "rule": what.rule,
         "sha256": what.sha256,
+        "files": {name: records.digest(content) for name, content in files.items()},
         "source": what.source,
         "origin": what.origin,
         "licence": license or _own_license(what),
         "settings": what.settings | beside,
         "sizes": sizes(what.theta),
     }
-    return files | {PROVENANCE: (json.dumps(record, indent=2) + "\n").encode()}
+    return files | {PROVENANCE: _json(record)}
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()
 
 
 def sizes(theta: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -302,11 +310,14 @@ def _repositories(repo_id: str, files: Mapping[str, bytes]) -> dict[str, dict[st
     if not halves:
         return {repo_id: dict(files)}
     common = {path: content for path, content in files.items() if "/" not in path}
-    return {
-        f"{repo_id}_{half.upper()}": common
-        | {path.removeprefix(f"{half}/"): content for path, content in files.items() if path.startswith(f"{half}/")}
-        for half in halves
-    }
+    record = json.loads(common[PROVENANCE])
+    parts = {}
+    for half in halves:
+        prefix = f"{half}/"
+        own = {path.removeprefix(prefix): content for path, content in files.items() if path.startswith(prefix)}
+        names = {name: records.digest(content) for name, content in own.items()}
+        parts[f"{repo_id}_{half.upper()}"] = common | {PROVENANCE: _json(record | {"files": names})} | own
+    return parts
 
 
 def _table(metrics: Mapping[str, Any]) -> str:

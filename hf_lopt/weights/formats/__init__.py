@@ -11,7 +11,7 @@ safetensors files with theta paths carry the tree itself and need no entry.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,9 +19,20 @@ import torch
 from hf_lopt.weights.formats import celo2, flax, safetensors_file, small_fc, velo_split
 from hf_lopt.weights.formats.format import Format
 from hf_lopt.weights.formats.theta import Theta, content_sha256, flatten, some_of
+from hf_lopt.weights.formats.velo_split import STORED_BANK_SCALE
 
 
-__all__ = ["FORMATS", "Format", "Theta", "content_sha256", "flatten", "read", "write_published"]
+__all__ = [
+    "FORMATS",
+    "STORED_BANK_SCALE",
+    "Format",
+    "Theta",
+    "content_sha256",
+    "flatten",
+    "lacks_other_half",
+    "read",
+    "write_published",
+]
 
 THETA_STATE = "theta.state"
 SAFETENSORS = "model.safetensors"
@@ -32,33 +43,36 @@ PROVENANCE = "hf_lopt.json"
 FORMATS: tuple[Format, ...] = (velo_split.FORMAT, small_fc.FORMAT, celo2.FORMAT)
 
 
-def read(files: Sequence[Path], *, bank_scale: float = 100.0) -> tuple[Theta, tuple[str, ...]]:
-    """Read one set of meta-weights from `files` (several files together make one set).
+def read(contents: Mapping[Path, bytes], *, bank_scale: float = 100.0) -> tuple[Theta, Format | None]:
+    """Read one set of meta-weights from the contents of its files (several files together make one set).
 
     Args:
-        files: existing files, `*.safetensors` or flax msgpack (any other name).
+        contents: of `*.safetensors` or flax msgpack files (any other name).
         bank_scale: the factor that the optimizer will put on the mean over its bank of networks. The two-folder VeLO
             format stores the bank for a factor of 100; it is rescaled so that bank_scale * bank is what it means.
 
     Returns:
-        theta, and the leaves that this format cannot carry (the caller fills them).
+        theta, and the format of named tensors, if it is one: some leaves may be absent in it, and the caller fills
+        them.
 
     Raises:
         ValueError: a file is damaged, or it is in no known format. The message names the file.
     """
-    where = " + ".join(str(f) for f in files)
-    if len(files) == 1 and files[0].suffix != ".safetensors":
-        return flax.read(files[0]), ()
+    where = " + ".join(map(str, contents))
+    if len(contents) == 1:
+        ((file, content),) = contents.items()
+        if file.suffix != ".safetensors":
+            return flax.read(file, content), None
     tensors: Theta = {}
-    for file in files:
-        for name, tensor in safetensors_file.read(file).items():
+    for file, content in contents.items():
+        for name, tensor in safetensors_file.read(file, content).items():
             if name in tensors:
                 raise ValueError(
                     f"{where}: both files hold a tensor {name!r}, so they are not the two halves of one set."
                 )
             tensors[name] = tensor
     if any("/" in name for name in tensors):
-        return tensors, ()
+        return tensors, None
     format_ = next((f for f in FORMATS if f.marks <= tensors.keys()), None)
     if format_ is None:
         names = ", ".join(f.name for f in FORMATS)
@@ -67,9 +81,18 @@ def read(files: Sequence[Path], *, bank_scale: float = 100.0) -> tuple[Theta, tu
             f"{names}). Convert the file to a mapping from theta path to array and pass that."
         )
     try:
-        return format_.read(tensors, bank_scale), format_.absent
+        return format_.read(tensors, bank_scale), format_
     except ValueError as error:
         raise ValueError(f"{where} ({format_.name}): {error}") from error
+
+
+def lacks_other_half(file: Path, content: bytes) -> bool:
+    """Whether a file is one of the two files of a split network, without the other.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return file.suffix == ".safetensors" and velo_split.is_half(safetensors_file.read(file, content))
 
 
 def write_published(

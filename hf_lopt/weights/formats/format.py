@@ -26,6 +26,7 @@ class Format:
         fits: whether theta is of the architecture that the format was made for.
         write: (theta, bank_scale) -> folders; theta fits.
         absent: leaves of theta that the format cannot carry.
+        scales: whether the bank is stored for a factor of its own, so that ``bank_scale`` changes what is read.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Format:
     fits: Callable[[Mapping[str, torch.Tensor]], bool]
     write: Callable[[Mapping[str, torch.Tensor], float], Folders]
     absent: tuple[str, ...] = ()
+    scales: bool = False
 
 
 def from_names(tensors: Theta, leaves: Mapping[str, str]) -> Theta:

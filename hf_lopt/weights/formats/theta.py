@@ -57,7 +57,7 @@ def flatten(tree: Any) -> Theta:
             if len(path) >= _MAX_DEPTH:
                 raise ValueError(f"more than {_MAX_DEPTH} nested levels")
             for key, value in node.items():
-                if not (isinstance(key, str) and key):
+                if not (isinstance(key, str) and key and _is_unicode(key)):
                     raise ValueError(f"the key {key!r} under {'/'.join(path) or 'the root'} is not a name")
                 visit(value, (*path, key))
             return
@@ -70,21 +70,41 @@ def flatten(tree: Any) -> Theta:
     return theta
 
 
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be encoded, as the digest needs it: not half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def as_float32(name: str, value: Any) -> torch.Tensor:
     """A copy of the array ``value``, float32 and contiguous on the CPU; ValueError for the leaf ``name`` otherwise."""
     if not isinstance(value, torch.Tensor):
-        if value is None or isinstance(value, (str, bytes)):
-            raise ValueError(f"leaf {name!r} is not an array but {type(value).__name__}")
-        array = np.asarray(value)
-        # JAX's bfloat16 is a numpy extension type (kind "V" or "f" by version), which torch does not take.
-        if array.dtype.name == "bfloat16":
-            array = array.astype(np.float32)
-        if array.dtype.kind != "f":
-            raise ValueError(f"leaf {name!r} has dtype {array.dtype}; floating point is needed")
-        value = torch.from_numpy(array.astype(np.float32))
+        value = _from_numpy(name, value)
     if not value.is_floating_point():
         raise ValueError(f"leaf {name!r} has dtype {value.dtype}; floating point is needed")
+    if value.is_meta or value.layout != torch.strided or value.is_nested:
+        kind = "on the meta device" if value.is_meta else f"a {'nested' if value.is_nested else value.layout} tensor"
+        raise ValueError(f"leaf {name!r} is {kind}; a dense tensor with values is needed")
     return value.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _from_numpy(name: str, value: Any) -> torch.Tensor:
+    if value is None or isinstance(value, (str, bytes)):
+        raise ValueError(f"leaf {name!r} is not an array but {type(value).__name__}")
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RuntimeError, RecursionError) as error:
+        raise ValueError(f"leaf {name!r} is not an array but {type(value).__name__}: {error}") from error
+    # JAX's bfloat16 is a numpy extension type (kind "V" or "f" by version), which torch does not take.
+    if array.dtype.name == "bfloat16":
+        array = array.astype(np.float32)
+    if array.dtype.kind != "f":
+        raise ValueError(f"leaf {name!r} has dtype {array.dtype}; floating point is needed")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused by name later
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def some_of(names: Iterable[str]) -> str:

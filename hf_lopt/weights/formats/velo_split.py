@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from hf_lopt.weights.formats import safetensors_file
 from hf_lopt.weights.formats.format import Folders, Format, from_names, require, to_names, transpose
 from hf_lopt.weights.formats.theta import BANK, VELO_GROUPS, Theta
 
 
 # The factor that this format applies to its bank, whatever the optimizer's own factor.
-_BANK_SCALE = 100.0
+STORED_BANK_SCALE = 100.0
 _RNN_MODULES = {
     "mix_layer1": "linear",
     "mix_layer2": "linear_1",
@@ -42,7 +40,7 @@ def _read(tensors: Theta, bank_scale: float) -> Theta:
     scratch = {f"{layer}_{kind}{_SUFFIX[layer]}" for layer in _LAYERS for kind in ("weights", "bias")}
     require(tensors, _RNN.keys() | bank, ignored=scratch)
     theta = from_names({name: tensors[name] for name in _RNN}, _RNN)
-    scale = _BANK_SCALE / bank_scale
+    scale = STORED_BANK_SCALE / bank_scale
     for layer, number in _LAYERS.items():
         name = f"{layer}_weights_{_SUFFIX[layer]}"
         w_KIO = transpose(name, tensors[name]) * scale
@@ -65,7 +63,7 @@ def _fits(theta: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _write(theta: Mapping[str, torch.Tensor], bank_scale: float) -> Folders:
-    scale = bank_scale / _BANK_SCALE
+    scale = bank_scale / STORED_BANK_SCALE
     bank = {"0": torch.cat([theta[f"{BANK}w0__{k}"] for k in range(len(VELO_GROUPS))], -2)}
     bank |= {number: theta[f"{BANK}w{number}"] for number in ("1", "2")}
     mlp: Theta = {}
@@ -75,7 +73,8 @@ def _write(theta: Mapping[str, torch.Tensor], bank_scale: float) -> Folders:
         mlp[f"{layer}_bias_{suffix}"] = theta[f"{BANK}b{number}"] * scale
         # Scratch space of that implementation, which wants it in the file.
         for kind in ("weights", "bias"):
-            mlp[f"{layer}_{kind}{suffix}"] = torch.zeros(mlp[f"{layer}_{kind}_{suffix}"].shape[1:])
+            shape = mlp[f"{layer}_{kind}_{suffix}"].shape[1:]
+            mlp[f"{layer}_{kind}{suffix}"] = torch.zeros(shape, dtype=torch.float32)
     size, units, outputs = bank["0"].shape[0], bank["0"].shape[-1], bank["2"].shape[-1]
     inputs, hidden = theta["rnn_params/linear/w"].shape
     rnn_config = {"input_size": inputs, "lstm_hidden_size": hidden, "mix_layers": True, "param_inits": size}
@@ -86,15 +85,12 @@ def _write(theta: Mapping[str, torch.Tensor], bank_scale: float) -> Folders:
     }
 
 
-FORMAT = Format("VeLO in two folders, RNN and MLP", frozenset(_MARKS), _read, _fits, _write)
+FORMAT = Format("VeLO in two folders, RNN and MLP", frozenset(_MARKS), _read, _fits, _write, scales=True)
 
 
-def lacks_other_half(file: Path) -> bool:
-    """Whether `file` is one of the two files of this format, without the other."""
-    if file.suffix != ".safetensors":
-        return False
-    names = safetensors_file.read(file).keys()
-    return sum(mark in names for mark in _MARKS) == 1
+def is_half(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are one of the two files of this format, without the other."""
+    return len(set(_MARKS).intersection(names)) == 1
 
 
 def other_half(name: str) -> str | None:
