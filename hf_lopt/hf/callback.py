@@ -33,7 +33,8 @@ def _length_text(name: str, steps: int, horizon: int) -> str:
     advice = "Give the run its length: max_steps, or optim_args='num_training_steps=...'."
     if steps > horizon:
         return f"{start}: the steps beyond were taken with the last stretch of it. {advice}"
-    return f"{start}: it used {100 * steps / horizon:.2g} % of it and never came to the end, where steps get small. {advice}"
+    share = 100 * steps / horizon
+    return f"{start}: it used {share:.2g} % of it and never came to the end, where steps get small. {advice}"
 
 
 def _warn(state: TrainerState, text: str) -> None:
@@ -130,8 +131,8 @@ class LearnedOptimizerCallback(TrainerCallback):
             _warn(
                 state,
                 f"training resumes at step {global_step}, but {name}'s state is of step {done} (no optimizer state in "
-                f"the checkpoint?): its schedule goes on from step {global_step}. Its accumulators start afresh, and its "
-                "loss history as if all losses so far had been equal to the next one.",
+                f"the checkpoint?): its schedule goes on from step {global_step}. Its accumulators start afresh, and "
+                "its loss history as if all losses so far had been equal to the next one.",
             )
             optimizer.reset_state()
             optimizer.steps_done = global_step // optimizer._run.calls_per_update
