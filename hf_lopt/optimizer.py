@@ -204,7 +204,7 @@ class LearnedOptimizer(GivenSettings):
         if self._only_allocates(created):
             return result
         if created:
-            self.warn_of_small_multiplier(self._rule)
+            self._warn_of_small_multiplier(self._rule)
         self._run.check_ready(self._pending.is_set)
         active = self._active()
         self._check_ranks(active)

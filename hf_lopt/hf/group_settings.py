@@ -57,9 +57,9 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
 
 
 def _chosen_in_constructor(optimizer: LearnedOptimizer) -> dict[str, Any]:
-    """Settings that whoever made the optimizer gave it, or its first group."""
+    """Settings that whoever made the optimizer gave it."""
     rule, defaults = optimizer.rule, optimizer.defaults
-    keys = ("lr", "weight_decay", *rule.per_group)
+    keys = [key for key in rule.defaults if key not in ("weights", "num_training_steps")]
     chosen = {k for k in keys if k in optimizer.explicit_settings or defaults[k] != rule.defaults[k]}
     return {key: defaults[key] for key in keys if key in chosen}
 
