@@ -69,7 +69,7 @@ class GivenSettings(Optimizer):
         self.param_groups[:] = groups
         self._given_groups = [(names, group["lr"]) for names, group in zip(explicit, groups, strict=True)]
 
-    def warn_of_small_multiplier(self, rule: Rule) -> None:
+    def _warn_of_small_multiplier(self, rule: Rule) -> None:
         """Warn if ``lr`` is a usual learning rate, of a rule whose own step size it multiplies.
 
         What counts is what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.

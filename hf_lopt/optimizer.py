@@ -208,7 +208,7 @@ class LearnedOptimizer(GivenSettings):
         if self._only_allocates(created):
             return result
         if created:
-            self.warn_of_small_multiplier(self._rule)
+            self._warn_of_small_multiplier(self._rule)
         active = self._active()
         if active:
             self._run_state.check_ready(self._pending)

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import distributed
-from hf_lopt.kernels.reference.scheduler import loss_decays
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
+from hf_lopt.step.scheduler import means_of_equal_losses
 from hf_lopt.weights import Weights
 
 
@@ -195,8 +195,7 @@ class RunState:
         if not bool(torch.isfinite(mean)) or not bool(mean):  # waits for the device, once in such a run
             return
         self._starts_late = False
-        averaged = 1.0 - loss_decays(self.num_updates, run["loss_means"]) ** run["step"]
-        run["loss_means"].copy_(averaged * mean)
+        run["loss_means"].copy_(means_of_equal_losses(mean, run["step"], self.num_updates))
 
     def check_ready(self, pending: PendingLoss) -> None:
         """See that the rule has what it needs for a step.

@@ -275,10 +275,13 @@ def _summary(trainer: Trainer, contender: Contender) -> dict[str, Any]:
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     final = {key: value for entry in history if "eval_loss" in entry for key, value in entry.items()}
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    policy = getattr(optimizer, "run_policy", None)  # of a learned optimizer: what it chose in place of defaults
+    args = trainer.args
     run = {
         "optim": contender.optim,
-        "learning_rate": trainer.args.learning_rate,
-        "lr_scheduler_type": str(trainer.args.lr_scheduler_type.value),
+        "learning_rate": args.learning_rate if policy is None else policy.lr.value,
+        "lr_scheduler_type": str(args.lr_scheduler_type.value) if policy is None else policy.schedule.value,
         "steps": trainer.state.global_step,
         "seconds": max(entry["seconds"] for entry in history),
         "final": {
@@ -287,7 +290,6 @@ def _summary(trainer: Trainer, contender: Contender) -> dict[str, Any]:
         },
         "history": history,
     }
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if isinstance(optimizer, hf_lopt.LearnedOptimizer):
         weights = optimizer.weights
         run["weights"] = {"source": weights.source, "sha256": weights.sha256}

@@ -25,6 +25,8 @@ from hf_lopt import __main__ as report
 from hf_lopt import rules, weights
 from hf_lopt.hf import arguments, import_hook, limits, register
 from hf_lopt.hf.callback import LearnedOptimizerCallback
+from hf_lopt.hf.group_settings import settle
+from hf_lopt.hf.policy import told
 
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -40,11 +42,23 @@ def run_script(name, *script_arguments):
 
 
 def chosen(args, model=None):
-    """The class and keywords that Trainer gets, the warnings and the arguments afterwards."""
+    """The class and keywords that Trainer gets, and what the user is told about them when training begins."""
+    before = copy.deepcopy(args)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cls, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    return cls, keywords, [str(w.message) for w in caught]
+    assert args == before
+    policy = decided(args, model)
+    return cls, keywords, [str(w.message) for w in caught] + list(told(policy, args.max_grad_norm))
+
+
+def decided(args, model=None):
+    """The decision for the optimizer that Trainer makes of ``args``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cls, keywords = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        groups = keywords.pop("params", None) or [torch.nn.Parameter(torch.ones(3))]
+        return settle(cls(groups, **keywords), args, model, None)
 
 
 # ---- registration ---------------------------------------------------------------------------------------------------
@@ -127,8 +141,8 @@ def test_training_args_open_without_the_plugin(tmp_path):
     assert run_script("without_plugin.py", tmp_path / "training_args.bin") == {
         "optim": "velo",
         "type": "str",
-        "learning_rate": 1.0,
-        "lr_scheduler_type": "constant",
+        "learning_rate": 5e-5,
+        "lr_scheduler_type": "linear",
         "as_dict": "velo",
     }
 
@@ -141,11 +155,15 @@ def test_older_transformers_get_a_wrapped_method():
         def get_optimizer_cls_and_kwargs(args, model=None):
             return "original", args
 
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            return "scheduler"
+
     module = types.SimpleNamespace(Trainer=OldTrainer, DEFAULT_CALLBACKS=[])
     register._extend_trainer(module)
     register._extend_trainer(module)
     assert module.DEFAULT_CALLBACKS == [LearnedOptimizerCallback]
-    assert not hasattr(OldTrainer.get_optimizer_cls_and_kwargs._hf_lopt_original, "_hf_lopt_original")
+    for wrapped in (OldTrainer.get_optimizer_cls_and_kwargs, OldTrainer.create_scheduler):
+        assert not hasattr(wrapped._hf_lopt_original, "_hf_lopt_original")
     args = cases.arguments("unused", optim="adamw_torch", optim_args=None)
     assert OldTrainer.get_optimizer_cls_and_kwargs(args) == ("original", args)
     with warnings.catch_warnings():
@@ -317,30 +335,36 @@ class OtherDefaults(TrainingArguments):
 @pytest.mark.parametrize(
     ("changes", "lr", "scheduler", "said"),
     [
-        ({}, 1.0, "constant", ["learning_rate was not set (5e-05) and is now 1", "is now constant,"]),
-        ({"learning_rate": 0.3}, 0.3, "constant", ["is now constant,"]),
+        ({}, 1.0, "constant", ["learning_rate was not set (5e-05): lr is 1", "scheduler is constant,"]),
+        ({"learning_rate": 0.3}, 0.3, "constant", ["scheduler is constant,"]),
         ({"learning_rate": 1e-4}, 1e-4, "constant", ["hardly move"]),
-        ({"lr_scheduler_type": "cosine"}, 1.0, "cosine", ["is now 1"]),
+        ({"learning_rate": 0.01}, 0.01, "constant", ["hardly move"]),
+        ({"lr_scheduler_type": "cosine"}, 1.0, "cosine", ["lr is 1", "cosine scheduler comes on top of VeLO's own"]),
         ({"warmup_steps": 2}, 1.0, "constant_with_warmup", ["constant_with_warmup"]),
         ({"learning_rate": 1.0, "lr_scheduler_type": "constant"}, 1.0, "constant", None),
-        ({"optim_args": "lr=5e-5,schedule=keep"}, 5e-5, "linear", None),
-        ({"optim_args": "lr=0.2", "learning_rate": 0.1}, 0.2, "constant", ["gave way to lr=0.2 of optim_args"]),
-        ({"optim_args": "schedule=keep"}, 1.0, "linear", ["is now 1"]),
+        ({"optim_args": "lr=0.5,schedule=keep"}, 0.5, "linear", ["linear scheduler comes on top"]),
+        ({"optim_args": "lr=0.2", "learning_rate": 0.1}, 0.2, "constant", ["gives way to lr=0.2 of optim_args"]),
+        ({"optim_args": "schedule=keep"}, 1.0, "linear", ["lr is 1"]),
     ],
 )
 def test_lr_and_schedule(changes, lr, scheduler, said):
     text = "weights=bundled," + changes.pop("optim_args") if "optim_args" in changes else "weights=bundled"
     args = cases.arguments("unused", optim_args=text, **changes)
-    _, keywords, warned = chosen(args, cases.tiny_llama())
-    assert keywords["lr"] == args.learning_rate == lr
-    assert args.lr_scheduler_type == scheduler and isinstance(args.lr_scheduler_type, transformers.SchedulerType)
+    model = cases.tiny_llama()
+    _, keywords, warned = chosen(args, model)
+    policy = decided(args, model)
+    assert keywords["lr"] == policy.lr.value == lr and policy.schedule.value == scheduler
     assert len(warned) == (said is not None)
     for part in said or []:
         assert part in warned[0]
     if warned:
         assert "schedule=keep" in warned[0] and "max_grad_norm=1" in warned[0]
-    assert chosen(args, cases.tiny_llama())[2] == []  # told once
-    assert (args.learning_rate, args.lr_scheduler_type) == (lr, scheduler)
+
+
+def test_a_learning_rate_of_optim_args_that_hardly_moves():
+    args = cases.arguments("unused", optim_args="weights=bundled,lr=5e-5,schedule=keep")
+    *_, conflict = chosen(args, cases.tiny_llama())[2]
+    assert "group 0 has lr=5e-05" in conflict and "about 1 here" in conflict
 
 
 def test_defaults_are_those_of_the_class_in_use():
@@ -363,11 +387,10 @@ def test_embedded_weights_fine_tune_at_their_own_multiplier(tmp_path):
     finetune = rules.get("velo").load_weights("bundled").finetune_lr
     args = cases.arguments("unused")
     _, keywords, warned = chosen(args, pretrained)
-    assert keywords["lr"] == args.learning_rate == finetune
+    assert keywords["lr"] == finetune
     assert len(warned) == 1 and str(tmp_path) in warned[0] and "1 would be the value from scratch" in warned[0]
-    assert chosen(args, pretrained)[2] == []  # told once
 
-    # What was written for one model is not taken for the user's wish with the next.
+    # What was chosen for one model is not taken for the user's wish with the next.
     assert chosen(args, cases.tiny_llama())[1]["lr"] == 1.0
     assert chosen(args, pretrained)[1]["lr"] == finetune
     # The user's wish wins, as does the copy inside a wrapper.
@@ -388,7 +411,7 @@ def test_adapters_start_from_scratch(tmp_path):
     assert "min_param_scale is 0.1, because adapters start with matrices of zeros" in warned[0]
     arguments_ = cases.arguments("unused", optim_args="weights=bundled,min_param_scale=0")
     _, keywords, warned = chosen(arguments_, model)
-    assert keywords["min_param_scale"] == 0.0 and "min_param_scale" not in warned[0]
+    assert keywords["min_param_scale"] == 0.0 and not any("min_param_scale" in text for text in warned)
     _, keywords, _ = chosen(cases.arguments("unused", optim="small_fc_lopt"), model)
     assert keywords["lr"] == 1.0 and "min_param_scale" not in keywords
     _, keywords, _ = chosen(cases.arguments("unused"), cases.tiny_llama())
@@ -412,7 +435,7 @@ def test_rules_without_a_schedule_keep_that_of_trainer(monkeypatch):
     monkeypatch.setitem(rules._RULES, "velo", rule)
     args = cases.arguments("unused")
     _, keywords, warned = chosen(args)
-    assert keywords["lr"] == args.learning_rate == 3e-4 and args.lr_scheduler_type == "linear"
+    assert keywords["lr"] == 3e-4 and decided(args).schedule.value == "linear"
     assert len(warned) == 1 and "what VeLO is used with" in warned[0]
     assert chosen(cases.arguments("unused", learning_rate=1e-4))[2] == []
 
@@ -423,15 +446,20 @@ def test_a_weight_decay_left_alone_becomes_the_rules_own(monkeypatch):
     monkeypatch.setitem(rules._RULES, "velo", rule)
     args = cases.arguments("unused")
     _, keywords, warned = chosen(args, cases.tiny_llama())
-    assert "weight_decay was not set (0) and is now 0.1, what VeLO is used with" in warned[0]
-    assert args.weight_decay == 0.1 and {group["weight_decay"] for group in keywords["params"]} == {0.0, 0.1}
+    assert "weight_decay was not set (0): it is 0.1, what VeLO is used with" in warned[0]
+    assert {group["weight_decay"] for group in keywords["params"]} == {0.0, 0.1}
     _, keywords, warned = chosen(cases.arguments("unused", weight_decay=0.2), cases.tiny_llama())
     assert "weight_decay" not in warned[0] and {group["weight_decay"] for group in keywords["params"]} == {0.0, 0.2}
 
 
-def test_other_processes_are_silent(monkeypatch):
-    monkeypatch.setattr(TrainingArguments, "should_log", property(lambda self: False))
-    assert chosen(cases.arguments("unused"))[2] == []
+def test_other_processes_are_silent(tmp_path):
+    args = cases.arguments(tmp_path, max_steps=1)
+    trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(2))
+    trainer.is_world_process_zero = lambda: False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert not [w for w in caught if "optim=" in str(w.message)]
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_horizon_from_epochs_and_from_max_steps(tmp_path):
 def test_an_explicit_horizon_is_kept_and_its_end_announced(tmp_path):
     args = cases.arguments(tmp_path, optim_args="weights=bundled,num_training_steps=3", max_steps=5)
     trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(22))
-    one_warning(trainer.train, "give num_training_steps=3, but this run has 5 steps")
+    one_warning(trainer.train, "training ended after 5 steps, and VeLO's schedule is made for 3")
     assert loss_feed.unwrap(trainer.optimizer).num_training_steps == 3
 
 
@@ -343,7 +343,7 @@ def test_lora(tmp_path):
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
-    assert args.learning_rate == 1.0
+    assert args.learning_rate == 5e-5 and loss_feed.unwrap(trainer.optimizer).param_groups[0]["lr"] == 1.0
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -389,11 +389,18 @@ def test_resuming_with_another_length_and_other_counters(tmp_path):
 
     (tmp_path / "checkpoint-8" / "optimizer.pt").unlink()
     without_state = resumable(tmp_path / "without")
+    without_state.add_callback(losses := cases.SeenLosses())
     one_warning(
         lambda: without_state.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8")),
         "training resumes at step 8, but VeLO's state is of step 0",
     )
-    assert loss_feed.unwrap(without_state.optimizer).steps_done == 12
+    optimizer = loss_feed.unwrap(without_state.optimizer)
+    assert optimizer.steps_done == 12
+    # The loss history is what it would be after losses equal to the first one, so that the last is near the others.
+    logged = [row["loss"] for row in without_state.state.log_history if row["step"] > 8 and "loss" in row]
+    torch.testing.assert_close(losses.values[1:], logged[1:], **LOG_TOLERANCE)
+    corrected = optimizer.param_groups[0]["loss_means"] / (1 - torch.exp(-torch.tensor(12 / 10)))
+    assert abs(corrected[0] - sum(logged) / 4) < 0.3
 
 
 def test_skipped_steps_survive_a_checkpoint(tmp_path):

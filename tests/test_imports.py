@@ -45,7 +45,7 @@ ALLOWED = {
     "settings": {"step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"rules"},
-    "run_state": {"pending", "settings", "rules", "distributed", "weights", "kernels.reference"},
+    "run_state": {"pending", "settings", "step", "rules", "distributed", "weights"},
     "optimizer": {"pending", "given_settings", "run_state", "settings", "rules", "step", *KERNELS, *LEAVES},
     "optimizers": {"optimizer", "optimizers", "weights"},
     "feed": {"optimizer"},

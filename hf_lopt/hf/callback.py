@@ -33,8 +33,8 @@ def _length_text(name: str, steps: int, horizon: int) -> str:
     advice = "Give the run its length: max_steps, or optim_args='num_training_steps=...'."
     if steps > horizon:
         return f"{start}: the steps beyond were taken with the last stretch of it. {advice}"
-    used = f"it used {100 * steps / horizon:.2g} % of it and never came to the end, where steps get small"
-    return f"{start}: {used}. {advice}"
+    share = 100 * steps / horizon
+    return f"{start}: it used {share:.2g} % of it and never came to the end, where steps get small. {advice}"
 
 
 def _warn(state: TrainerState, text: str) -> None:

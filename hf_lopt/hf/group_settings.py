@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # What the modules of a model tell about a tensor, see hf_lopt.param_groups.
 _OF_THE_MODEL = ("axis_order", "branch", "step_scale")
+# Times the lr for a pretrained model: more than that is the lr of training from scratch, or a part of it.
+_TOO_LARGE = 5.0
 
 
 def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Module | None, scheduler: Any) -> RunPolicy:
@@ -55,9 +57,9 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
 
 
 def _chosen_in_constructor(optimizer: LearnedOptimizer) -> dict[str, Any]:
-    """Settings that whoever made the optimizer gave it, or its first group."""
+    """Settings that whoever made the optimizer gave it."""
     rule, defaults = optimizer.rule, optimizer.defaults
-    keys = ("lr", "weight_decay", *rule.per_group)
+    keys = [key for key in rule.defaults if key not in ("weights", "num_training_steps")]
     chosen = {k for k in keys if k in optimizer.explicit_settings or defaults[k] != rule.defaults[k]}
     return {key: defaults[key] for key in keys if key in chosen}
 
@@ -116,7 +118,8 @@ def _name_lr(
             f"{_groups('lr', small)}, but lr multiplies {rule.class_name}'s own step size and should be about "
             f"{default.value:g} here: training will hardly move"
         )
-    large = {i: lr for i, lr in enumerate(lrs) if default.reason and lr >= rule.defaults["lr"] and lr != chosen}
+    most = _TOO_LARGE * default.value if default.reason else float("inf")
+    large = {i: lr for i, lr in enumerate(lrs) if lr > most and lr != chosen}
     if large:
         policy.conflicts.append(f"{_groups('lr', large)}, but should be about {default.value:g}: {default.reason}")
 

@@ -96,6 +96,11 @@ def init_loss_buffer() -> dict[str, Tensor]:
     }
 
 
+def means_of_equal_losses(loss: Tensor, count: Tensor, horizon: int) -> Tensor:
+    """The averages (10,) after ``count`` (0-d) losses that were all equal to ``loss`` (1,), float64."""
+    return (1.0 - reference.loss_decays(horizon, loss) ** count) * loss
+
+
 def run_scheduler(
     tensors: TensorList, decision: StepDecision, weights: Mapping[str, Tensor], *, softmax: bool
 ) -> Schedule:
