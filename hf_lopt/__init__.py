@@ -5,6 +5,7 @@
 """
 
 from hf_lopt.feed import feed_loss
+from hf_lopt.feed import watch_scalers as _watch_scalers
 from hf_lopt.hf.register import register as _register
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import ELO, RNNMLP, Celo, Celo2, CeloAdam, ELOCelo2, MuLO, SmallFC, VeLO
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 _register()
+_watch_scalers()
 
 
 def available() -> tuple[str, ...]:

@@ -39,6 +39,10 @@ def unwrap(optimizer: Any) -> LearnedOptimizer | None:
 # ---- which optimizers a backward concerns --------------------------------------------------------------------------
 
 
+def _parameters(optimizer: LearnedOptimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
 def _version(gradient: Tensor) -> tuple[Tensor, int]:
     # FSDP2 accumulates into the local part of a DTensor, whose own counter then stands still.
     return gradient, getattr(gradient, "_local_tensor", gradient)._version
@@ -77,15 +81,14 @@ class _Watch:
     def _marks(self, optimizer: LearnedOptimizer) -> list[Any]:
         """A mark of each gradient, None where there is none."""
         found = []
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                gradients = [p.grad]
-                if self._records and id(p) in self._records:
-                    record = self._records[id(p)]
-                    whole = getattr(record, "_unsharded_param", None)
-                    gradients += [record.unsharded_accumulated_grad, None if whole is None else whole.grad]
-                marks = [_version(gradient) for gradient in gradients if gradient is not None]
-                found.append(marks or None)
+        for p in _parameters(optimizer):
+            gradients = [p.grad]
+            if self._records and id(p) in self._records:
+                record = self._records[id(p)]
+                whole = getattr(record, "_unsharded_param", None)
+                gradients += [record.unsharded_accumulated_grad, None if whole is None else whole.grad]
+            marks = [_version(gradient) for gradient in gradients if gradient is not None]
+            found.append(marks or None)
         return found
 
     def close(self) -> None:
@@ -99,9 +102,16 @@ class _Watch:
     def changed(self) -> list[LearnedOptimizer]:
         """The optimizers of which the backward has changed a gradient."""
         if self._overlaps:  # another thread may have changed gradients meanwhile: ask the graph
-            leaves = _leaves(self._tensors)
-            return [o for o in self._before if any(id(p) in leaves for g in o.param_groups for p in g["params"])]
-        return [o for o, before in self._before.items() if _differ(before, self._marks(o))]
+            return self._by_graph(self._before)
+        found = [o for o, before in self._before.items() if _differ(before, self._marks(o))]
+        # Gradients that are views of one bucket share a version counter (DDP's gradient_as_bucket_view).
+        if len(found) > 1 and any(p.grad is not None and p.grad._is_view() for o in found for p in _parameters(o)):
+            return self._by_graph(found) or found
+        return found
+
+    def _by_graph(self, optimizers: Iterable[LearnedOptimizer]) -> list[LearnedOptimizer]:
+        leaves = _leaves(self._tensors)
+        return [optimizer for optimizer in optimizers if any(id(p) in leaves for p in _parameters(optimizer))]
 
 
 def _differ(before: list[Any], after: list[Any]) -> bool:
@@ -286,3 +296,24 @@ def feed_loss(optimizer: Any, scaler: Any = None) -> LossFeed:
         if not hasattr(torch.autograd.backward, "_hf_lopt_original"):
             torch.autograd.backward = _watched_backward(torch.autograd.backward)
     return handle
+
+
+# ---- steps that a scaler skips ------------------------------------------------------------------------------------
+
+
+def watch_scalers() -> None:
+    """Have ``torch.amp.GradScaler.step``, once, end a window also when it skips the step of a learned optimizer."""
+    original = torch.amp.GradScaler.step
+    if hasattr(original, "_hf_lopt_original"):
+        return
+
+    @functools.wraps(original)
+    def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, optimizer, *args, **kwargs)
+        learned = unwrap(optimizer)
+        if learned is not None:
+            learned.discard_loss()
+        return result
+
+    step._hf_lopt_original = original
+    torch.amp.GradScaler.step = step

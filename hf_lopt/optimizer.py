@@ -43,6 +43,9 @@ class LearnedOptimizer(GivenSettings):
             other dtypes, and weights that cannot be loaded.
     """
 
+    _monitor: RunMonitor
+    _prepared: PreparedStep | None
+
     def __init__(self, params: ParamsT, rule: str, **hyperparameters: Any) -> None:
         rule_ = rules.get(rule)
         settings = complete_settings(rule_, hyperparameters)

@@ -52,11 +52,9 @@ class RunState:
         self._starts_late = False
 
     @property
-    def owner(self) -> Optimizer:
+    def owner(self) -> Any:
         """The optimizer itself, whichever wrapper asks."""
-        owner = self._owner()
-        assert owner is not None
-        return owner
+        return self._owner()
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -128,6 +128,15 @@ class Scaled(Loop):
         self.take_step(i)
 
 
+class ScaledModel(Scaled):
+    """The loop clears the gradients of the model, not those of the optimizer."""
+
+    def take_step(self, i):
+        self.scalers[i].step(self.optimizers[i])
+        self.scalers[i].update()
+        self.models[i].zero_grad()
+
+
 class ScaledFeed(Scaled):
     """feed_loss takes the scale out again."""
 
@@ -202,7 +211,7 @@ class FabricObserved(Fabric):
         return loss.item()
 
 
-LOOPS = [Loop, Scaled, Feed, ScaledFeed, Accelerated, AcceleratedUndivided, Fabric, FabricObserved]
+LOOPS = [Loop, Scaled, ScaledModel, Feed, ScaledFeed, Accelerated, AcceleratedUndivided, Fabric, FabricObserved]
 
 
 @pytest.mark.parametrize("case", ["plain", "accumulation", "skipped", "two_models"])
@@ -356,7 +365,7 @@ def test_losses_divided_by_a_fixed_number():
 
 def test_a_loss_of_one_backward_that_is_halved_stays_halved():
     """As a discriminator's is: nothing says that this is accumulation."""
-    accelerator, model = Accelerator(cpu=True), Regression()
+    accelerator, model = Accelerator(cpu=True), Regression(10.0)
     optimizer = accelerator.prepare(cases.velo(model.parameters()))
     probe = cases.LossProbe(optimizer)
     for x in batches(3):
@@ -590,3 +599,28 @@ def test_a_horizon_that_was_not_set_is_the_checkpoints():
         assert optimizer.num_training_steps == 30
         optimizer.num_training_steps = 30
         optimizer.load_state_dict(longer)
+
+
+def test_micro_batches_that_fsdp2_does_not_synchronise(tmp_path):
+    """Their gradients are in FSDP2's records, not in the parameters of the optimizer."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from hf_lopt.feed import deliver
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        models = [fully_shard(Regression(5.0 + i, seed=i), mesh=mesh) for i in range(2)]
+        optimizers = [cases.velo(model.parameters()) for model in models]
+        touched, data = [], batches(3)
+        for i, x in enumerate(data):
+            for model in models:
+                model.set_requires_gradient_sync(i == 2)
+                loss = model(x)
+                deliver(optimizers, loss.backward, lambda o, afresh: touched.append((o, afresh)), modules=models)
+        assert [optimizers.index(o) for o, _ in touched] == [0, 1] * 3
+        assert [afresh for _, afresh in touched] == [True] * 2 + [False] * 4
+    finally:
+        dist.destroy_process_group()

@@ -28,7 +28,7 @@ def test_every_rule_has_a_class():
     assert tuple(sorted(OPTIMIZERS)) == rules.names() == hf_lopt.available()
     public = {cls.__name__ for cls in OPTIMIZERS.values() if hasattr(hf_lopt, cls.__name__)}
     assert public == {rules.get(name).class_name for name in rules.names()}
-    assert set(hf_lopt.__all__) == public | {"LearnedOptimizer", "available", "param_groups"}
+    assert set(hf_lopt.__all__) == public | {"LearnedOptimizer", "available", "feed_loss", "param_groups"}
 
 
 @every_rule
