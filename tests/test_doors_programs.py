@@ -162,7 +162,7 @@ def test_snippets_run(title, tmp_path, monkeypatch):
     for block in blocks(title):
         exec(compile(block, f"{PAGE.name}: {title}", "exec"), space)
     optimizer = learned(eval(place, space))
-    assert type(optimizer).__name__ == "VeLO"
+    assert isinstance(optimizer, hf_lopt.VeLO)
     assert optimizer.steps_done == steps
     if title == "Lightning":
         # Two epochs of four batches: two windows of two in each; by hand a step for every batch.
