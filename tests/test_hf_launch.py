@@ -198,8 +198,8 @@ def test_accelerate_launch_replaces(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_steps(tmp_path):
-    """The scheduler is told the steps of one process and moves twice in each: 40 become 20."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m"]
+    """The scheduler is told the steps of a single process and moves twice in each of two: 40 become 20."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     command += ["hf_lopt.launch", "--replace=AdamW=velo", "--optim_args=weights=bundled"]
     command += [str(SCRIPTS / "programs" / "language_model.py"), f"--result={tmp_path / 'r.json'}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
