@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_lopt.hf.arguments import parse_optim_args
@@ -36,6 +36,7 @@ def test_inputs_are_read_right_or_refused(name):
 WORDS = st.text(st.characters(exclude_characters="=,"), min_size=1).filter(lambda text: text.strip() == text)
 
 
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.dictionaries(WORDS, st.text(st.characters(exclude_characters=","), min_size=1).filter(str.isprintable)))
 def test_optim_args_come_back(items):
     items = {key: value.strip() for key, value in items.items() if value.strip()}
