@@ -78,7 +78,8 @@ def _dtensor() -> type | None:
     return DTensor
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor."""
     # By far the most tensors are of these two types; asked several times per tensor and step.
     if type(x) is Tensor or type(x) is torch.nn.Parameter:
         return False
@@ -92,7 +93,7 @@ def sharding_of(x: Tensor) -> Sharding | None:
     Raises:
         ValueError: for a DTensor with a partial placement, whose value no rank has.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return None
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
@@ -108,7 +109,7 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
     ``like``: the placements wanted. A gradient may come with others than its parameter; it is brought to them, a
     collective.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return x
     if like is not None and tuple(x.placements) != like.placements:
         x = x.redistribute(like.mesh, like.placements)

@@ -16,6 +16,7 @@ from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ZeroNan
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import PendingLoss, RunMonitor, RunState
+from hf_lopt.saved_state import check_saved_state
 from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.weights import Weights, push_to_hub
@@ -339,9 +340,12 @@ class LearnedOptimizer(Optimizer):
         """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
 
         Raises:
-            ValueError: if it is of another optimizer, another rule or other weights than this one.
+            ValueError: if it is of another optimizer, another rule or other weights than this one, or does not fit
+                the parameters (:mod:`hf_lopt.saved_state`). The optimizer stays as it was.
         """
         self._run.check_saved(state_dict["param_groups"])
+        run_values = self._run.initial_values()
+        check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
