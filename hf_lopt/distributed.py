@@ -135,7 +135,7 @@ def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     shard = local(p)
     local_shape = front + [n for axis, n in enumerate(shard.shape) if axis != dropped]
     value = torch.zeros(local_shape, dtype=torch.float32, device=shard.device)
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, device="meta", dtype=torch.float32).stride()
     placements = sharding.of_state(len(front), dropped)
     return _dtensor().from_local(
         value, sharding.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride

@@ -1,8 +1,8 @@
 """Whether a state dict fits an optimizer, found out before anything of the optimizer is changed.
 
-A checkpoint is an input like any other: of another model, edited, or damaged on the way. Operators read as many numbers
-as a parameter has, and a NaN in a momentum reaches the parameter in the next step, so what is loaded is compared with
-what the rule would have made: keys, shapes, dtypes, placements, values.
+A checkpoint is an input like any other: of another model, edited, or damaged on the way. Operators read as many
+numbers as a parameter has, and a NaN in a momentum reaches the parameter in the next step, so what is loaded is
+compared with what the rule would have made: keys, shapes, dtypes, placements, values.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "fac
 # Kept per parameter where one update takes several calls of step().
 _GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
 _WAY_OUT = (
-    "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, or "
-    "start without the optimizer's state."
+    "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
+    "or start without the optimizer's state."
 )
 
 

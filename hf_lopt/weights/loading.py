@@ -330,7 +330,7 @@ def _finish(
         if leaf in request.settings or (leaf in absent and leaf in settings):
             theta[leaf] = torch.tensor(settings[leaf], dtype=torch.float32)
         elif leaf in absent:
-            theta[leaf] = torch.zeros(shape)
+            theta[leaf] = torch.zeros(shape, dtype=torch.float32)
     check(theta, request.shapes, request.rule, source)
     return Weights(theta, source, content_sha256(theta), origin, settings)
 

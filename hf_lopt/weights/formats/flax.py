@@ -67,7 +67,7 @@ def _flax_array(code: int, payload: bytes) -> torch.Tensor:
     if len(data) != want:
         raise ValueError(f"an array of shape {tuple(shape)} and dtype {dtype} needs {want} bytes, got {len(data)}")
     if want == 0:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=torch.float32)
     return torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).reshape(shape).to(torch.float32)
 
 

@@ -75,7 +75,9 @@ def _write(theta: Mapping[str, torch.Tensor], bank_scale: float) -> Folders:
         mlp[f"{layer}_bias_{suffix}"] = theta[f"{BANK}b{number}"] * scale
         # Scratch space of that implementation, which wants it in the file.
         for kind in ("weights", "bias"):
-            mlp[f"{layer}_{kind}{suffix}"] = torch.zeros(mlp[f"{layer}_{kind}_{suffix}"].shape[1:])
+            mlp[f"{layer}_{kind}{suffix}"] = torch.zeros(
+                mlp[f"{layer}_{kind}_{suffix}"].shape[1:], dtype=torch.float32
+            )
     size, units, outputs = bank["0"].shape[0], bank["0"].shape[-1], bank["2"].shape[-1]
     inputs, hidden = theta["rnn_params/linear/w"].shape
     rnn_config = {"input_size": inputs, "lstm_hidden_size": hidden, "mix_layers": True, "param_inits": size}
