@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,14 +211,15 @@ def clip_grad_norm_(gradients: Sequence[Tensor], shardings: Sequence[Sharding | 
     """Scale local gradients in place so that the 2-norm over all whole tensors is at most ``max_norm``.
 
     The rule of ``torch.nn.utils.clip_grad_norm_``, with one reduction per process group for any mix of plain and
-    sharded tensors, which that function refuses.
+    sharded tensors, which that function refuses. A norm that is infinite makes all gradients NaN, where that function
+    would make finite ones zero: a step that moves nothing and that nobody hears of.
     """
     norms = list(torch._foreach_norm(gradients))
     split = [i for i, sharding in enumerate(shardings) if sharding is not None and sharding.groups()]
     squares = sum_over([(norms[i].double().square(), shardings[i].groups()) for i in split])
     for i, total in zip(split, squares, strict=True):
         norms[i] = total.sqrt().to(norms[i])
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(norms)).nan_to_num(math.nan, math.nan)
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
