@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,8 @@ def _dtensor() -> type | None:
     return DTensor
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> bool:
+    """Whether ``x`` is a DTensor."""
     # By far the most tensors are of these two types; asked several times per tensor and step.
     if type(x) is Tensor or type(x) is torch.nn.Parameter:
         return False
@@ -92,7 +94,7 @@ def sharding_of(x: Tensor) -> Sharding | None:
     Raises:
         ValueError: for a DTensor with a partial placement, whose value no rank has.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return None
     if any(placement.is_partial() for placement in x.placements):
         raise ValueError(
@@ -108,7 +110,7 @@ def local(x: Tensor, like: Sharding | None = None) -> Tensor:
     ``like``: the placements wanted. A gradient may come with others than its parameter; it is brought to them, a
     collective.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return x
     if like is not None and tuple(x.placements) != like.placements:
         x = x.redistribute(like.mesh, like.placements)
@@ -134,7 +136,7 @@ def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     shard = local(p)
     local_shape = front + [n for axis, n in enumerate(shard.shape) if axis != dropped]
     value = torch.zeros(local_shape, dtype=torch.float32, device=shard.device)
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, device="meta", dtype=torch.float32).stride()
     placements = sharding.of_state(len(front), dropped)
     return _dtensor().from_local(
         value, sharding.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
@@ -209,14 +211,15 @@ def clip_grad_norm_(gradients: Sequence[Tensor], shardings: Sequence[Sharding | 
     """Scale local gradients in place so that the 2-norm over all whole tensors is at most ``max_norm``.
 
     The rule of ``torch.nn.utils.clip_grad_norm_``, with one reduction per process group for any mix of plain and
-    sharded tensors, which that function refuses.
+    sharded tensors, which that function refuses. A norm that is infinite makes all gradients NaN, where that function
+    would make finite ones zero: a step that moves nothing and that nobody hears of.
     """
     norms = list(torch._foreach_norm(gradients))
     split = [i for i, sharding in enumerate(shardings) if sharding is not None and sharding.groups()]
     squares = sum_over([(norms[i].double().square(), shardings[i].groups()) for i in split])
     for i, total in zip(split, squares, strict=True):
         norms[i] = total.sqrt().to(norms[i])
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(norms)).nan_to_num(math.nan, math.nan)
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 

@@ -15,6 +15,7 @@ from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
+from hf_lopt.saved_state import check_saved_state
 from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
 from hf_lopt.step.passes import local_state, ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
@@ -333,9 +334,12 @@ class LearnedOptimizer(GivenSettings):
         A ``num_training_steps`` that was passed or set stays, with a warning where the checkpoint has another.
 
         Raises:
-            ValueError: if it is of another optimizer, another rule or other weights than this one.
+            ValueError: if it is of another optimizer, another rule or other weights than this one, or does not fit
+                the parameters (:mod:`hf_lopt.saved_state`). The optimizer stays as it was.
         """
         self._run_state.check_saved(state_dict["param_groups"])
+        run_values = self._run_state.initial_values()
+        check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
         saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)

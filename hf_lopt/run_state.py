@@ -67,7 +67,7 @@ class RunState:
         """The values of a run that has not begun, settings aside."""
         values: dict[str, Any] = {}
         if "max_training_steps" in self._rule.defaults:
-            values |= {"accumulated": 0, "accumulated_loss": torch.zeros(())}
+            values |= {"accumulated": 0, "accumulated_loss": torch.zeros((), dtype=torch.float32)}
         return values | self._initial_tensors()
 
     def _initial_tensors(self) -> dict[str, Tensor]:

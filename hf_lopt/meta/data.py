@@ -53,7 +53,7 @@ class Data:
     def places(self, streams: int, size: int, generator: torch.Generator, fresh: bool = False) -> Tensor:
         """Where the samples of a :meth:`batch` are, (G, B), drawn on the CPU."""
         low, high = (self.fresh, len(self.inputs)) if fresh else (0, self.fresh)
-        return torch.randint(low, high - self.window, (streams, size), generator=generator)
+        return torch.randint(low, high - self.window, (streams, size), generator=generator, dtype=torch.int64)
 
     def at(self, index: Tensor, copies: int = 1) -> tuple[Tensor, Tensor]:
         """The samples at places (G, B) on the device of the data."""
@@ -63,7 +63,8 @@ class Data:
             picked = (x.index_select(0, index.flatten()) for x in (self.inputs, self.targets))
             inputs, targets = (x.unflatten(0, index.shape) for x in picked)
             return inputs, targets
-        pieces = self.inputs[index.unsqueeze(-1) + torch.arange(self.window + 1, device=index.device)]
+        places = torch.arange(self.window + 1, dtype=torch.int64, device=index.device)
+        pieces = self.inputs[index.unsqueeze(-1) + places]
         return pieces[..., :-1], pieces[..., 1:]
 
     def to(self, device: torch.device) -> Data:
@@ -87,8 +88,9 @@ def _digits() -> tuple[Tensor, Tensor]:
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn: pip install 'hf_lopt[meta]'") from error
     images, classes = load_digits(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return torch.tensor(images, dtype=torch.float32)[order] / 8.0 - 1.0, torch.tensor(classes)[order]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
+    inputs, numbers = torch.tensor(images, dtype=torch.float32), torch.tensor(classes, dtype=torch.int64)
+    return inputs[order] / 8.0 - 1.0, numbers[order]
 
 
 def digits(part: str) -> Data:
@@ -105,29 +107,29 @@ def digit_images(part: str) -> Data:
 def functions(part: str, seed: int = 0, inputs: int = 8, outputs: int = 4, samples: int = 8192) -> Data:
     """Smooth random functions of normal inputs: sums of sines in random directions, unit variance, some noise."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, inputs, generator=generator)
-    directions = torch.randn(inputs, 6 * outputs, generator=generator) / math.sqrt(inputs)
-    waves = torch.sin(2.0 * x @ directions + 3.0 * torch.randn(6 * outputs, generator=generator))
+    x = torch.randn(samples, inputs, generator=generator, dtype=torch.float32)
+    directions = torch.randn(inputs, 6 * outputs, generator=generator, dtype=torch.float32) / math.sqrt(inputs)
+    waves = torch.sin(2.0 * x @ directions + 3.0 * torch.randn(6 * outputs, generator=generator, dtype=torch.float32))
     y = waves.view(samples, outputs, 6).sum(2)
-    y = (y - y.mean(0)) / y.std(0) + 0.1 * torch.randn(y.shape, generator=generator)
+    y = (y - y.mean(0)) / y.std(0) + 0.1 * torch.randn(y.shape, generator=generator, dtype=torch.float32)
     return split_dataset(x, y, part)
 
 
 def regions(part: str, seed: int = 0, inputs: int = 8, classes: int = 6, samples: int = 8192) -> Data:
     """Classes: which of several smooth random functions is the largest, for normal inputs of unequal size."""
-    sizes = torch.logspace(-0.5, 0.5, inputs)
+    sizes = torch.logspace(-0.5, 0.5, inputs, dtype=torch.float32)
     whole = functions("train", seed, inputs, classes, samples=4 * samples)  # the first quarter
     return split_dataset(whole.inputs * sizes, whole.targets.argmax(1), part)
 
 
 def _waves(generator: torch.Generator, samples: int, side: int, count: int = 3) -> Tensor:
     """Sums of plane waves of random direction, length and phase under a window each, (N, side * side)."""
-    place = torch.linspace(-1.0, 1.0, side)
+    place = torch.linspace(-1.0, 1.0, side, dtype=torch.float32)
     y, x = torch.meshgrid(place, place, indexing="ij")
     shape = (samples, count, 1, 1)
-    angle, phase = (2.0 * math.pi * torch.rand(shape, generator=generator) for _ in range(2))
-    length = 0.4 + torch.rand(shape, generator=generator)
-    at_x, at_y = (1.6 * torch.rand(shape, generator=generator) - 0.8 for _ in range(2))
+    angle, phase = (2.0 * math.pi * torch.rand(shape, generator=generator, dtype=torch.float32) for _ in range(2))
+    length = 0.4 + torch.rand(shape, generator=generator, dtype=torch.float32)
+    at_x, at_y = (1.6 * torch.rand(shape, generator=generator, dtype=torch.float32) - 0.8 for _ in range(2))
     wave = torch.sin(2.0 * math.pi * (x * angle.cos() + y * angle.sin()) / length + phase)
     window = torch.exp(-2.0 * ((x - at_x).square() + (y - at_y).square()))
     return (wave * window).sum(1).flatten(1)
@@ -138,7 +140,7 @@ def noisy_waves(part: str, seed: int = 0, side: int = 10, samples: int = 4096) -
     generator = torch.Generator().manual_seed(seed)
     clean = _waves(generator, samples, side)
     clean = clean / clean.std()
-    return split_dataset(clean + torch.randn(clean.shape, generator=generator), clean, part)
+    return split_dataset(clean + torch.randn(clean.shape, generator=generator, dtype=torch.float32), clean, part)
 
 
 def teacher(
@@ -146,11 +148,11 @@ def teacher(
 ) -> Data:
     """What a random perceptron with two hidden layers of tanh makes of normal inputs, unit variance, no noise."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, inputs, generator=generator)
+    x = torch.randn(samples, inputs, generator=generator, dtype=torch.float32)
     y = x
     for size in (width, width, outputs):
         y = 1.7 * torch.tanh(y) if y is not x else y
-        y = y @ torch.randn(y.shape[1], size, generator=generator) / math.sqrt(y.shape[1])
+        y = y @ torch.randn(y.shape[1], size, generator=generator, dtype=torch.float32) / math.sqrt(y.shape[1])
     return split_dataset(x, (y - y.mean(0)) / y.std(0), part)
 
 
@@ -159,15 +161,15 @@ def tumours(part: str) -> Data:
     from sklearn.datasets import load_breast_cancer
 
     rows, classes = load_breast_cancer(return_X_y=True)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0), dtype=torch.int64)
     x = torch.tensor(rows, dtype=torch.float32)[order]
-    return split_dataset((x - x.mean(0)) / x.std(0), torch.tensor(classes)[order], part)
+    return split_dataset((x - x.mean(0)) / x.std(0), torch.tensor(classes, dtype=torch.int64)[order], part)
 
 
 def _numbers(text: str) -> Tensor:
     """The places in ``ALPHABET`` of the characters that it has."""
     numbers = {character: i for i, character in enumerate(ALPHABET)}
-    return torch.tensor([numbers[c] for c in text if c in numbers])
+    return torch.tensor([numbers[c] for c in text if c in numbers], dtype=torch.int64)
 
 
 @functools.cache
@@ -200,7 +202,7 @@ def code(part: str, window: int) -> Data:
 @functools.cache
 def _names() -> Tensor:
     names = [name for name in (unicodedata.name(chr(i), "") for i in range(0x3000)) if name]
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0), dtype=torch.int64).tolist()
     return _numbers("\n".join(names[i] for i in order))
 
 

@@ -65,7 +65,7 @@ class Estimator:
         if not std > 0:
             raise ValueError(f"std must be positive, got {std}")
         self.runs, self.std, self.generator, self.clip = runs, std, generator, clip
-        self.accumulated = torch.zeros(runs.pairs, size)
+        self.accumulated = torch.zeros(runs.pairs, size, dtype=torch.float32)
         self._persistent = name == "pes"
 
     def gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ class Estimator:
         over = list(self.runs.ended())
         if over:
             self.accumulated[over] = 0.0
-        noise = torch.randn(self.accumulated.shape, generator=self.generator) * self.std
+        noise = torch.randn(self.accumulated.shape, generator=self.generator, dtype=torch.float32) * self.std
         self.accumulated = self.accumulated + noise if self._persistent else noise
         losses = self.runs.unroll(torch.cat([theta + noise, theta - noise])).cpu()
         plus, minus = losses.chunk(2)

@@ -54,7 +54,7 @@ def _follow(task: Task, seeds: int, steps: int, looks: int, make: Callable[[dict
     params, step = make(task.start(seeds, generator))
     fresh = [samples.batch(seeds, task.batch, generator, fresh=True) for _ in range(FRESH_BATCHES)]
     times = sorted({round(steps * (k + 1) / looks) for k in range(looks)})
-    losses, train = [], torch.zeros(seeds)
+    losses, train = [], torch.zeros(seeds, dtype=torch.float32)
     for t in range(steps):
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         now = task.losses(leaves, samples.batch(seeds, task.batch, generator))
@@ -65,7 +65,7 @@ def _follow(task: Task, seeds: int, steps: int, looks: int, make: Callable[[dict
             with torch.no_grad():
                 losses.append(torch.stack([task.losses(params, batch) for batch in fresh]).mean(0))
     curves = torch.stack(losses, 1)
-    return Curves(torch.tensor(times), torch.where(curves.isfinite(), curves, math.inf), train)
+    return Curves(torch.tensor(times, dtype=torch.int64), torch.where(curves.isfinite(), curves, math.inf), train)
 
 
 def learned(
@@ -81,13 +81,13 @@ def learned(
     """Runs under a learned rule; ``lr`` is the peak of a cosine with warm-up where the schedule is the caller's."""
     particles = Particles(rule, task.shapes, seeds, settings)
     particles.set_weights({name: leaf.expand(seeds, *leaf.shape) for name, leaf in theta.items()})
-    horizons = torch.full((seeds,), steps)
+    horizons = torch.full((seeds,), steps, dtype=torch.int64)
 
     def make(start: dict[str, Tensor]) -> tuple[Mapping[str, Tensor], Step]:
         particles.restart(range(seeds), start)
 
         def step(gradients: Mapping[str, Tensor], losses: Tensor, t: int) -> None:
-            rates = torch.full((seeds,), lr)
+            rates = torch.full((seeds,), lr, dtype=torch.float32)
             if not particles.rule.own_schedule:
                 rates = rates * schedule(particles.steps, horizons)
             particles.update(gradients, losses, rates, horizons)
@@ -105,10 +105,11 @@ def adamw(task: Task, steps: int, seeds: int, lr: float, decay: str = "cosine", 
     def make(start: dict[str, Tensor]) -> tuple[Mapping[str, Tensor], Step]:
         params = {name: p.clone() for name, p in start.items()}
         optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.0 if decay == "linear" else 0.01)
-        horizon = torch.tensor(steps)
+        horizon = torch.tensor(steps, dtype=torch.int64)
 
         def step(gradients: Mapping[str, Tensor], losses: Tensor, t: int) -> None:
-            share = 1.0 - t / steps if decay == "linear" else schedule(torch.tensor(t), horizon).item()
+            now = torch.tensor(t, dtype=torch.int64)
+            share = 1.0 - t / steps if decay == "linear" else schedule(now, horizon).item()
             optimizer.param_groups[0]["lr"] = lr * share
             for name, p in params.items():
                 p.grad = gradients[name]

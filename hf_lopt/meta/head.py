@@ -207,7 +207,7 @@ class HeadVector:
 
     def start(self) -> Tensor:
         """The first values, (D,)."""
-        return torch.tensor(list(self.first.values()))
+        return torch.tensor(list(self.first.values()), dtype=torch.float32)
 
     def leaves(self, vectors: Tensor) -> dict[str, Tensor]:
         """Weights for vectors (P, D): leaves (P, *leaf shape); without P for one vector (D,)."""

@@ -78,9 +78,9 @@ def mixture_leaves(rule: str, theta: Mapping[str, Tensor], weights: Mapping[str,
 
 def _pair(inputs: int, form: Mapping[int, float]) -> Tensor:
     """Weights (inputs, 2) of two units with opposite signs."""
-    pair = torch.zeros(inputs, 2)
+    pair = torch.zeros(inputs, 2, dtype=torch.float32)
     for column, weight in form.items():
-        pair[column] = torch.tensor([weight, -weight])
+        pair[column] = torch.tensor([weight, -weight], dtype=torch.float32)
     return pair
 
 
@@ -91,7 +91,7 @@ def _set_schedule(leaves: Mapping[str, Tensor], prefix: str, before: int, number
         ValueError: the network's exponent does not come from these units.
     """
     exponent = torch.zeros_like(leaves[f"{prefix}w2"][:, 1])
-    exponent[2:4] = torch.tensor([1.0 / small_fc.EXP_MULT, -1.0 / small_fc.EXP_MULT])
+    exponent[2:4] = torch.tensor([1.0 / small_fc.EXP_MULT, -1.0 / small_fc.EXP_MULT], dtype=torch.float32)
     if not torch.equal(leaves[f"{prefix}w2"][:, 1], exponent):
         raise ValueError(
             "a scale and a schedule can be mixed into constructed weights, and others of their form, only"
@@ -103,7 +103,7 @@ def _set_schedule(leaves: Mapping[str, Tensor], prefix: str, before: int, number
     *coefficients, constant = schedules.step_fit(warmup, decay, numbers["power"])
     first, bias = leaves[f"{prefix}w0"], leaves[f"{prefix}b0"]
     first[:, 2:4] = _pair(len(first), dict(enumerate(coefficients, before)))
-    bias[2:4] = torch.tensor([constant, -constant])
+    bias[2:4] = torch.tensor([constant, -constant], dtype=torch.float32)
     leaves[f"{prefix}w2"][:, 0] *= math.exp(numbers["log_scale"])
 
 
@@ -177,6 +177,8 @@ def with_spare_units(
     for layer in range(2):
         spare = ~network.in_use(layer)
         inputs = network.weights[layer]
-        inputs[:, spare] = torch.randn(len(inputs), int(spare.sum()), generator=generator) * len(inputs) ** -0.5
+        inputs[:, spare] = (
+            torch.randn(len(inputs), int(spare.sum()), generator=generator, dtype=torch.float32) * len(inputs) ** -0.5
+        )
         network.weights[layer + 1][spare] = 0.0
     return network.into(theta)

@@ -76,7 +76,9 @@ class Particles:
         if unknown:
             raise ValueError(f"{rule} takes no setting {', '.join(unknown)}; it takes {', '.join(self.rule.defaults)}")
         self.group = dict(self.rule.defaults) | dict(settings or {}) | {"axis_order": "jax"}
-        self.params = {n: torch.zeros(count, *shape, device=self.device) for n, shape in shapes.items()}
+        self.params = {
+            n: torch.zeros(count, *shape, device=self.device, dtype=torch.float32) for n, shape in shapes.items()
+        }
         self.state: dict[str, dict[str, Tensor]] = {}
         self.run: dict[str, Tensor] = {}
         self.steps = torch.zeros(count, dtype=torch.int64, device=self.device)
@@ -139,7 +141,7 @@ class Particles:
         """Begin anew with the particles ``which``, from ``start``: parameter name -> (len(which), *shape)."""
         if not len(which):
             return
-        places = torch.as_tensor(which, device=self.device)
+        places = torch.as_tensor(which, device=self.device, dtype=torch.int64)
         for name, p in self.params.items():
             p[places] = start[name].to(self.device)
         if self.together:

@@ -112,7 +112,7 @@ class Draws:
     lr: Tensor  # (N,)
     loss_scale: Tensor  # (N,)
     parameter_scale: Tensor  # (N, parameters)
-    first_loss: Tensor = field(default_factory=lambda: torch.zeros(0))  # (C N,)
+    first_loss: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))  # (C N,)
 
 
 @dataclass
@@ -157,10 +157,12 @@ class TaskRuns:
         self.settings, self.objective, self.generator = runs, objective, generator
         self.particles = Particles(rule, task.shapes, copies * pairs, settings, device)
         self.samples = task.samples().to(self.particles.device)
-        ones = torch.ones(pairs)
+        ones = torch.ones(pairs, dtype=torch.float32)
         zeros = torch.zeros(pairs, dtype=torch.int64)
-        self.draws = Draws(zeros + 1, zeros, ones, ones.clone(), torch.ones(pairs, len(task.shapes)))
-        self.draws.first_loss = torch.ones(copies * pairs)
+        self.draws = Draws(
+            zeros + 1, zeros, ones, ones.clone(), torch.ones(pairs, len(task.shapes), dtype=torch.float32)
+        )
+        self.draws.first_loss = torch.ones(copies * pairs, dtype=torch.float32)
         self.truncations = 0
         own_schedule = self.particles.rule.own_schedule
         self._scheduled = not own_schedule
@@ -175,8 +177,8 @@ class TaskRuns:
         device, shape = self.particles.device, (len(self.task.shapes), self.count)
         places = torch.zeros(self.pairs, self.task.batch, dtype=torch.int64, device=device)
         horizons = torch.ones(self.count, dtype=torch.int64, device=device)
-        scales = torch.ones(shape, device=device)
-        lr, loss_scale, first_loss = torch.ones(3, self.count, device=device).unbind()
+        scales = torch.ones(shape, device=device, dtype=torch.float32)
+        lr, loss_scale, first_loss = torch.ones(3, self.count, device=device, dtype=torch.float32).unbind()
         return Inputs(places, lr, horizons, loss_scale, scales, first_loss)
 
     @property
@@ -204,7 +206,7 @@ class TaskRuns:
     def _truncation(self) -> Tensor:
         objective = self.objective
         self._send_draws()
-        total, count = torch.zeros(self.count, device=self.particles.device), 0
+        total, count = torch.zeros(self.count, device=self.particles.device, dtype=torch.float32), 0
         for k in range(self.settings.truncation):
             losses = self._step()
             if objective.samples == "train":
@@ -268,7 +270,7 @@ class TaskRuns:
 
     def _log_uniform(self, limits: Sequence[float], *shape: int) -> Tensor:
         low, high = (math.log(x) for x in limits)
-        return torch.exp(low + (high - low) * torch.rand(*shape, generator=self.generator))
+        return torch.exp(low + (high - low) * torch.rand(*shape, generator=self.generator, dtype=torch.float32))
 
     def _longest(self) -> float:
         s = self.settings
@@ -281,7 +283,7 @@ class TaskRuns:
         s, n, k = self.settings, len(over), self.settings.truncation
         pieces = (self._log_uniform((s.shortest, self._longest()), n) / k).round().long().clamp(min=1)
         self.draws.horizons[over] = k * pieces
-        staggered = 1 + (torch.rand(n, generator=self.generator) * pieces).long()
+        staggered = 1 + (torch.rand(n, generator=self.generator, dtype=torch.float32) * pieces).long()
         self.draws.ends[over] = k * (pieces if self.truncations else staggered)
         self.draws.lr[over] = self._log_uniform(s.lr, n)
         self.draws.loss_scale[over] = self._log_uniform(s.loss_scale, n)

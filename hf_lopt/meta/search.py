@@ -191,7 +191,7 @@ class MixtureSearch:
         self.names = list(config.mixture)
         self.first = torch.tensor(list(config.mixture.values()), dtype=torch.float64)
         network = config.rule in MIXTURES
-        self._direction = torch.tensor([network and name not in SCHEDULE for name in self.names])
+        self._direction = torch.tensor([network and name not in SCHEDULE for name in self.names], dtype=torch.bool)
         self.steps_per_call = config.population * sum(config.tasks.values()) * config.runs.longest
         mixture_leaves(config.rule, self.start, config.mixture)  # refuses what there is not
         self.steps = 0
@@ -203,7 +203,7 @@ class MixtureSearch:
             from cmaes import CMA
         except ImportError as error:
             raise ImportError("CMA-ES comes from the package cmaes: pip install 'hf_lopt[meta]'") from error
-        seed = int(torch.randint(2**31, (), generator=seeded(self.config.seed, "cma")))
+        seed = int(torch.randint(2**31, (), generator=seeded(self.config.seed, "cma"), dtype=torch.int64))
         sigma = self.config.perturbation.std
         return CMA(self.first.numpy(), sigma, seed=seed, population_size=self.config.population)
 
@@ -222,7 +222,8 @@ class MixtureSearch:
         """Steps of the runs of each task in this generation."""
         generator, count = seeded(self.config.seed, "lengths", self.steps), len(self.config.tasks)
         low, high = math.log(self.config.runs.shortest), math.log(self.config.runs.longest)
-        places = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+        order = torch.randperm(count, generator=generator, dtype=torch.int64)
+        places = (order + torch.rand(count, generator=generator, dtype=torch.float32)) / count
         return [round(x) for x in torch.exp(low + (high - low) * places.double()).tolist()]
 
     def step(self) -> dict[str, float]:

@@ -58,8 +58,11 @@ class Task:
         out = {}
         for name, shape in self.shapes.items():
             scale = self.scales[name]
-            fixed = torch.ones if scale is None else torch.zeros
-            out[name] = torch.randn(count, *shape, generator=generator) * scale if scale else fixed(count, *shape)
+            fixed = 1.0 if scale is None else 0.0
+            if scale:
+                out[name] = torch.randn(count, *shape, generator=generator, dtype=torch.float32) * scale
+            else:
+                out[name] = torch.full((count, *shape), fixed, dtype=torch.float32)
         return out
 
     def losses(self, params: Params, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -186,7 +189,7 @@ def residual_mlp(name: str, sizes: Sequence[int], blocks: int, samples: Callable
 
 def _looked_up(table: Tensor, x: Tensor) -> Tensor:
     """Rows of the tables (P, symbols, width) for the symbols x (P, B, ...): (P, all others, width)."""
-    offset = torch.arange(len(x), device=x.device).view(-1, 1) * table.shape[1]
+    offset = torch.arange(len(x), device=x.device, dtype=torch.int64).view(-1, 1) * table.shape[1]
     return table.flatten(0, 1)[x.flatten(1) + offset]
 
 

@@ -142,7 +142,7 @@ class Trainer:
     def _agreed_to_stop(self) -> bool:
         if processes()[1] == 1:
             return self.stopped
-        flag = torch.tensor(float(self.stopped), device=self.device)
+        flag = torch.tensor(float(self.stopped), device=self.device, dtype=torch.float32)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 

@@ -77,6 +77,7 @@ def update_adam(
         loss,
         horizon=settings["num_training_steps"],
         others=[tensors],
+        others_clip=CLIP_GRADIENT,
         correction_decays=(momentum_decay, second_decay),
     )
     schedule = scheduler.run_scheduler(tensors, decision, weights, softmax=True)

@@ -126,6 +126,7 @@ def update(
     measured, decision = measure(
         [(branch, CELO2) for branch in branches.values()],
         run,
+        loss,
         others=[] if adam is None else [adam],
         correction_decays=(*ADAM.momentum, *ADAM.second_moment),
     )

@@ -73,7 +73,7 @@ def update(
 ) -> UpdateResult:
     """One step: o0 exp(exp_mult o1) step_mult, times lr and the step_scale of the group."""
     features = weights["features"]
-    (measured,), decision = measure([(tensors, features)], run)
+    (measured,), decision = measure([(tensors, features)], run, loss)
     network = specialize_networks(
         tensors,
         features,

@@ -17,7 +17,7 @@ R replicas.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +25,19 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
-from hf_lopt.features import LOSS, STAT_NONFINITE, STAT_P2, STEP, TIME, ElementFeatures
+from hf_lopt.features import LOSS, STAT_G2, STAT_NONFINITE, STAT_P2, STEP, TIME, ElementFeatures
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import Advance, Assign, FeatureSums, Sums
 from hf_lopt.kernels.reference import scheduler as reference
 from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import Factors
 from hf_lopt.step.tensors import StepCache, TensorList
+
+
+# A gradient that no clip bounds counts as not finite where its sum of squares is 2^63 or more, a norm of 3e9. Second
+# moments are at most the largest sum of squares so far, and the sums of their squares have to fit into float32, in
+# which some kernels form them: 2^126 does. With this factor such a sum is infinite as float64, at 2^1024.
+_GRADIENT_LIMIT = 2.0**961
 
 
 @dataclass
@@ -112,6 +118,7 @@ def measure(
     horizon: int | Sequence[int] = 0,
     tensor_inputs: bool = False,
     others: Sequence[TensorList] = (),
+    others_clip: float = math.inf,
     correction_decays: Sequence[float] = (),
 ) -> tuple[list[Measurements], StepDecision]:
     """Passes 0 and 1 over lists whose features share their factored decays, and the decision about the step.
@@ -122,10 +129,12 @@ def measure(
         parts: lists with the features that their networks see.
         run: state of the run: "step" 0-d, and its "counters" (3,) unless the caller counts; "loss_means" and
             "loss_min" (10,) where the rule has a loss buffer. Of replicas "step" (R,) and buffers (R, 10).
-        loss: of this rank, 0-d; of replicas (R,).
+        loss: of this rank, 0-d; of replicas (R,). A step whose loss is not finite is skipped, also where the rule has
+            no other use for it; None: there is none.
         horizon: length of the run in steps, for the scheduler; of replicas one each.
         tensor_inputs: whether VeLO's features of each tensor are among the scheduler's inputs.
         others: lists that are only looked at for values that are not finite.
+        others_clip: the bound that the rule sets on their gradients itself (inf: none).
         correction_decays: decays whose bias corrections the rule wants.
     """
     lists = [*(tensors for tensors, _ in parts), *others]
@@ -137,9 +146,13 @@ def measure(
     ]
     stats = [x.stats for x in first]
     checked, nonfinite = [*stats, *map(_nonfinite_statistics, others)], None
+    clips = [features.clip for _, features in parts] + [others_clip] * len(others)
+    finite = [*sums, *_gradient_limits(lists, checked, clips)]  # what has to be
     if distributed.world_size() > 1:
-        stats, totals, loss, nonfinite = _reduce(parts, checked, [x.complete() for x in first], sums, loss, lists)
-        moments, checked, sums = stats, [], []
+        stats, totals, loss, nonfinite = _reduce(
+            parts, checked, [x.complete() for x in first], sums, finite, loss, lists
+        )
+        moments, checked, finite = stats, [], []
     else:
         totals, moments = sums, [x.moments for x in first]
     of_tensors: list[Tensor] = []
@@ -154,7 +167,7 @@ def measure(
         loss,
         horizon,
         stats=checked,
-        sums=sums,
+        sums=finite,
         nonfinite=nonfinite,
         correction_decays=correction_decays,
         tensor_inputs=of_tensors,
@@ -208,7 +221,7 @@ def _gradient_sums(tensors: TensorList, features: ElementFeatures, moments: bool
 
 
 def _nonfinite_statistics(tensors: TensorList) -> Tensor:
-    """Statistics (2T, S) that count what is not finite in gradients and parameters."""
+    """Statistics (2T, S) that count what is not finite in gradients and, after them, in parameters."""
     none, values = [-1] * (2 * len(tensors)), [*tensors.grads, *tensors.params]
     return ops.sums(
         Sums(
@@ -222,6 +235,16 @@ def _nonfinite_statistics(tensors: TensorList) -> Tensor:
             moments=False,
         )
     )[2]
+
+
+def _gradient_limits(lists: Sequence[TensorList], stats: Sequence[Tensor], clips: Sequence[float]) -> Iterator[Tensor]:
+    """Numbers (T, 1) float64 of the lists without a clip, infinite where a gradient of this rank is too large.
+
+    Replicas are left out: one of them that diverges is no reason to stop the others.
+    """
+    for tensors, found, clip in zip(lists, stats, clips, strict=True):
+        if clip == math.inf and not tensors.layout.replicas:
+            yield found.narrow(0, 0, len(tensors)).narrow(1, STAT_G2, 1) * _GRADIENT_LIMIT
 
 
 def _factored_axes(tensors: TensorList, features: ElementFeatures) -> tuple[list[int], list[int]]:
@@ -286,12 +309,13 @@ def _reduce(
     checked: Sequence[Tensor],
     stats: Sequence[Tensor],
     sums: Sequence[Tensor],
+    finite: Sequence[Tensor],
     loss: Tensor | None,
     lists: Sequence[TensorList],
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
     """Reduction 2: statistics (T, S), feature sums (M, F), the mean loss, and whether anything is not finite, over all
     shards and ranks. The size of the last update rides along, see :func:`update_rms`."""
-    flags = [(x[:, STAT_NONFINITE] > 0).any() for x in checked] + [~torch.isfinite(x).all() for x in sums]
+    flags = [(x[:, STAT_NONFINITE] > 0).any() for x in checked] + [~torch.isfinite(x).all() for x in finite]
     nonfinite = torch.stack(flags + ([] if loss is None else [~torch.isfinite(loss)])).any()
     cache, zero = lists[0].root, torch.zeros_like(nonfinite, dtype=torch.float64)
     last_update = zero if cache.local_update is None else cache.local_update

@@ -345,7 +345,7 @@ class PreparedStep:
         values, device = [group[name] for group in groups], self.layout.device
         if any(isinstance(value, Tensor) for value in values):
             distinct = {id(group): group[name] for group in groups}
-            numbers = [torch.as_tensor(v).to(device, torch.float32).reshape(1) for v in distinct.values()]
+            numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
             if len(numbers) == 1:
                 return numbers[0].expand(len(values))
             places = {key: i for i, key in enumerate(distinct)}

@@ -258,7 +258,7 @@ def feature_sums(arguments: FeatureSums) -> Tensor:
         for name, columns in vector:
             square = x.vector_feature(t, name).double().square_()
             out[t, columns] = square.flatten(1).sum(1) * (p.numel() / max(square[0].numel(), 1))
-        ranges = torch.cat([torch.arange(c.start, c.stop, device=out.device) for _, c in element])
+        ranges = torch.cat([torch.arange(c.start, c.stop, device=out.device, dtype=torch.int64) for _, c in element])
         for _, block in x.blocks(t):
             features = _stack(block, element)
             out[t, ranges] += torch.linalg.vecdot(features, features)

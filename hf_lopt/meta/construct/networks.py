@@ -70,7 +70,10 @@ def relu_network(
     if min(hidden) < len(units):
         raise ValueError(f"{len(units)} units are needed in every hidden layer, got {tuple(hidden)}")
     sizes = [inputs, *hidden, len(outputs)]
-    layers = [(torch.zeros(a, b), torch.zeros(b)) for a, b in zip(sizes, sizes[1:], strict=False)]
+    layers = [
+        (torch.zeros(a, b, dtype=torch.float32), torch.zeros(b, dtype=torch.float32))
+        for a, b in zip(sizes, sizes[1:], strict=False)
+    ]
     for j, unit in enumerate(units):
         layers[0][1][j] = unit.bias
         for i, weight in unit.weights.items():

@@ -57,15 +57,23 @@ def build() -> Construction:
         for k, layer in enumerate(mlp_layers())
         for kind, leaf in zip("wb", layer, strict=True)
     }
-    theta |= {"initial_from_lstm": torch.zeros(FROM_LSTM), "initial_from_mlp": torch.zeros(FROM_MLP)}
-    theta |= {f"lstm_init_state/{name}": torch.zeros(1, LSTM_UNITS) for name in ("hidden", "cell")}
+    theta |= {
+        "initial_from_lstm": torch.zeros(FROM_LSTM, dtype=torch.float32),
+        "initial_from_mlp": torch.zeros(FROM_MLP, dtype=torch.float32),
+    }
+    theta |= {
+        f"lstm_init_state/{name}": torch.zeros(1, LSTM_UNITS, dtype=torch.float32) for name in ("hidden", "cell")
+    }
     dense = {
         "rnn_params/rnn/linear": (LSTM_INPUTS + LSTM_UNITS, 4 * LSTM_UNITS),
         "rnn_to_ff_params/rnn_to_ff": (LSTM_UNITS, TO_MLP),
         "rnn_to_in_params/rnn_to_in": (LSTM_UNITS, FROM_LSTM),
     }
     for name, (n_in, n_out) in dense.items():
-        theta |= {f"{name}/w": torch.zeros(n_in, n_out), f"{name}/b": torch.zeros(n_out)}
+        theta |= {
+            f"{name}/w": torch.zeros(n_in, n_out, dtype=torch.float32),
+            f"{name}/b": torch.zeros(n_out, dtype=torch.float32),
+        }
     provenance = {
         "origin": {
             "ffmod_params": "constructed: the network computes a hand rule exactly",

@@ -54,7 +54,7 @@ def network_leaves(scale: float, timed: bool) -> dict[str, Tensor]:
         "rms_decays": decays.second_moment,
         "adafactor_decays": decays.factored,
     }
-    return leaves | {name: torch.zeros(len(kind)) for name, kind in sizes.items()}
+    return leaves | {name: torch.zeros(len(kind), dtype=torch.float32) for name, kind in sizes.items()}
 
 
 def multipliers(theta: dict[str, Tensor], steps: list[float], dtype: torch.dtype = torch.float64) -> list[float]:

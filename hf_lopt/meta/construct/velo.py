@@ -70,11 +70,14 @@ def scheduler(
     times = features.TIME_FRACTIONS
     hidden = len(head)
     sources = [*range(len(times)), *(ranks or {})]
-    mixing = torch.zeros(inputs, hidden)
+    mixing = torch.zeros(inputs, hidden, dtype=torch.float32)
     mixing[sources, range(len(sources))] = 1.0
 
     largest = max((ranks or {}).values(), default=1.0)
-    kernel, offsets = torch.zeros(2 * hidden, 4, hidden), torch.zeros(4, hidden)
+    kernel, offsets = (
+        torch.zeros(2 * hidden, 4, hidden, dtype=torch.float32),
+        torch.zeros(4, hidden, dtype=torch.float32),
+    )
     plain = gate_bias(GATE / largest)
     # Gates: input, candidate, forget (the rule adds 1), output.
     offsets[0], offsets[2], offsets[3] = plain, -OPEN - 1.0, OPEN
@@ -86,15 +89,20 @@ def scheduler(
 
     weights = torch.tensor(head, dtype=torch.float64) / GATE
     return {
-        "lstm_init_state/cell": torch.zeros(1, hidden),
-        "lstm_init_state/hidden": torch.zeros(1, hidden),
-        **{f"rnn_params/{name}/w": torch.zeros(inputs, hidden) for name in ("linear", "linear_1")},
-        **{f"rnn_params/{name}/b": torch.zeros(hidden) for name in ("linear", "linear_1", "linear_2")},
+        "lstm_init_state/cell": torch.zeros(1, hidden, dtype=torch.float32),
+        "lstm_init_state/hidden": torch.zeros(1, hidden, dtype=torch.float32),
+        **{
+            f"rnn_params/{name}/w": torch.zeros(inputs, hidden, dtype=torch.float32) for name in ("linear", "linear_1")
+        },
+        **{
+            f"rnn_params/{name}/b": torch.zeros(hidden, dtype=torch.float32)
+            for name in ("linear", "linear_1", "linear_2")
+        },
         "rnn_params/linear_2/w": mixing,
         "rnn_params/rnn/linear/w": kernel.flatten(1),
         "rnn_params/rnn/linear/b": offsets.flatten(),
         "rnn_params/step_size/w": weights.unsqueeze(1).float(),
-        "rnn_params/step_size/b": torch.tensor([bias]),
+        "rnn_params/step_size/b": torch.tensor([bias], dtype=torch.float32),
     }
 
 
@@ -230,8 +238,8 @@ def build_velo(bank_scale: float = 100.0) -> Construction:
     network = relu_pair(features.VELO, DIRECTION, hidden=(4, 4), outputs=3)
     theta |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
     # The rule multiplies by the bank factor and by the control; together they give 1.
-    theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(coefficients), 1)
-    theta["rnn_params/rnn_to_controls/b"] = torch.tensor([1.0 / bank_scale])
+    theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(coefficients), 1, dtype=torch.float32)
+    theta["rnn_params/rnn_to_controls/b"] = torch.tensor([1.0 / bank_scale], dtype=torch.float32)
 
     for dtype in (torch.float64, torch.float32):
         errors = velo_fit_errors(theta, dtype)
@@ -267,8 +275,8 @@ def build_celo() -> Construction:
     network = relu_pair(features.VELO, DIRECTION, hidden=(4, 4), outputs=3)
     theta |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
     # The softmax over one network is 1 whatever the controls are.
-    theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(theta["rnn_params/step_size/w"]), 1)
-    theta["rnn_params/rnn_to_controls/b"] = torch.zeros(1)
+    theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(theta["rnn_params/step_size/w"]), 1, dtype=torch.float32)
+    theta["rnn_params/rnn_to_controls/b"] = torch.zeros(1, dtype=torch.float32)
     provenance = _celo_provenance(theta, CELO_PEAK, direction_record(DIRECTION))
     provenance["origin"] = {
         "ff_mod_stack": "constructed: the network computes a linear hand rule exactly",

@@ -1,0 +1,181 @@
+"""Whether a state dict fits an optimizer, found out before anything of the optimizer is changed.
+
+A checkpoint is an input like any other: of another model, edited, or damaged on the way. Operators read as many
+numbers as a parameter has, and a NaN in a momentum reaches the parameter in the next step, so what is loaded is
+compared with what the rule would have made: keys, shapes, dtypes, placements, values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import distributed
+from hf_lopt.rules.base import Rule
+from hf_lopt.settings import check_settings
+from hf_lopt.step.networks import Theta
+
+
+# How many differences an error lists.
+_LISTED = 10
+# Averages of squares.
+_NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "factored_diag"))
+# Kept per parameter where one update takes several calls of step().
+_GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
+_WAY_OUT = (
+    "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
+    "or start without the optimizer's state."
+)
+
+
+def check_saved_state(
+    rule: Rule,
+    theta: Theta,
+    groups: Sequence[Mapping[str, Any]],
+    run_values: Mapping[str, Any],
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Compare a state dict with the optimizer that is to take it.
+
+    Args:
+        rule: the optimizer's rule; that the state dict is of the same one has been checked.
+        theta: its weights.
+        groups: its ``param_groups``.
+        run_values: the values of a run that has not begun: counters and tensors of the run, by name.
+        state_dict: of ``torch.optim.Optimizer.state_dict``.
+
+    Raises:
+        ValueError: listing what differs, up to ten things, with the way out.
+    """
+    differences: list[str] = []
+    saved_groups, saved = state_dict["param_groups"], state_dict["state"]
+    if len(saved_groups) != len(groups):
+        differences.append(f"parameter groups: got {len(saved_groups)}, this optimizer has {len(groups)}")
+    known: set[Any] = set()
+    for g, (ours, theirs) in enumerate(zip(groups, saved_groups, strict=False)):
+        differences += _group_differences(rule, f"group {g}", ours, theirs, run_values)
+        params, ids = ours["params"], theirs["params"]
+        known |= set(ids)
+        if len(params) != len(ids):
+            differences.append(f"group {g}: got {len(ids)} parameters, this optimizer has {len(params)}")
+        for i, p in zip(ids, params, strict=False):
+            name = f"parameter {i} of shape {tuple(p.shape)}"
+            differences += _state_differences(rule, theta, name, p, theirs, saved.get(i, {}), bool(saved))
+    differences += [f"state of parameter {i!r}, which is in no group" for i in saved if i not in known]
+    if differences:
+        more = len(differences) - _LISTED
+        listed = "; ".join(differences[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        raise ValueError(f"the state dict does not fit this {rule.class_name}: {listed}. {_WAY_OUT}")
+
+
+def _group_differences(
+    rule: Rule, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run_values: Mapping[str, Any]
+) -> Iterable[str]:
+    """What is wrong with the settings and the run of one group."""
+    missing = [key for key in ours if key not in theirs and key in {*rule.defaults, *run_values} - {"weights"}]
+    if missing:
+        yield f"{name} lacks {', '.join(missing)}"
+    try:
+        check_settings({key: _number(value) for key, value in theirs.items() if key in rule.defaults})
+    except ValueError as error:
+        yield f"{name}: {error}"
+    if rule.needs_horizon and not _is_count(theirs.get("num_training_steps", 0)):
+        yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r}"
+    for key, wanted in run_values.items():
+        if key in theirs:
+            yield from _run_differences(f"{name}, {key}", wanted, theirs[key])
+
+
+def _run_differences(name: str, wanted: Any, got: Any) -> Iterable[str]:
+    """What is wrong with a value of the run: a number of calls, a counter, or a tensor of the rule."""
+    if not isinstance(wanted, Tensor):
+        if not _is_count(got):
+            yield f"{name}: got {got!r}, wanted a whole number >= 0"
+        return
+    if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
+        yield f"{name}: got {_describe(got)}, wanted {_describe(wanted)}"
+    elif not wanted.is_floating_point():
+        if int(got) < 0:
+            yield f"{name}: got {int(got)}, wanted a count >= 0"
+    elif not torch.isfinite(got).all():
+        yield f"{name}: has values that are NaN or infinite"
+
+
+def _state_differences(
+    rule: Rule,
+    theta: Theta,
+    name: str,
+    p: Tensor,
+    group: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    any_state: bool,
+) -> Iterable[str]:
+    """What is wrong with the state of one parameter. ``any_state``: the state dict has state of some parameter."""
+    if not saved:
+        if any_state and p.numel() and p.requires_grad:
+            yield f"{name}: no state"
+        return
+    try:
+        wanted = _wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
+    except ValueError as error:  # a group's axis order or branch that means nothing
+        yield f"{name}: {error}"
+        return
+    optional = {_GRADIENT_SUM, _GRADIENTS_SUMMED} if "max_training_steps" in rule.defaults else set()
+    if missing := sorted(wanted.keys() - saved.keys()):
+        yield f"{name}: lacks {', '.join(missing)}"
+    if extra := sorted(saved.keys() - wanted.keys() - optional):
+        yield f"{name}: has {', '.join(extra)}, which {rule.class_name} does not keep for it"
+    wanted = {**wanted, _GRADIENT_SUM: torch.empty(p.shape, dtype=torch.float32, device="meta")}
+    for key, got in saved.items():
+        if key == _GRADIENTS_SUMMED:
+            if not _is_count(got):
+                yield f"{name}, {key}: got {got!r}, wanted a whole number >= 0"
+        elif key in wanted:
+            yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, distributed.is_dtensor(p))
+
+
+def _wanted_state(
+    rule: Rule, theta: Theta, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The state that the rule makes for a parameter, without memory."""
+    settings = {**rule.defaults, **group}
+    return rule.init_state(torch.empty(shape, dtype=dtype, device="meta"), settings, theta)
+
+
+def _tensor_differences(name: str, key: str, wanted: Tensor, got: Any, sharded: bool) -> Iterable[str]:
+    """What is wrong with one tensor of the state; ``wanted`` has its global shape and dtype, but no values."""
+    if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
+        yield f"{name}: got {_describe(got)}, wanted {_describe(wanted)}"
+        return
+    # The scheduler's vectors belong to no axis of the parameter and are the same on all ranks.
+    if wanted.dim() > 1 and sharded and not distributed.is_dtensor(got):
+        yield f"{name}: got an ordinary tensor, wanted a DTensor like its parameter"
+        return
+    values = distributed.local(got)
+    if not values.numel() or values.device.type == "meta":
+        return
+    # One pass over memory, without temporaries: NaN and infinities show in the extremes.
+    low, high = (x.item() for x in torch.aminmax(values))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        yield f"{name}: has values that are NaN or infinite"
+    elif key in _NON_NEGATIVE and low < 0.0:
+        yield f"{name}: averages of squares cannot be negative, got {low:.3g}"
+
+
+def _number(value: Any) -> Any:
+    """A setting as a Python value: schedulers keep some as tensors."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r:.40}"
