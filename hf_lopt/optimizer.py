@@ -15,7 +15,7 @@ from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_saved_state
+from hf_lopt.saved_state import check_saved_state, restore_float32
 from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
 from hf_lopt.step.passes import local_state, ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
@@ -340,14 +340,9 @@ class LearnedOptimizer(GivenSettings):
         self._run_state.check_saved(state_dict["param_groups"])
         run_values = self._run_state.initial_values()
         check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
-        saved = state_dict["state"]
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
         self._run_state.keep_chosen_steps()
-        # torch casts floating-point state to the dtype of the parameter.
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if p.dtype != torch.float32 and i in saved:
-                for key, value in saved[i].items():
-                    if isinstance(value, Tensor) and value.is_floating_point():
-                        self.state[p][key] = value.to(device=p.device, copy=True)
+        params = [p for group in self.param_groups for p in group["params"]]
+        restore_float32(self.state, dict(zip(ids, params, strict=True)), state_dict["state"])
         self._start_over()

@@ -72,6 +72,23 @@ def check_saved_state(
         raise ValueError(f"the state dict does not fit this {rule.class_name}: {listed}. {_WAY_OUT}")
 
 
+def restore_float32(
+    state: Mapping[Tensor, dict[str, Any]], params: Mapping[Any, Tensor], saved: Mapping[Any, Mapping[str, Any]]
+) -> None:
+    """Take floating-point state as it was ``saved``: torch has cast it to the dtype of its parameter.
+
+    Args:
+        state: of the optimizer, which changes.
+        params: the parameter of each id in ``saved``.
+        saved: the state of a state dict.
+    """
+    for i, p in params.items():
+        if p.dtype != torch.float32 and i in saved:
+            for key, value in saved[i].items():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state[p][key] = value.to(device=p.device, copy=True)
+
+
 def _group_differences(
     rule: Rule, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run_values: Mapping[str, Any]
 ) -> Iterable[str]:

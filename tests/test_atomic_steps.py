@@ -86,7 +86,7 @@ def test_a_finite_loss_makes_no_difference_where_it_is_not_needed(name: str):
     assert_same(*found)
 
 
-# ---- gradients that float32 holds, but not their squares --------------------------------------------------------------
+# ---- gradients that float32 holds, but not their squares ----
 
 
 @pytest.mark.parametrize("name", NAMES)
