@@ -7,6 +7,7 @@
 from hf_lopt.feed import feed_loss
 from hf_lopt.feed import watch_scalers as _watch_scalers
 from hf_lopt.hf.register import register as _register
+from hf_lopt.kernels import ops as _ops  # noqa: F401  (the name that `_ops.plain()` had in 0.1.0)
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import ELO, RNNMLP, Celo, Celo2, CeloAdam, ELOCelo2, MuLO, SmallFC, VeLO
 from hf_lopt.optimizers import OPTIMIZERS as _OPTIMIZERS

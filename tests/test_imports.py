@@ -76,7 +76,7 @@ ALLOWED = {
     "launch": {"hf"},
     "plot": set(),
     "meta": {"features", "step", "rules", "weights.publish", "meta", *KERNELS, *LEAVES},
-    "__init__": {"optimizers", "optimizer", "feed", "rules", "param_groups", "hf"},
+    "__init__": {"kernels.ops", "optimizers", "optimizer", "feed", "rules", "param_groups", "hf"},
     "__main__": {"__init__", "optimizers", "optimizer", "rules", "hf", *KERNELS, *LEAVES},
 }
 
