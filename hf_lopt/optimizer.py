@@ -16,9 +16,10 @@ from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ZeroNan
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import PendingLoss, RunMonitor, RunState
-from hf_lopt.saved_state import check_saved_state
-from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
+from hf_lopt.saved_state import check_saved_state, keep_float32
+from hf_lopt.settings import check_parameter, check_ranks_agree, check_settings, complete_settings
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
+from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
 
 
@@ -57,6 +58,7 @@ class LearnedOptimizer(Optimizer):
         self._rule, self._weights = rule, weights
         self._pending = PendingLoss()
         self._run_state = RunState(rule, weights)
+        self._inputs = StepInputs(rule, weights.theta)
         self._start_over()
 
     def _start_over(self) -> None:
@@ -190,8 +192,9 @@ class LearnedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: without a loss or a horizon (unless every lr is 0: then state is allocated and nothing else
-                happens, which is how checkpoints are loaded), for sparse gradients, and after ``max_nonfinite_steps``
-                steps in a row with a non-finite loss, gradient or parameter. Such steps change nothing.
+                happens, which is how checkpoints are loaded), for sparse gradients, where parameters, gradients and
+                state do not fit each other, and after ``max_nonfinite_steps`` steps in a row with a non-finite loss,
+                gradient or parameter. Such steps change nothing.
         """
         if not callable(closure):
             result = closure
@@ -250,8 +253,7 @@ class LearnedOptimizer(Optimizer):
     def _active(self) -> _Parameters:
         """Parameters that take part in this step, with their groups."""
         pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
-        for p, _ in pairs:
-            check_gradient(p, self._rule.class_name)
+        self._inputs.check(pairs, self.state)
         return pairs
 
     def _check_ranks(self, active: _Parameters) -> None:
@@ -267,9 +269,7 @@ class LearnedOptimizer(Optimizer):
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         params, groups = [p for p, _ in active], [group for _, group in active]
         rule, first, device = self._rule, self.param_groups[0], params[0].device
-        text_settings = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
-        number_settings = ("lr", "weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float)))
-        key = tuple((id(p), p.device, *(group[name] for name in text_settings)) for p, group in active)
+        key = self._inputs.key(active)
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
@@ -283,8 +283,8 @@ class LearnedOptimizer(Optimizer):
                 params=[distributed.local(p) for p in params],
                 grads=self._gradients(params),
                 state=self._local_state(params),
-                settings={name: self._prepared.setting(name, groups) for name in number_settings},
-                labels={name: [group[name] for group in groups] for name in text_settings},
+                settings={name: self._prepared.setting(name, groups) for name in self._inputs.numbers},
+                labels={name: [group[name] for group in groups] for name in self._inputs.words},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
             settings = first | {"num_training_steps": self._run.num_updates}
@@ -296,8 +296,7 @@ class LearnedOptimizer(Optimizer):
     def _local_state(self, params: list[Tensor]) -> dict[str, list[Any]]:
         """Name -> this rank's shard of that state of each parameter, None for those that have no such state."""
         states = [{name: distributed.local(value) for name, value in self.state[p].items()} for p in params]
-        names = dict.fromkeys(name for state in states for name in state)
-        return {name: [state.get(name) for state in states] for name in names}
+        return {name: [state.get(name) for state in states] for name in {key: 0 for state in states for key in state}}
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
         """The gradients, without NaN where the rule counts it as 0, clipped in place where a global norm is set."""
@@ -346,13 +345,7 @@ class LearnedOptimizer(Optimizer):
         self._run.check_saved(state_dict["param_groups"])
         run_values = self._run.initial_values()
         check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
-        saved = state_dict["state"]
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
-        # torch casts floating-point state to the dtype of the parameter.
-        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if p.dtype != torch.float32 and i in saved:
-                for key, value in saved[i].items():
-                    if isinstance(value, Tensor) and value.is_floating_point():
-                        self.state[p][key] = value.to(device=p.device, copy=True)
+        keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)
         self._start_over()

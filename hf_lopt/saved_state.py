@@ -120,7 +120,7 @@ def _state_differences(
             yield f"{name}: no state"
         return
     try:
-        wanted = _wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
+        wanted = wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
     except ValueError as error:  # a group's axis order or branch that means nothing
         yield f"{name}: {error}"
         return
@@ -138,7 +138,7 @@ def _state_differences(
             yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, distributed.is_dtensor(p))
 
 
-def _wanted_state(
+def wanted_state(
     rule: Rule, theta: Theta, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The state that the rule makes for a parameter, without memory."""
@@ -179,3 +179,14 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:
+    """Put saved state back as it was saved: torch has cast it to the dtype of its parameter.
+
+    ``saved`` has the state of each of the ``params``, None where there is none.
+    """
+    for p, values in zip(params, saved, strict=True):
+        for key, value in (values or {}).items() if p.dtype != torch.float32 else ():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                state[p][key] = value.to(device=p.device, copy=True)

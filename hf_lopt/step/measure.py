@@ -33,6 +33,7 @@ from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import Factors
 from hf_lopt.step.tensors import StepCache, TensorList
 
+
 # A gradient that no clip bounds counts as not finite where its sum of squares is 2^63 or more, a norm of 3e9. Second
 # moments are at most the largest sum of squares so far, and the sums of their squares have to fit into float32, in
 # which some kernels form them: 2^126 does. With this factor such a sum is infinite as float64, at 2^1024.
@@ -146,7 +147,8 @@ def measure(
     stats = [x.stats for x in first]
     checked, nonfinite = [*stats, *map(_nonfinite_statistics, others)], None
     clips = [features.clip for _, features in parts] + [others_clip] * len(others)
-    finite = [*sums, *_gradient_limits(lists, checked, clips)]  # what has to be
+    settings = lists[0].root.device_settings.values()
+    finite = [*sums, *_gradient_limits(lists, checked, clips), *settings]  # what has to be
     if distributed.world_size() > 1:
         stats, totals, loss, nonfinite = _reduce(
             parts, checked, [x.complete() for x in first], sums, finite, loss, lists
