@@ -349,15 +349,16 @@ class PreparedStep:
         if any(isinstance(value, Tensor) for value in values):
             distinct = {id(group): group[name] for group in groups}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
+            joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
                 # Reading them would wait: like a gradient that is not finite they make the device skip the step.
-                self.cache.device_settings[name] = torch.cat(numbers).double().unsqueeze(1)
+                self.cache.device_settings[name] = joined.double().unsqueeze(1)
             if len(numbers) == 1:
-                return numbers[0].expand(len(values))
+                return joined.expand(len(values))
             places = {key: i for i, key in enumerate(distinct)}
             if self._groups is None:
                 self._groups = to_device([places[id(group)] for group in groups], torch.int64, device)
-            return torch.cat(numbers)[self._groups]
+            return joined[self._groups]
         cached = self._settings.get(name)
         if cached is None:
             cached = values, to_device(values, torch.float32, device)
