@@ -15,10 +15,11 @@ from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_saved_state, restore_float32
-from hf_lopt.settings import check_gradient, check_parameter, check_ranks_agree, check_settings, complete_settings
+from hf_lopt.saved_state import check_saved_state, keep_float32
+from hf_lopt.settings import check_parameter, check_ranks_agree, check_settings, complete_settings
 from hf_lopt.step.passes import local_state, ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
+from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
 
 
@@ -62,6 +63,7 @@ class LearnedOptimizer(GivenSettings):
         # Objects that a wrapper shares which copies the __dict__: none of these attributes is ever replaced.
         self._pending = PendingLoss()
         self._run_state = RunState(self, rule, weights)
+        self._inputs = StepInputs(rule, weights.theta)
         self._report: dict[str, Tensor | Callable[[], Tensor]] = {}
         self._agreed: set[int] = set()  # selections of parameters that all ranks have compared
         self._start_over()
@@ -198,8 +200,9 @@ class LearnedOptimizer(GivenSettings):
 
         Raises:
             RuntimeError: without a loss or a horizon (unless every lr is 0: then state is allocated and nothing else
-                happens, which is how checkpoints are loaded), for sparse gradients, and after ``max_nonfinite_steps``
-                steps in a row with a non-finite loss, gradient or parameter. Such steps change nothing.
+                happens, which is how checkpoints are loaded), for sparse gradients, where parameters, gradients and
+                state do not fit each other, and after ``max_nonfinite_steps`` steps in a row with a non-finite loss,
+                gradient or parameter. Such steps change nothing.
         """
         result, fed = closure, self._pending.fed_calls
         if callable(closure):
@@ -262,8 +265,7 @@ class LearnedOptimizer(GivenSettings):
     def _active(self) -> _Parameters:
         """Parameters that take part in this step, with their groups."""
         pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
-        for p, _ in pairs:
-            check_gradient(p, self._rule.class_name)
+        self._inputs.check(pairs, self.state)
         return pairs
 
     def _check_ranks(self, active: _Parameters) -> None:
@@ -278,10 +280,7 @@ class LearnedOptimizer(GivenSettings):
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         rule, first, device = self._rule, self.param_groups[0], params[0].device
-        text_settings = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
-        number_settings = ("lr", "weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float)))
-        texts = [[group[name] for name in text_settings] for group in groups]
-        key = tuple((id(p), p.device, *values) for p, values in zip(params, texts, strict=True))
+        key = self._inputs.key(list(zip(params, groups, strict=True)))
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
@@ -295,8 +294,8 @@ class LearnedOptimizer(GivenSettings):
                 params=[distributed.local(p) for p in params],
                 grads=ready_gradients(params, rule.nan_to_zero, first.get("max_grad_norm", 0.0)),
                 state=local_state([self.state[p] for p in params]),
-                settings={name: self._prepared.setting(name, groups) for name in number_settings},
-                labels={name: [group[name] for group in groups] for name in text_settings},
+                settings={name: self._prepared.setting(name, groups) for name in self._inputs.numbers},
+                labels={name: [group[name] for group in groups] for name in self._inputs.words},
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
             self._run_state.first_losses(run, loss)
@@ -340,9 +339,8 @@ class LearnedOptimizer(GivenSettings):
         self._run_state.check_saved(state_dict["param_groups"])
         run_values = self._run_state.initial_values()
         check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
         self._run_state.keep_chosen_steps()
-        params = [p for group in self.param_groups for p in group["params"]]
-        restore_float32(self.state, dict(zip(ids, params, strict=True)), state_dict["state"])
+        keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)
         self._start_over()

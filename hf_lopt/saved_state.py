@@ -72,23 +72,6 @@ def check_saved_state(
         raise ValueError(f"the state dict does not fit this {rule.class_name}: {listed}. {_WAY_OUT}")
 
 
-def restore_float32(
-    state: Mapping[Tensor, dict[str, Any]], params: Mapping[Any, Tensor], saved: Mapping[Any, Mapping[str, Any]]
-) -> None:
-    """Take floating-point state as it was ``saved``: torch has cast it to the dtype of its parameter.
-
-    Args:
-        state: of the optimizer, which changes.
-        params: the parameter of each id in ``saved``.
-        saved: the state of a state dict.
-    """
-    for i, p in params.items():
-        if p.dtype != torch.float32 and i in saved:
-            for key, value in saved[i].items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state[p][key] = value.to(device=p.device, copy=True)
-
-
 def _group_differences(
     rule: Rule, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run_values: Mapping[str, Any]
 ) -> Iterable[str]:
@@ -137,7 +120,7 @@ def _state_differences(
             yield f"{name}: no state"
         return
     try:
-        wanted = _wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
+        wanted = wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
     except ValueError as error:  # a group's axis order or branch that means nothing
         yield f"{name}: {error}"
         return
@@ -155,7 +138,7 @@ def _state_differences(
             yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, distributed.is_dtensor(p))
 
 
-def _wanted_state(
+def wanted_state(
     rule: Rule, theta: Theta, shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """The state that the rule makes for a parameter, without memory."""
@@ -196,3 +179,14 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:
+    """Put saved state back as it was saved: torch has cast it to the dtype of its parameter.
+
+    ``saved`` has the state of each of the ``params``, None where there is none.
+    """
+    for p, values in zip(params, saved, strict=True):
+        for key, value in (values or {}).items() if p.dtype != torch.float32 else ():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                state[p][key] = value.to(device=p.device, copy=True)

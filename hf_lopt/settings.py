@@ -15,7 +15,8 @@ from hf_lopt.rules.base import Rule
 from hf_lopt.step.accumulators import AXIS_ORDERS
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What parameters may be.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NON_NEGATIVE = (
     *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
     *("adam_lr_mult", "max_grad_norm"),
@@ -87,7 +88,7 @@ def check_parameter(p: Tensor) -> None:
         ValueError: for a dtype other than float32, bfloat16 and float16, and for a partial DTensor.
     """
     distributed.sharding_of(p)
-    if p.dtype not in _DTYPES:
+    if p.dtype not in DTYPES:
         raise ValueError(
             f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "
             "convert the model first, or leave this parameter to another optimizer"

@@ -26,10 +26,10 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import hf_lopt
 from arguments import Contender, InputError, RecipeArguments, contenders
+from hf_lopt.hf.checkpoints import last_complete_checkpoint
 from report import draw_curves, print_summary, write_json
 
 
@@ -148,7 +148,7 @@ def train_and_compare(task: Task, args: RecipeArguments) -> dict[str, Any]:
     chosen = contenders(args)
     checkpoints = {}
     if args.resume:
-        checkpoints = {contender.label: _last_checkpoint(folder / contender.label) for contender in chosen}
+        checkpoints = {contender.label: last_complete_checkpoint(folder / contender.label) for contender in chosen}
         if not any(checkpoints.values()):
             raise InputError(f"--resume: no checkpoint of {', '.join(checkpoints)} in {folder}; run without --resume")
     # All of them before the first run, because they find out early what is wrong with the arguments.
@@ -294,10 +294,6 @@ def _summary(trainer: Trainer, contender: Contender) -> dict[str, Any]:
         weights = optimizer.weights
         run["weights"] = {"source": weights.source, "sha256": weights.sha256}
     return run
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def _remove_checkpoints(folder: Path) -> None:

@@ -47,7 +47,7 @@ def tensors_of(params: list, optimizer: hf_lopt.LearnedOptimizer) -> dict[str, t
     """Parameters, state and run, copied."""
     saved = copy.deepcopy(optimizer.state_dict())
     found = {f"parameter {i}": p.detach().clone() for i, p in enumerate(params)}
-    found |= {f"{key} of {i}": x for i, state in saved["state"].items() for key, x in state.items()}
+    found |= {f"{key} of {i}": torch.as_tensor(x) for i, state in saved["state"].items() for key, x in state.items()}
     group = saved["param_groups"][0]
     return found | {key: x for key, x in group.items() if isinstance(x, torch.Tensor)}
 
@@ -157,3 +157,118 @@ def test_a_global_norm_that_overflows_skips_the_step():
     assert_same(before, tensors_of(params, optimizer), "nonfinite_steps", "nonfinite_in_a_row")
     step(params, optimizer, 1e12)
     assert optimizer.steps_done == 2
+
+
+# ---- a step that raises has changed nothing ------------------------------------------------------------------------
+
+
+def other_shape(params: list, optimizer: hf_lopt.LearnedOptimizer) -> None:
+    with torch.no_grad():
+        params[0].grad = None
+        params[0].data = params[0].detach().reshape(12, 16).clone()
+    params[0].grad = torch.ones(12, 16)
+
+
+def to_float64(params: list, optimizer: hf_lopt.LearnedOptimizer) -> None:
+    for p in params:
+        p.grad = None
+        p.data = p.data.double()
+        p.grad = torch.ones_like(p)
+
+
+def state_of(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Any:
+    def change(params: list, optimizer: hf_lopt.LearnedOptimizer) -> None:
+        optimizer.state[params[1]][key] = torch.zeros(shape, dtype=dtype)
+
+    return change
+
+
+def no_momentum(params: list, optimizer: hf_lopt.LearnedOptimizer) -> None:
+    del optimizer.state[params[1]]["momentum"]
+
+
+def setting(name: str, value: Any) -> Any:
+    def change(params: list, optimizer: hf_lopt.LearnedOptimizer) -> None:
+        optimizer.param_groups[0][name] = value
+
+    return change
+
+
+CHANGES = {
+    "other shape": other_shape,
+    "float64": to_float64,
+    "state shape": state_of("momentum", 1, 2),
+    "state transposed": state_of("momentum", 33, 1),
+    "state float64": state_of("second_moment", 1, 33, dtype=torch.float64),
+    "state gone": no_momentum,
+    "lr nan": setting("lr", float("nan")),
+    "lr negative": setting("lr", -1.0),
+    "lr tensor nan": setting("lr", torch.tensor(float("nan"))),
+    "lr tensor inf": setting("lr", torch.tensor(float("inf"))),
+    "decay tensor nan": setting("weight_decay", torch.tensor(float("nan"))),
+    "axis order": setting("axis_order", "HWIO"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "name", ["celo", "celo2", "celo_adam", "elo_celo2", "mulo", "rnn_mlp", "small_fc_lopt", "velo"]
+)
+def test_what_does_not_fit_is_refused_before_anything_is_changed(name: str, change: str):
+    params, optimizer = make(name)
+    step(params, optimizer)
+    CHANGES[change](params, optimizer)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    before = tensors_of(params, optimizer)
+    gradients = [p.grad.clone() for p in params]
+    with pytest.raises((RuntimeError, ValueError)):
+        optimizer.step(1.0)
+    after = tensors_of(params, optimizer)
+    assert_same({k: x.nan_to_num(-1.0) for k, x in before.items()}, {k: x.nan_to_num(-1.0) for k, x in after.items()})
+    assert all(torch.equal(g, p.grad) for g, p in zip(gradients, params, strict=True))
+
+
+def test_half_an_accumulated_update_is_refused_as_a_whole():
+    params, optimizer = make("velo", max_training_steps=10)
+    step(params, optimizer)
+    optimizer.state[params[1]]["gradient_sum"] = torch.zeros(34)
+    before = tensors_of(params, optimizer)
+    with pytest.raises(RuntimeError, match="gradient_sum"):
+        step(params, optimizer)
+    assert_same(before, tensors_of(params, optimizer))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_expanded_gradient_is_that_of_its_numbers(name: str):
+    found = []
+    for expanded in (False, True):
+        params, optimizer = make(name)
+        for _ in range(2):
+            for i, p in enumerate(params):
+                row = torch.full((1,) * p.dim(), 0.1 + i)
+                p.grad = row.expand(p.shape) if expanded else row.expand(p.shape).clone()
+            optimizer.step(1.0)
+        found.append(tensors_of(params, optimizer))
+    assert_same(*found)
+
+
+def test_a_model_that_becomes_half_precision_goes_on():
+    params, optimizer = make("velo")
+    step(params, optimizer)
+    for p in params:
+        p.grad = None
+        p.data = p.data.bfloat16()
+    step(params, optimizer)
+    assert optimizer.steps_done == 2 and all(p.dtype == torch.bfloat16 for p in params)
+
+
+def test_a_learning_rate_on_an_accelerator_that_is_not_a_number_skips_the_step():
+    """Nobody may read it there, so it enters the decision; a prepared step stands in for the device."""
+    params, optimizer = make("celo2", lr=1e-3)
+    step(params, optimizer)
+    optimizer._prepared.cache.device_settings["lr"] = torch.tensor([[float("nan")]], dtype=torch.float64)
+    optimizer._prepared.setting = lambda name, groups: torch.full((len(groups),), float("nan"))
+    before = tensors_of(params, optimizer)
+    step(params, optimizer)
+    assert_same(before, tensors_of(params, optimizer), "nonfinite_steps", "nonfinite_in_a_row")

@@ -147,7 +147,8 @@ def measure(
     stats = [x.stats for x in first]
     checked, nonfinite = [*stats, *map(_nonfinite_statistics, others)], None
     clips = [features.clip for _, features in parts] + [others_clip] * len(others)
-    finite = [*sums, *_gradient_limits(lists, checked, clips)]  # what has to be
+    settings = lists[0].root.device_settings.values()
+    finite = [*sums, *_gradient_limits(lists, checked, clips), *settings]  # what has to be
     if distributed.world_size() > 1:
         stats, totals, loss, nonfinite = _reduce(
             parts, checked, [x.complete() for x in first], sums, finite, loss, lists

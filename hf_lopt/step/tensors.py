@@ -184,6 +184,7 @@ class StepCache:
         branches: what is done to the tensors -> their places, where a rule treats them differently.
         network_rows: weights and, made from them, a row for each result, where tensors have different networks.
         ownership: who works on which whole matrix.
+        device_settings: settings that lie on an accelerator, which nobody has looked at yet: (G, 1) float64 by name.
         loss_decays: horizons of the replicas, and made from them the decays (R, 10) and the horizons (R, 1).
     """
 
@@ -196,6 +197,7 @@ class StepCache:
     branches: dict[str, list[int]] = field(default_factory=dict)
     network_rows: tuple[Mapping[str, Any], Tensor] | None = None
     ownership: ownership.Ownership | None = None
+    device_settings: dict[str, Tensor] = field(default_factory=dict)
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
 
 
@@ -343,15 +345,20 @@ class PreparedStep:
     def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
         values, device = [group[name] for group in groups], self.layout.device
+        self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
             distinct = {id(group): group[name] for group in groups}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
+            joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
+            if device.type != "cpu":
+                # Reading them would wait: like a gradient that is not finite they make the device skip the step.
+                self.cache.device_settings[name] = joined.double().unsqueeze(1)
             if len(numbers) == 1:
-                return numbers[0].expand(len(values))
+                return joined.expand(len(values))
             places = {key: i for i, key in enumerate(distinct)}
             if self._groups is None:
                 self._groups = to_device([places[id(group)] for group in groups], torch.int64, device)
-            return torch.cat(numbers)[self._groups]
+            return joined[self._groups]
         cached = self._settings.get(name)
         if cached is None:
             cached = values, to_device(values, torch.float32, device)

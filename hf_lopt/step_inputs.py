@@ -1,0 +1,111 @@
+"""Whether parameters, gradients, state and settings of a step fit each other, found out before anything is changed.
+
+Between two steps a caller may put other data into a parameter, convert the model, assign state by hand or set a
+learning rate that is not a number. Passes write as they go, so a step that would fail in the middle is refused at its
+beginning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_lopt import distributed
+from hf_lopt.rules.base import Rule
+from hf_lopt.saved_state import wanted_state
+from hf_lopt.settings import DTYPES, check_gradient
+from hf_lopt.step.networks import Theta
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What was worked out for a parameter. ``labels``: words of its group, which decide about its state."""
+
+    parameter: Tensor
+    shape: torch.Size
+    labels: tuple[Any, ...]
+    state: dict[str, torch.Size]
+
+
+class StepInputs:
+    """Checks what enters a step, for as long as an optimizer lives. What a parameter needs is worked out once.
+
+    Attributes:
+        words: settings of a group that are words, such as axis_order.
+        numbers: those that are numbers.
+    """
+
+    def __init__(self, rule: Rule, theta: Theta):
+        self._rule, self._theta = rule, theta
+        words = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
+        self.words = tuple(words)
+        self.numbers = ("lr", "weight_decay", *(name for name in rule.per_group if name not in words))
+        self._known: dict[int, _Expected] = {}
+
+    def check(
+        self, active: Sequence[tuple[Tensor, Mapping[str, Any]]], state: Mapping[Tensor, Mapping[str, Any]]
+    ) -> None:
+        """Look at all parameters with a gradient, each with its group, and at their state. Waits for no device.
+
+        A gradient that is expanded from fewer numbers gets memory of its own: rules may clip it in place.
+
+        Raises:
+            RuntimeError: for a sparse gradient; for dtypes, shapes, devices or state that do not fit.
+            ValueError: for a setting of a group that the constructor would refuse.
+        """
+        for group in {id(group): group for _, group in active}.values():
+            self._check_numbers(group)
+        for p, group in active:
+            check_gradient(p, self._rule.class_name)
+            self._check_parameter(p, group, state[p])
+
+    def key(self, active: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> tuple[Hashable, ...]:
+        """What a prepared step depends on. A parameter that is given other data stays the same object."""
+        return tuple((id(p), p.device, p.shape, p.dtype, *(group[word] for word in self.words)) for p, group in active)
+
+    def _check_numbers(self, group: Mapping[str, Any]) -> None:
+        for name in self.numbers:
+            value = group[name]
+            # A step whose settings lie on an accelerator is skipped there, see `PreparedStep.setting`.
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                continue
+            if not (math.isfinite(value) and value >= 0.0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+    def _check_parameter(self, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        name, grad, shape, device = f"a parameter of shape {tuple(p.shape)}", p.grad, p.shape, p.device
+        assert grad is not None
+        if p.dtype not in DTYPES or grad.dtype not in DTYPES:
+            self._refuse(f"{name} is {p.dtype} with a gradient of {grad.dtype}, which was not so before")
+        if grad.shape != shape or grad.device != device or distributed.is_dtensor(p) != distributed.is_dtensor(grad):
+            self._refuse(f"{name} on {device} has a gradient of shape {tuple(grad.shape)} on {grad.device}")
+        if any(stride == 0 and n > 1 for stride, n in zip(grad.stride(), shape, strict=True)):
+            p.grad = grad.clone(memory_format=torch.contiguous_format)
+        labels = tuple(group[word] for word in self.words)
+        expected = self._known.get(id(p))
+        if expected is None or expected.parameter is not p or expected.shape != shape or expected.labels != labels:
+            wanted = wanted_state(self._rule, self._theta, tuple(shape), p.dtype, group)
+            expected = _Expected(p, shape, labels, {key: x.shape for key, x in wanted.items()})
+            self._known[id(p)] = expected
+        for key, size in expected.state.items():
+            self._check_state(f"{name}: its {key}", state.get(key), size, device)
+        if "gradient_sum" in state:
+            self._check_state(f"{name}: its gradient_sum", state["gradient_sum"], shape, device)
+
+    def _check_state(self, name: str, value: Any, shape: torch.Size, device: torch.device) -> None:
+        if not isinstance(value, Tensor):
+            self._refuse(f"{name} is {value!r:.40}, not a tensor")
+        if value.shape != shape or value.dtype != torch.float32 or value.device != device:
+            got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+            self._refuse(f"{name} is {got}, wanted float32 of shape {tuple(shape)} on {device}")
+
+    def _refuse(self, problem: str) -> None:
+        raise RuntimeError(
+            f"{problem}. Nothing was changed. Build a new {self._rule.class_name} after changing shapes, dtypes or "
+            "devices of a model, or undo the change."
+        )
