@@ -1,8 +1,8 @@
 """``optim="velo"`` in transformers: the names, the handlers, the callback, the loss.
 
-transformers has no entry point for optimizers, so four of its tables are extended, and methods of Accelerate and
-Lightning are wrapped (:mod:`hf_lopt.hf.loss_feed` says why). All of it happens when the module in question is
-imported, by the user or by another library; none of it changes what other optimizers do.
+transformers has no entry point for optimizers, so four of its tables are extended and three methods of Accelerate are
+wrapped (:mod:`hf_lopt.hf.loss_feed` says why). All of it happens when the module in question is imported, by the user
+or by another library; none of it changes what other optimizers do.
 """
 
 from __future__ import annotations
