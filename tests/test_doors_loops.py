@@ -6,6 +6,7 @@ mean over its micro-batches.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import DataLoader
 
+import emulated
 import hf_cases as cases
 import hf_lopt
 from hf_lopt import rules
@@ -558,6 +560,22 @@ def test_a_resume_without_state_goes_on_as_from_a_steady_loss():
     assert torch.equal(corrected, corrected.sort().values)  # the slower, the closer to where it began
     rising, _ = buffer_features([5.0, 4.0, 6.0, 7.0], first_step=500, horizon=1000.0)
     assert (rising[-1] > -1).any()
+
+
+@pytest.mark.skipif(emulated.compiler() is None, reason="no C++ compiler, or HF_LOPT_KERNELS=torch")
+@pytest.mark.parametrize(("first_step", "losses"), [(0, [0.0, 0.0, 0.0, 1.0, 2.0, 1.5]), (500, [5.0, 4.0, 6.0])])
+def test_the_cuda_kernel_keeps_the_same_buffer(first_step, losses):
+    buffers = []
+    for kernels in (contextlib.nullcontext(), emulated.emulator().everywhere()):
+        with kernels:
+            p = torch.nn.Parameter(torch.ones(3, 4))
+            optimizer = cases.velo([p], num_training_steps=1000)
+            optimizer.steps_done = first_step
+            for loss in losses:
+                p.grad = torch.ones_like(p)
+                optimizer.step(loss)
+        buffers.append([optimizer.param_groups[0][name] for name in ("loss_means", "loss_min")])
+    torch.testing.assert_close(buffers[0], buffers[1], rtol=1e-6, atol=0.0)
 
 
 # ---- the horizon ----
