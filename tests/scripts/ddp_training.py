@@ -146,8 +146,8 @@ def warned(folder):
     """How many of the ranks give the warning about defaults."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        args = cases.arguments(folder, **GLOO)
-        Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).create_optimizer()
+        args = cases.arguments(folder, max_steps=1, **GLOO)
+        Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4)).train()
     return over_ranks(sum("learning_rate was not set" in str(w.message) for w in caught))
 
 
