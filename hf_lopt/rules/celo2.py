@@ -84,7 +84,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Part:
-    """Tensors that take the same way from the network's output to the step."""
+    """Tensors whose steps are made in the same way from the network's outputs: orthogonal, or of unit mean square."""
 
     tensors: TensorList
     measured: Measurements

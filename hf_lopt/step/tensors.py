@@ -223,7 +223,7 @@ class TensorList:
         params, grads: float32, bfloat16 or float16.
         state: key -> the state of each parameter; None where a parameter has no such accumulator.
         settings: numbers of each parameter's group, (T,) float32 by name: lr, weight_decay, …
-        labels: words of each parameter's group by name: axis_order, …
+        labels: settings of the groups that are text, such as axis_order: name -> that of each parameter's group.
         root_indices: places in the list of the whole step, None for that list itself.
     """
 
