@@ -14,10 +14,11 @@ from torch.optim.optimizer import ParamsT
 from hf_lopt import distributed, rules
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ZeroNan
+from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import PendingLoss, RunMonitor, RunState
 from hf_lopt.saved_state import check_saved_state, keep_float32
-from hf_lopt.settings import check_parameter, check_ranks_agree, check_settings, complete_settings
+from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
@@ -68,7 +69,7 @@ class LearnedOptimizer(Optimizer):
         self._monitor = RunMonitor(self._rule.class_name)
         self._prepared: PreparedStep | None = None
         self._report: dict[str, Tensor | Callable[[], Tensor]] = {}
-        self._agreed: set[int] = set()  # selections of parameters that all ranks have compared
+        self._ranks = RankAgreement(self._rule.per_group)
 
     @property
     def _run(self) -> RunState:
@@ -209,7 +210,8 @@ class LearnedOptimizer(Optimizer):
             return result
         self._run.check_ready(self._pending.is_set)
         active = self._active()
-        self._check_ranks(active)
+        run = {name: self.param_groups[0][name] for name in self._run.keys(self.defaults)}
+        self._ranks.check(run, self.param_groups, active)
 
         loss = self._pending.take()
         if self._run.calls_per_update > 1:
@@ -218,8 +220,11 @@ class LearnedOptimizer(Optimizer):
             if loss is None:  # the update takes more calls
                 return result
             active = self._active()
-        if active:
-            self._update(active, loss)
+        try:
+            self._update(active, loss) if active else self._ranks.without_gradients(self.param_groups)
+        except distributed.SelectionsDifferError:
+            self._ranks.compare(run, self.param_groups, active)
+            raise
         return result
 
     def _create_state(self) -> bool:
@@ -256,15 +261,6 @@ class LearnedOptimizer(Optimizer):
         self._inputs.check(pairs, self.state)
         return pairs
 
-    def _check_ranks(self, active: _Parameters) -> None:
-        """Have all ranks compare what they train, at the first step and for every new selection of parameters."""
-        selection = frozenset(id(p) for p, _ in active)
-        if distributed.world_size() == 1 or hash(selection) in self._agreed:
-            return
-        run = {name: self.param_groups[0][name] for name in self._run.keys(self.defaults)}
-        check_ranks_agree(run, list(self._trainable()), selection, ("lr", "weight_decay", *self._rule.per_group))
-        self._agreed.add(hash(selection))
-
     def _update(self, active: _Parameters, loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         params, groups = [p for p, _ in active], [group for _, group in active]
@@ -274,6 +270,7 @@ class LearnedOptimizer(Optimizer):
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
                 self._prepared = PreparedStep(key, params, groups, rule, self._weights.theta)
+                self._prepared.cache.selection = selection(self.param_groups, active)
             run = self._run.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             tensors = TensorList(
