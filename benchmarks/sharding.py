@@ -71,7 +71,7 @@ def reduction_bytes(shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
             first += 4 * (math.prod(shape) // shape[b] + 4 * math.prod(shape) // (shape[a] * shape[b]))
     decays = features.VELO.decays
     statistics_ = 3 + 2 * (len(decays.momentum) + len(decays.second_moment))
-    return first, 8 * (3 + len(shapes) * (statistics_ + sum(features.VELO.widths())))
+    return first, 8 * (5 + len(shapes) * (statistics_ + sum(features.VELO.widths())))
 
 
 @dataclass

@@ -143,6 +143,10 @@ def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     )
 
 
+class SelectionsDifferError(RuntimeError):
+    """Ranks came to a step with gradients of different parameters. Raised on all of them."""
+
+
 _alone = False
 
 

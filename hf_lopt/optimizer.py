@@ -13,10 +13,11 @@ from torch.optim.optimizer import ParamsT
 from hf_lopt import distributed, rules
 from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
+from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
 from hf_lopt.saved_state import check_saved_state, keep_float32
-from hf_lopt.settings import check_parameter, check_ranks_agree, check_settings, complete_settings
+from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.passes import local_state, ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.step_inputs import StepInputs
@@ -65,7 +66,7 @@ class LearnedOptimizer(GivenSettings):
         self._run_state = RunState(self, rule, weights)
         self._inputs = StepInputs(rule, weights.theta)
         self._report: dict[str, Tensor | Callable[[], Tensor]] = {}
-        self._agreed: set[int] = set()  # selections of parameters that all ranks have compared
+        self._ranks = RankAgreement(rule.per_group)
         self._start_over()
 
     def _start_over(self) -> None:
@@ -73,7 +74,7 @@ class LearnedOptimizer(GivenSettings):
         self._pending.discard()
         self._run_state.forget_counters()
         self._report.clear()
-        self._agreed.clear()
+        self._ranks.forget()
         owner = self._run_state.owner  # not a wrapper
         owner._monitor, owner._prepared = RunMonitor(self._rule.class_name), None
 
@@ -219,19 +220,23 @@ class LearnedOptimizer(GivenSettings):
         active = self._active()
         if active:
             self._run_state.check_ready(self._pending)
-        self._check_ranks(active)
-        if not active:
-            self._pending.discard()
-            return result
-
+        run = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
+        self._ranks.check(run, self.param_groups, active)
         loss = self._pending.take()
-        if self._run_state.calls_per_update > 1:
+        if active and self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
             loss = self._run_state.accumulate([p for p, _ in active], trainable, self.state, loss)
             if loss is None:  # the update takes more calls
                 return result
             active = self._active()
-        self._update([p for p, _ in active], [group for _, group in active], loss)
+        try:
+            if active:
+                self._update([p for p, _ in active], [group for _, group in active], loss)
+            elif self._run_state.calls_per_update == 1:
+                self._ranks.without_gradients(self.param_groups)
+        except distributed.SelectionsDifferError:
+            self._ranks.compare(run, self.param_groups, active)
+            raise
         return result
 
     def _create_state(self) -> bool:
@@ -268,15 +273,6 @@ class LearnedOptimizer(GivenSettings):
         self._inputs.check(pairs, self.state)
         return pairs
 
-    def _check_ranks(self, active: _Parameters) -> None:
-        """Have all ranks compare what they train, at the first step and for every new selection of parameters."""
-        selection = frozenset(id(p) for p, _ in active)
-        if distributed.world_size() == 1 or hash(selection) in self._agreed:
-            return
-        run = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
-        check_ranks_agree(run, list(self._trainable()), selection, ("lr", "weight_decay", *self._rule.per_group))
-        self._agreed.add(hash(selection))
-
     def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         rule, first, device = self._rule, self.param_groups[0], params[0].device
@@ -285,6 +281,7 @@ class LearnedOptimizer(GivenSettings):
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
                 self._prepared = PreparedStep(key, params, groups, rule, self._weights.theta)
+                self._prepared.cache.selection = selection(self.param_groups, params)
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             tensors = TensorList(

@@ -7,8 +7,9 @@ compared with what the rule would have made: keys, shapes, dtypes, placements, v
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def check_saved_state(
     if len(saved_groups) != len(groups):
         differences.append(f"parameter groups: got {len(saved_groups)}, this optimizer has {len(groups)}")
     known: set[Any] = set()
+    wanted = functools.cache(functools.partial(_wanted_of_words, rule, theta))
     for g, (ours, theirs) in enumerate(zip(groups, saved_groups, strict=False)):
         differences += _group_differences(rule, f"group {g}", ours, theirs, run_values)
         params, ids = ours["params"], theirs["params"]
@@ -64,7 +66,7 @@ def check_saved_state(
             differences.append(f"group {g}: got {len(ids)} parameters, this optimizer has {len(params)}")
         for i, p in zip(ids, params, strict=False):
             name = f"parameter {i} of shape {tuple(p.shape)}"
-            differences += _state_differences(rule, theta, name, p, theirs, saved.get(i, {}), bool(saved))
+            differences += _state_differences(rule, wanted, name, p, theirs, saved.get(i, {}), bool(saved))
     differences += [f"state of parameter {i!r}, which is in no group" for i in saved if i not in known]
     if differences:
         more = len(differences) - _LISTED
@@ -107,7 +109,7 @@ def _run_differences(name: str, wanted: Any, got: Any) -> Iterable[str]:
 
 def _state_differences(
     rule: Rule,
-    theta: Theta,
+    wanted_of: Callable[..., dict[str, Tensor]],
     name: str,
     p: Tensor,
     group: Mapping[str, Any],
@@ -120,8 +122,8 @@ def _state_differences(
             yield f"{name}: no state"
         return
     try:
-        wanted = wanted_state(rule, theta, tuple(p.shape), p.dtype, group)
-    except ValueError as error:  # a group's axis order or branch that means nothing
+        wanted = wanted_of(tuple(p.shape), p.dtype, **{name: group[name] for name in rule.words})
+    except (ValueError, TypeError, KeyError) as error:  # a group's axis order or branch that means nothing
         yield f"{name}: {error}"
         return
     optional = {_GRADIENT_SUM, _GRADIENTS_SUMMED} if "max_training_steps" in rule.defaults else set()
@@ -136,6 +138,13 @@ def _state_differences(
                 yield f"{name}, {key}: got {got!r}, wanted a whole number >= 0"
         elif key in wanted:
             yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, distributed.is_dtensor(p))
+
+
+def _wanted_of_words(
+    rule: Rule, theta: Theta, shape: tuple[int, ...], dtype: torch.dtype, **words: str
+) -> dict[str, Tensor]:
+    """:func:`wanted_state` by the settings alone that decide about it."""
+    return wanted_state(rule, theta, shape, dtype, words)
 
 
 def wanted_state(

@@ -42,9 +42,8 @@ class StepInputs:
 
     def __init__(self, rule: Rule, theta: Theta):
         self._rule, self._theta = rule, theta
-        words = [name for name in rule.per_group if isinstance(rule.defaults[name], str)]
-        self.words = tuple(words)
-        self.numbers = ("lr", "weight_decay", *(name for name in rule.per_group if name not in words))
+        self.words = rule.words
+        self.numbers = ("lr", "weight_decay", *(name for name in rule.per_group if name not in rule.words))
         self._known: dict[int, _Expected] = {}
 
     def check(

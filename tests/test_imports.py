@@ -47,6 +47,7 @@ ALLOWED = {
     "given_settings": {"rules"},
     "saved_state": {"settings", "rules", "step", "distributed"},
     "step_inputs": {"saved_state", "settings", "rules", "step", "distributed"},
+    "rank_agreement": {"settings", "step", "distributed"},
     "run_state": {"pending", "settings", "step", "rules", "distributed", "weights"},
     "optimizer": {
         "pending",
@@ -54,6 +55,7 @@ ALLOWED = {
         "run_state",
         "saved_state",
         "step_inputs",
+        "rank_agreement",
         "settings",
         "rules",
         "step",

@@ -67,6 +67,11 @@ class Rule:
     needs_loss: bool
     nan_to_zero: bool = False
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The settings of a group that are words, such as axis_order; they decide about the state of a parameter."""
+        return tuple(name for name in self.per_group if isinstance(self.defaults[name], str))
+
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
         hints = {k: v for k, v in settings.items() if k == "bank_scale"}

@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
-from hf_lopt.features import LOSS, STAT_G2, STAT_NONFINITE, STAT_P2, STEP, TIME, ElementFeatures
+from hf_lopt.features import LOSS, STAT_G2, STAT_P2, STEP, TIME, ElementFeatures
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import Advance, Assign, FeatureSums, Sums
 from hf_lopt.kernels.reference import scheduler as reference
 from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import Factors
+from hf_lopt.step.reduction import reduce_measurements
 from hf_lopt.step.tensors import StepCache, TensorList
 
 
@@ -150,7 +151,7 @@ def measure(
     settings = lists[0].root.device_settings.values()
     finite = [*sums, *_gradient_limits(lists, checked, clips), *settings]  # what has to be
     if distributed.world_size() > 1:
-        stats, totals, loss, nonfinite = _reduce(
+        stats, totals, loss, nonfinite = reduce_measurements(
             parts, checked, [x.complete() for x in first], sums, finite, loss, lists
         )
         moments, checked, finite = stats, [], []
@@ -303,44 +304,6 @@ def feature_arguments(tensors: TensorList, features: ElementFeatures, f: Factors
         "second_eps": features.second_eps,
         "diagonal_eps": features.diagonal_eps,
     }
-
-
-def _reduce(
-    parts: Sequence[Part],
-    checked: Sequence[Tensor],
-    stats: Sequence[Tensor],
-    sums: Sequence[Tensor],
-    finite: Sequence[Tensor],
-    loss: Tensor | None,
-    lists: Sequence[TensorList],
-) -> tuple[list[Tensor], list[Tensor], Tensor | None, Tensor]:
-    """Reduction 2: statistics (T, S), feature sums (M, F), the mean loss, and whether anything is not finite, over all
-    shards and ranks. The size of the last update rides along, see :func:`update_rms`."""
-    flags = [(x[:, STAT_NONFINITE] > 0).any() for x in checked] + [~torch.isfinite(x).all() for x in finite]
-    nonfinite = torch.stack(flags + ([] if loss is None else [~torch.isfinite(loss)])).any()
-    cache, zero = lists[0].root, torch.zeros_like(nonfinite, dtype=torch.float64)
-    last_update = zero if cache.local_update is None else cache.local_update
-    of_the_run = torch.stack([zero if loss is None else loss.double(), nonfinite.double(), last_update])
-    everyone = distributed.world_groups(sharding for tensors in lists for sharding in tensors.layout.shardings)
-    items = [(of_the_run, everyone)]
-    for (tensors, _), s, f in zip(parts, stats, sums, strict=True):
-        layout = tensors.layout
-        rows = f.split(layout.slices)
-        for t, sharding in enumerate(layout.shardings):
-            # Slices are whole along the other axes: their sums are spread over the shards of their own two axes only.
-            axes = layout.slice_axes[2 * t : 2 * t + 2] if len(layout.shapes[t]) > 1 else []
-            items.append((s[t], sharding.groups() if sharding else ()))
-            items.append((rows[t], sharding.groups(axes or None) if sharding else ()))
-    of_the_run, *rest = distributed.sum_over(items)
-    cache.whole_update = of_the_run[2]
-    new_stats, new_sums = [], []
-    for tensors, _ in parts:
-        count = 2 * len(tensors)
-        of_part, rest = rest[:count], rest[count:]
-        new_stats.append(torch.stack(of_part[::2]))
-        new_sums.append(torch.cat(of_part[1::2]))
-    mean_loss = None if loss is None else (of_the_run[0] / distributed.world_size()).to(loss)
-    return new_stats, new_sums, mean_loss, of_the_run[1] > 0
 
 
 def _decide(

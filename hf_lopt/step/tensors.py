@@ -184,6 +184,7 @@ class StepCache:
         branches: what is done to the tensors -> their places, where a rule treats them differently.
         network_rows: weights and, made from them, a row for each result, where tensors have different networks.
         ownership: who works on which whole matrix.
+        selection: a number for the parameters of the step, which has to be the same on all ranks.
         device_settings: settings that lie on an accelerator, which nobody has looked at yet: (G, 1) float64 by name.
         loss_decays: horizons of the replicas, and made from them the decays (R, 10) and the horizons (R, 1).
     """
@@ -197,6 +198,7 @@ class StepCache:
     branches: dict[str, list[int]] = field(default_factory=dict)
     network_rows: tuple[Mapping[str, Any], Tensor] | None = None
     ownership: ownership.Ownership | None = None
+    selection: int = 0
     device_settings: dict[str, Tensor] = field(default_factory=dict)
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
 
