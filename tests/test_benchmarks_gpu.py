@@ -33,4 +33,4 @@ def test_the_selections_of_tests_are_a_partition():
     parts = [[name for name in names if any(word in name for word in words)] for words in (graph, launches)]
     assert all(parts) and not set(parts[0]) & set(parts[1]) and set(names) - set(parts[0]) - set(parts[1])
     # "properties" is what is in neither.
-    assert gpu.CHECKS["properties"]["properties"][-1] == f"not ({gpu.GRAPH} or {gpu.LAUNCHES})"
+    assert gpu.CHECKS["properties"]["properties"][-1] == f"cuda and not ({gpu.GRAPH} or {gpu.LAUNCHES})"

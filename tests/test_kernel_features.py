@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_lopt.kernels import dispatch, ops
-from kernel_cases import Case, case, instruction_set, instruction_sets
+from kernel_backends import CPU_BACKENDS
+from kernel_cases import Case, case
 
 
 pytestmark = pytest.mark.skipif(not dispatch.loaded(), reason="the kernels are not compiled here")
@@ -37,10 +38,10 @@ def column(x: Case, units: int, place: int) -> list[Tensor]:
     return list(arguments.out)
 
 
-@pytest.mark.parametrize("name", instruction_sets())
-def test_fast_paths_follow_the_generic_one(name):
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_fast_paths_follow_the_generic_one(backend):
     """Networks of 32 units take the generic path, those of 4 the fast one."""
-    with instruction_set(name):
+    with backend.active():
         x = case(SHAPES, "small_fc", size=0.3)
         sums = ops.feature_sums(x.feature_sums())
         for place in range(sums.shape[1]):

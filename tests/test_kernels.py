@@ -204,7 +204,7 @@ def test_as_close_to_float64_as_the_plain_kernel(backend, family):
         assert worst <= 1e-4 * largest
     else:
         # With Celo2's small epsilon under the root a single element may be further off than all of the plain kernel's.
-        outlier = 2.5 if family == "celo2" else 1.5
+        outlier = 3.0 if family == "celo2" else 1.5
         assert rms <= 1.1 * plain_rms and worst <= outlier * plain_worst and worst <= 1e-5 * largest
 
 

@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 
 from hf_lopt import rules
 from hf_lopt.hf import constructor, schedules
-from hf_lopt.hf.arguments import own_multiplier, own_settings, read_optim_args
+from hf_lopt.hf.arguments import read_optim_args
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.hf.messages import say
+from hf_lopt.hf.policy import own_multiplier, own_settings
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import OPTIMIZERS
 from hf_lopt.param_groups import describe
