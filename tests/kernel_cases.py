@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import reference_steps
 from hf_lopt import features
 from hf_lopt.features import ElementFeatures
 from hf_lopt.kernels import ops
@@ -297,35 +299,23 @@ def shared_case(shapes: tuple[tuple[int, ...], ...], *arguments, **keywords) -> 
 
 
 def reference_step(x: Case) -> list[Tensor]:
-    """The network's step in float64, written from the formulas, for tensors of rank 2."""
-    steps, decays, (weights, biases) = [], x.features.decays, x.network
+    """The network's step in float64 by tests/reference_steps.py, for tensors of rank 2."""
+    steps, decays = [], x.features.decays
+    weights, biases = ([y.double().cpu().numpy() for y in ys] for ys in x.network)
     for t, (a, b) in enumerate(zip(x.row_axes, x.col_axes, strict=True)):
-        g = x.grads[t].double().clamp(-x.features.clip, x.features.clip)
-        m = torch.stack([d * m + (1 - d) * g for d, m in zip(decays.momentum, x.momenta[t].double(), strict=True)])
-        (c,) = decays.second_moment
-        v = c * x.second_moments[t].double() + (1 - c) * g * g
-        q = (v + x.features.second_eps).rsqrt()
-        row, row_factor = (x.feature_arguments[key][t].double().unsqueeze(a + 1) for key in ("rows", "row_factors"))
-        col, col_factor = (x.feature_arguments[key][t].double().unsqueeze(b + 1) for key in ("cols", "col_factors"))
-        whole = torch.ones_like(m)
-        columns = {
-            "g": g[None],
-            "clip_g": g[None].clamp(-0.1, 0.1),
-            "p": x.params[t].double()[None],
-            "m": m,
-            "v": v,
-            "m_rsqrt_v": m * q,
-            "rsqrt_v": q,
-            "fac_g": g * row_factor * col_factor,
-            "g_rsqrt_v": g * q,
-            "row": row * whole,
-            "col": col * whole,
-            "rsqrt_row": (row + 1e-8).rsqrt() * whole,
-            "rsqrt_col": (col + 1e-8).rsqrt() * whole,
-            "fac_m": m * row_factor * col_factor,
-        }
-        z = torch.cat([columns[name] for name in x.features.names]).movedim(0, -1)
-        for i, (w, bias) in enumerate(zip(weights, biases, strict=True)):
-            z = (z.relu() if i else z) @ w[t].double() + bias[t].double()
-        steps.append(x.scale * z[..., 0] * torch.exp(1e-3 * z[..., 1]))
+        p, g, m, v = (y.double().cpu().numpy() for y in (x.params[t], x.grads[t], x.momenta[t], x.second_moments[t]))
+        g, state = np.clip(g, -x.features.clip, x.features.clip), {"momentum": m, "second_moment": v}
+        reference_steps.accumulate(state, g, decays.momentum, decays.second_moment, factored=())
+        rows, row_factors, cols, col_factors = (
+            x.feature_arguments[name][t].double().unsqueeze(axis + 1).cpu().numpy()
+            for name, axis in (("rows", a), ("row_factors", a), ("cols", b), ("col_factors", b))
+        )
+        state |= {"factored_row": rows, "factored_col": cols}
+        found = reference_steps.features(p, g, state, x.features.second_eps)
+        # The passes are given the factors, which are float32.
+        factor = row_factors * col_factors
+        found |= {"fac_g": g * factor, "fac_m": state["momentum"] * factor}
+        columns = [found[name] for name in x.features.names]
+        o = reference_steps.network(columns, p.shape, [w[t] for w in weights], [y[t] for y in biases])
+        steps.append(torch.from_numpy(x.scale * o[0] * np.exp(1e-3 * o[1])).to(x.device))
     return steps
