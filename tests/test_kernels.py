@@ -205,7 +205,7 @@ def test_as_close_to_float64_as_the_plain_kernel(backend, family):
     else:
         # With Celo2's small epsilon under the root a single element may be further off than all of the plain kernel's.
         outlier = 3.0 if family == "celo2" else 1.5
-        # The reference rounds decays as the kernels do, so that no error is common to both that would bring them together.
+        # The reference rounds decays as the kernels do: no common error brings the two closer together.
         assert rms <= 1.2 * plain_rms and worst <= outlier * plain_worst and worst <= 1e-5 * largest
 
 
