@@ -42,7 +42,7 @@ demo: setup
 
 test: lint
 	@echo "==> Tests: pytest in $(WORKERS) processes $(ARGS)"
-	@$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(VENV_PYTHON) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup
 	@echo "==> Lint: ruff check, ruff format$(if $(CSRC),$(comma) clang-format)"
