@@ -77,13 +77,15 @@ class StepInputs:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
     def _check_parameter(self, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        name, grad, shape, device = f"a parameter of shape {tuple(p.shape)}", p.grad, p.shape, p.device
+        # Every step comes here for every tensor: texts are made only for what is refused.
+        grad, shape, device = p.grad, p.shape, p.device
         assert grad is not None
         if p.dtype not in DTYPES or grad.dtype not in DTYPES:
-            self._refuse(f"{name} is {p.dtype} with a gradient of {grad.dtype}, which was not so before")
+            self._refuse(f"{_name(p)} is {p.dtype} with a gradient of {grad.dtype}, which was not so before")
         if grad.shape != shape or grad.device != device or distributed.is_dtensor(p) != distributed.is_dtensor(grad):
-            self._refuse(f"{name} on {device} has a gradient of shape {tuple(grad.shape)} on {grad.device}")
-        if any(stride == 0 and n > 1 for stride, n in zip(grad.stride(), shape, strict=True)):
+            self._refuse(f"{_name(p)} on {device} has a gradient of shape {tuple(grad.shape)} on {grad.device}")
+        strides = grad.stride()
+        if 0 in strides and any(stride == 0 and n > 1 for stride, n in zip(strides, shape, strict=True)):
             p.grad = grad.clone(memory_format=torch.contiguous_format)
         labels = tuple(group[word] for word in self.words)
         expected = self._known.get(id(p))
@@ -92,14 +94,15 @@ class StepInputs:
             expected = _Expected(p, shape, labels, {key: x.shape for key, x in wanted.items()})
             self._known[id(p)] = expected
         for key, size in expected.state.items():
-            self._check_state(f"{name}: its {key}", state.get(key), size, device)
+            self._check_state(p, key, state.get(key), size, device)
         if "gradient_sum" in state:
-            self._check_state(f"{name}: its gradient_sum", state["gradient_sum"], shape, device)
+            self._check_state(p, "gradient_sum", state["gradient_sum"], shape, device)
 
-    def _check_state(self, name: str, value: Any, shape: torch.Size, device: torch.device) -> None:
+    def _check_state(self, p: Tensor, key: str, value: Any, shape: torch.Size, device: torch.device) -> None:
         if not isinstance(value, Tensor):
-            self._refuse(f"{name} is {value!r:.40}, not a tensor")
+            self._refuse(f"{_name(p)}: its {key} is {value!r:.40}, not a tensor")
         if value.shape != shape or value.dtype != torch.float32 or value.device != device:
+            name = f"{_name(p)}: its {key}"
             got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
             self._refuse(f"{name} is {got}, wanted float32 of shape {tuple(shape)} on {device}")
 
@@ -108,3 +111,7 @@ class StepInputs:
             f"{problem}. Nothing was changed. Build a new {self._rule.class_name} after changing shapes, dtypes or "
             "devices of a model, or undo the change."
         )
+
+
+def _name(p: Tensor) -> str:
+    return f"a parameter of shape {tuple(p.shape)}"
