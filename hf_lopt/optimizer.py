@@ -220,8 +220,7 @@ class LearnedOptimizer(GivenSettings):
         active = self._active()
         if active:
             self._run_state.check_ready(self._pending)
-        run = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
-        self._ranks.check(run, self.param_groups, active)
+        self._ranks.check(self._run_settings, self.param_groups, active)
         loss = self._pending.take()
         if active and self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
@@ -235,9 +234,13 @@ class LearnedOptimizer(GivenSettings):
             elif self._run_state.calls_per_update == 1:
                 self._ranks.without_gradients(self.param_groups)
         except distributed.SelectionsDifferError:
-            self._ranks.compare(run, self.param_groups, active)
+            self._ranks.compare(self._run_settings, self.param_groups, active)
             raise
         return result
+
+    def _run_settings(self) -> dict[str, Any]:
+        """What has one value for the whole run, by name."""
+        return {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
 
     def _create_state(self) -> bool:
         """Make the state of all trainable parameters, the same on every rank. Whether there was none before."""

@@ -9,7 +9,7 @@ come before that one, whose sizes depend on the parameters; there each new selec
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,8 +38,9 @@ class RankAgreement:
         """Compare everything anew at the next step."""
         self._agreed.clear()
 
-    def check(self, run: Mapping[str, Any], groups: Groups, active: Parameters) -> None:
-        """Compare at the first step, and of sharded parameters each new selection.
+    def check(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters) -> None:
+        """Compare at the first step, and of sharded parameters each new selection. ``run`` makes the settings of the
+        run, which one process does not need.
 
         Raises:
             ValueError: on all ranks, naming what differs.
@@ -62,14 +63,14 @@ class RankAgreement:
         if distributed.world_size() > 1 and not any(distributed.is_dtensor(p) for p in params):
             reduce_without_step(params[0].device, selection(groups, []))
 
-    def compare(self, run: Mapping[str, Any], groups: Groups, active: Parameters) -> None:
+    def compare(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters) -> None:
         """Compare everything, in a collective of its own that all ranks have to enter.
 
         Raises:
             ValueError: on all ranks, naming what differs.
         """
         trainable = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
-        check_ranks_agree(run, trainable, {id(p) for p, _ in active}, self._per_group)
+        check_ranks_agree(run(), trainable, {id(p) for p, _ in active}, self._per_group)
 
 
 def selection(groups: Groups, active: Sequence[Tensor]) -> int:
