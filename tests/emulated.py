@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Arguments
@@ -48,9 +49,14 @@ def build() -> Path:
         state.update(path.read_bytes())
     folder = ROOT / "build" / "emulated" / state.hexdigest()[:16]
     library = folder / "hf_lopt_emulated.so"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "building.lock"):  # of the other process that runs tests
+        if not library.exists():
+            _compile(found, folder, library)
+    return library
+
+
+def _compile(found: list[Path], folder: Path, library: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     includes = [f"-I{torch_folder / 'include'}", f"-I{sysconfig.get_path('include')}"]
     sources = [p for p in found if p.suffix in (".cu", ".cpp")]
@@ -68,7 +74,6 @@ def build() -> Path:
     link = ["-shared", *map(str, objects), "-o", str(unfinished), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run([compiler(), *link], check=True, timeout=600)
     unfinished.replace(library)
-    return library
 
 
 class Emulator:

@@ -132,9 +132,14 @@ def test_any_list_of_tensors(backend):
 STACKS = (*SHAPES, (4, 33, 20), (33, 70, 2), (3, 3, 20, 36), (40, 6, 3, 3), (6, 3, 7, 7), (2, 3, 2, 5, 4), (130,))
 
 
+# The order of axes decides where a slice lies, which is the same for all families.
+SLICED = [
+    (family, order) for family in FAMILIES for order in AXIS_ORDERS if family == "velo" or order in ("torch", "jax")
+]
+
+
 # A CPU's kernels are for matrices whose axes come last; other stacks go to the plain ones.
-@pytest.mark.parametrize("order", AXIS_ORDERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "order"), SLICED)
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 def test_stacks_of_matrices(backend, family, order):
     with backend.active():

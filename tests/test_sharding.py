@@ -30,8 +30,8 @@ CASES = [
     (world, layout)
     for world, layouts in {
         2: ("fsdp", "columns", "beside_plain"),
-        3: ("fsdp", "columns", "beside_plain"),
-        4: ("fsdp", "hsdp", "fsdp_tp", "strided", "several_meshes"),
+        3: ("fsdp", "beside_plain"),
+        4: ("hsdp", "fsdp_tp", "strided", "several_meshes"),
     }.items()
     for layout in layouts
 ]

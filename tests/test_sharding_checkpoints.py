@@ -23,7 +23,7 @@ import sharded_checkpoints as script  # noqa: E402
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:skipped a step:RuntimeWarning")]
 
 # A chain in which every number of processes reads what others wrote.
-MOVES = [(1, 2), (1, 3), (2, 3), (3, 4), (4, 2), (3, 2), (2, 1), (3, 1), (4, 1)]
+MOVES = [(1, 2), (2, 3), (3, 4), (4, 2), (2, 1), (3, 1), (4, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def moves(folder):
     """(from, to) -> what go_on found."""
     script.alone(folder)
     torchrun(2, "sharded_checkpoints.py", folder, 1, "--save")
-    torchrun(3, "sharded_checkpoints.py", folder, "1,2", "--save")
-    torchrun(4, "sharded_checkpoints.py", folder, "3", "--save")
-    torchrun(2, "sharded_checkpoints.py", folder, "4,3")
+    torchrun(3, "sharded_checkpoints.py", folder, 2, "--save")
+    torchrun(4, "sharded_checkpoints.py", folder, 3, "--save")
+    torchrun(2, "sharded_checkpoints.py", folder, 4)
     found = {
         (source, target): json.loads((folder / f"errors_{target}_{source}.json").read_text())
         for source, target in MOVES

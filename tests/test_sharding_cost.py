@@ -27,7 +27,10 @@ pytestmark = pytest.mark.slow
 COLLECTIVES = {"celo_adam": 1, "rnn_mlp": 3, "celo2_base": 3, "celo2": 4, "elo_celo2": 5}
 MATRIX = 24 * 40 * 4
 every_rule = pytest.mark.parametrize("name", rules.names())
-every_mesh = pytest.mark.parametrize("mesh", ["line", "hsdp", "fsdp_tp"])
+every_mesh = pytest.mark.parametrize("mesh", list(collectives.RULES))
+every_case = pytest.mark.parametrize(
+    ("mesh", "name"), [(mesh, name) for mesh, names in collectives.RULES.items() for name in names]
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +46,7 @@ def test_collectives_on_one_mesh_dimension(recorded, name):
         assert len(recorded["line"][count][name]["calls"][0]) == COLLECTIVES.get(name, 2)
 
 
-@every_rule
-@every_mesh
+@every_case
 def test_collectives_do_not_grow_with_the_number_of_tensors(recorded, mesh, name):
     few, many = ([[op for op, _ in calls] for calls in recorded[mesh][count][name]["calls"]] for count in ("4", "16"))
     assert few == many
@@ -52,8 +54,7 @@ def test_collectives_do_not_grow_with_the_number_of_tensors(recorded, mesh, name
     assert len(few[0]) <= 2 * COLLECTIVES.get(name, 2)
 
 
-@every_rule
-@every_mesh
+@every_case
 def test_an_all_reduce_is_small(recorded, mesh, name):
     """Under a kilobyte per matrix and reduction: no gradient, parameter or accumulator is ever in one."""
     for count in ("4", "16"):

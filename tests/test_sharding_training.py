@@ -53,12 +53,12 @@ def errors(folder):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_fifty_steps_through_trainer(errors, name):
+def test_steps_through_trainer(errors, name):
     assert errors[2, f"by_trainer:{name}"]["end"] <= 2e-6
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_resumed_at_step_20_on_another_number_of_ranks(errors, name):
+def test_resumed_on_another_number_of_ranks(errors, name):
     assert errors[3, f"by_trainer_again:2:{name}"]["end"] <= 2e-6
 
 
@@ -74,9 +74,9 @@ def test_full_state_dict(errors):
 
 
 def test_killed_while_saving(errors, folder):
-    """Killed while step 40 was being saved; step 20 loads, on another number of ranks too."""
-    assert (folder / "killed" / "checkpoint-40").is_dir()
-    assert not list((folder / "killed" / "checkpoint-40").glob("optimizer*/.metadata"))
+    """Killed while the second checkpoint was being saved; the first loads, on another number of ranks too."""
+    assert (folder / "killed" / f"checkpoint-{2 * script.SAVED}").is_dir()
+    assert not list((folder / "killed" / f"checkpoint-{2 * script.SAVED}").glob("optimizer*/.metadata"))
     assert errors[3, "after_killed"]["end"] <= 2e-6
 
 

@@ -75,12 +75,13 @@ def test_literals_are_what_the_checks_accept():
     assert get_args(argument_types.NewtonSchulzDtype) == settings.NS_DTYPES
 
 
-@pytest.mark.slow  # a minute, most of it for torch, until mypy has it in its cache
+@pytest.mark.slow  # half a minute, most of it for torch, until mypy has it in its cache
 def test_mypy_reads_a_users_files():
     """``user.py`` has no error, and ``misspelt.py`` those that its comments name, line by line."""
     pytest.importorskip("mypy")
     paths = [f"tests/typing/{name}" for name in FILES]
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary", *paths]
+    command = [sys.executable, "-m", "mypy", "--config-file", "tests/typing/mypy.ini", "--strict"]
+    command += ["--follow-imports=silent", "--no-error-summary", *paths]
     environment = os.environ | {"MYPYPATH": str(ROOT)}
     output = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert output.returncode < 2 and not output.stderr, output.stdout + output.stderr

@@ -40,13 +40,14 @@ def layouts(world: int) -> dict[str, list[Layout]]:
     """name -> one or more layouts, which the tensors take in turn."""
     line = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",))
     rows, columns = (line, [Shard(0)], [Shard(0)]), (line, [Shard(1)], [Replicate()])
-    if world != 4:
+    if world == 2:
         return {"fsdp": [rows], "columns": [columns], "beside_plain": [rows, None]}
+    if world == 3:
+        return {"fsdp": [rows], "beside_plain": [rows, None]}
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     hsdp = (square, [Replicate(), Shard(0)], [Replicate(), Shard(0)])
     fsdp_tp = (square, [Shard(0), Shard(1)], [Shard(0), Replicate()])
     return {
-        "fsdp": [rows],
         "hsdp": [hsdp],
         "fsdp_tp": [fsdp_tp],
         "strided": [(square, [_StridedShard(0, split_factor=2), Shard(0)], [Shard(0), Replicate()])],

@@ -30,6 +30,9 @@ from ranks import leave  # noqa: E402
 
 MATRICES, VECTOR = ((24, 40), (40, 24)), (24,)
 COUNTS = (4, 16)
+# On meshes of two dimensions one rule of each structure.
+_STRUCTURES = ("velo", "celo", "celo_adam", "small_fc_lopt", "rnn_mlp", "celo2", "elo_celo2")
+RULES = {"line": single.rules.names(), "hsdp": _STRUCTURES, "fsdp_tp": _STRUCTURES}
 
 
 class Collectives(TorchDispatchMode):
@@ -80,7 +83,7 @@ def main(result: Path) -> None:
     meshes = {"line": (line, [Shard(0)]), "hsdp": (square, [Replicate(), Shard(0)])}
     meshes["fsdp_tp"] = (square, [Shard(0), Shard(0)])
     found = {
-        mesh: {count: {name: record(name, *how, count) for name in single.rules.names()} for count in COUNTS}
+        mesh: {count: {name: record(name, *how, count) for name in RULES[mesh]} for count in COUNTS}
         for mesh, how in meshes.items()
     }
     if dist.get_rank() == 0:

@@ -31,7 +31,7 @@ import hf_lopt  # noqa: E402
 from ranks import leave  # noqa: E402
 
 
-STEPS, SAVED, BATCH = 50, 20, 4
+STEPS, SAVED, BATCH = 24, 10, 4
 SHORT = 6
 WRAP = "LlamaDecoderLayer"
 
@@ -137,7 +137,7 @@ def assert_sharded(model: nn.Module, optimizer: Any) -> None:
 
 
 def by_trainer(folder: Path, whole: dict, optim: str = "velo", form: str = "SHARDED_STATE_DICT") -> dict[str, float]:
-    """50 steps, saved at 20 and 40."""
+    """All steps, saved at 10 and 20."""
     run = trainer(folder / f"{optim}_{form}_{world_size()}", optim, state_dict_type=form)
     run.train()
     assert_sharded(run.model, run.optimizer)
@@ -147,7 +147,7 @@ def by_trainer(folder: Path, whole: dict, optim: str = "velo", form: str = "SHAR
 def by_trainer_again(
     folder: Path, whole: dict, source: int, optim: str = "velo", form: str = "SHARDED_STATE_DICT"
 ) -> dict[str, float]:
-    """The last 30 steps, from what ``source`` ranks saved."""
+    """The last 14 steps, from what ``source`` ranks saved."""
     run = trainer(folder / "again", optim, state_dict_type=form, save_strategy="no")
     run.train(resume_from_checkpoint=str(folder / f"{optim}_{form}_{source}" / f"checkpoint-{SAVED}"))
     assert_sharded(run.model, run.optimizer)
@@ -156,7 +156,7 @@ def by_trainer_again(
 
 
 def killed(folder: Path, whole: dict) -> dict[str, float]:
-    """Dies while the optimizer's state of step 40 is being written."""
+    """Dies while the optimizer's state of step 20 is being written."""
     import os
 
     import torch.distributed.checkpoint as dcp
@@ -165,7 +165,7 @@ def killed(folder: Path, whole: dict) -> dict[str, float]:
     finish = dcp.FileSystemWriter.finish
 
     def die(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if "checkpoint-40" in str(self.path) and "optimizer" in str(self.path):
+        if f"checkpoint-{2 * SAVED}" in str(self.path) and "optimizer" in str(self.path):
             os._exit(9)
         return finish(self, *args, **kwargs)
 
@@ -176,7 +176,7 @@ def killed(folder: Path, whole: dict) -> dict[str, float]:
 
 def after_killed(folder: Path, whole: dict) -> dict[str, float]:
     run = trainer(folder / "again", "velo", save_strategy="no")
-    run.train(resume_from_checkpoint=str(folder / "killed" / "checkpoint-20"))
+    run.train(resume_from_checkpoint=str(folder / "killed" / f"checkpoint-{SAVED}"))
     return {"end": error(run.model, whole["trainer velo"])}
 
 
