@@ -129,7 +129,7 @@ def test_any_list_of_tensors(backend):
 # ---- slices --------------------
 
 # Slices over the last axes and over others, factored over the same axes and over others, transposed and not.
-STACKS = (*SHAPES, (4, 33, 20), (33, 70, 2), (3, 3, 20, 36), (40, 6, 3, 3), (6, 3, 7, 7), (2, 3, 2, 5, 4), (130,))
+STACKS = ((5, 9), (3, 4, 5), (4, 33, 20), (33, 70, 2), (3, 3, 20, 36), (6, 3, 7, 7), (2, 3, 2, 5, 4), (130,))
 
 
 # The order of axes decides where a slice lies, which is the same for all families.
@@ -288,10 +288,10 @@ def everything(x: Case) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_bits_do_not_depend_on_the_number_of_threads(backend, family):
-    shapes = [(), (7,), (9000,), (33, 70), (500, 130), (130, 500), (4, 20000), (8, 4, 3, 3)] + [(3, 2)] * 100
+    shapes = [(), (7,), (9000,), (33, 70), (300, 130), (130, 300), (4, 12000), (8, 4, 3, 3)] + [(3, 2)] * 100
     x, results = case(shapes, family, size=0.5), []
     with backend.active():
-        for count in (1, 2, 3, 2):
+        for count in (1, 2, 3):
             with threads(count):
                 results.append(everything(x))
     assert all(equal(results[0], other) for other in results[1:])
