@@ -122,6 +122,39 @@ def local_gradient(p: Tensor) -> Tensor:
     return local(p.grad, like=sharding_of(p))
 
 
+def view(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """``x`` in another shape, whose first axis is the first of ``x`` or a divisor of it, in the same memory.
+
+    Raises:
+        ValueError: for memory that is not contiguous, and for shards that are not whole in the new shape: of the first
+            axis only, and of equal size.
+    """
+    sharding = sharding_of(x)
+    shard = local(x)
+    if not shard.is_contiguous():
+        raise ValueError(f"a parameter of shape {tuple(x.shape)} is to be seen as {shape}, and is not contiguous")
+    if sharding is None:
+        return shard.view(shape)
+    parts = math.prod(sharding.mesh.size(d) for d, axis in enumerate(sharding.axes) if axis == 0)
+    whole = shape[0] == x.shape[0] or shape[0] % parts == 0
+    if any(axis > 0 for axis in sharding.axes) or not whole or (parts > 1 and shard.shape[0] * shape[0] % x.shape[0]):
+        raise ValueError(
+            f"a parameter of shape {tuple(x.shape)} is to be seen as {shape}, which its placements "
+            f"{list(x.placements)} cut apart: shard its first axis over a number of ranks that divides {shape[0]}, or "
+            "give its group axis_order='torch'"
+        )
+    rows = shard.shape[0] * shape[0] // x.shape[0]
+    stride = torch.empty(shape, device="meta").stride()
+    return _dtensor().from_local(
+        shard.view(rows, *shape[1:]),
+        sharding.mesh,
+        sharding.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
 def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
     """Zero float32 state for the parameter ``p``, sharded as it is: (leading, *shape without the axis ``dropped``), or
     shaped like ``p`` where ``leading`` is None.

@@ -113,7 +113,7 @@ class LearnedOptimizer(GivenSettings):
         try:
             check_settings(group)
             for p in group["params"]:
-                check_parameter(p)
+                check_parameter(p, group["axis_order"])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -287,12 +287,13 @@ class LearnedOptimizer(GivenSettings):
                 self._prepared.cache.selection = selection(self.param_groups, params)
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
+            grads = ready_gradients(params, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
             tensors = TensorList(
                 layout=self._prepared.layout,
                 cache=self._prepared.cache,
                 root=self._prepared.cache,
-                params=[distributed.local(p) for p in params],
-                grads=ready_gradients(params, rule.nan_to_zero, first.get("max_grad_norm", 0.0)),
+                params=self._prepared.local_views(params),
+                grads=self._prepared.in_view(grads),
                 state=local_state([self.state[p] for p in params]),
                 settings={name: self._prepared.setting(name, groups) for name in self._inputs.numbers},
                 labels={name: [group[name] for group in groups] for name in self._inputs.words},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
-from hf_lopt.step.accumulators import AXIS_ORDERS
+from hf_lopt.step.accumulators import check_axis_order, matrix_shape
 
 
 # What parameters may be.
@@ -70,8 +70,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-    if settings.get("axis_order", "torch") not in AXIS_ORDERS:
-        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {settings['axis_order']!r}")
+    check_axis_order(settings.get("axis_order", "torch"))
     if settings.get("ns_dtype", "float32") not in NS_DTYPES:
         raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {settings['ns_dtype']!r}")
     longest = settings.get("max_training_steps", 0)
@@ -81,13 +80,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
 
 
-def check_parameter(p: Tensor) -> None:
+def check_parameter(p: Tensor, axis_order: str) -> None:
     """Refuse a parameter that cannot be updated.
 
     Raises:
-        ValueError: for a dtype other than float32, bfloat16 and float16, and for a partial DTensor.
+        ValueError: for a dtype other than float32, bfloat16 and float16, for a partial DTensor, and for a shape that
+            the ``axis_order`` of its group does not fit.
     """
     distributed.sharding_of(p)
+    matrix_shape(p.shape, axis_order)
     if p.dtype not in DTYPES:
         raise ValueError(
             f"parameters must be float32, bfloat16 or float16, got {p.dtype} of shape {tuple(p.shape)}; "

@@ -33,7 +33,8 @@ from hf_lopt.hf.messages import say
 from hf_lopt.hf.policy import own_multiplier, own_settings
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import OPTIMIZERS
-from hf_lopt.param_groups import describe
+from hf_lopt.param_groups import branch_of
+from hf_lopt.parameters import describe
 from hf_lopt.rules.base import Rule
 
 
@@ -186,7 +187,7 @@ def learned_groups(
             if id(p) in found and "axis_order" in rule.per_group and "axis_order" not in given:
                 known["axis_order"] = found[id(p)].axis_order
             if id(p) in found and rule.defaults.get("branch") == "auto" and "branch" not in given:
-                known["branch"] = "network" if found[id(p)].role == "matrix" else "adam"
+                known["branch"] = branch_of(found[id(p)])
             parts.setdefault(tuple(known.values()), {"params": [], **own, **known})["params"].append(p)
         groups += parts.values()
     return groups

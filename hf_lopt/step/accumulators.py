@@ -7,8 +7,10 @@ vectors, updated here, between pass 0 and pass 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +21,56 @@ from hf_lopt.kernels.arguments import UpdateFactored
 from hf_lopt.kernels.reference.passes import ema
 
 
-AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked")
+AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked", "torch_merged", "jax_merged")
+# What a tensor is once :func:`matrix_shape` has merged its axes, or has divided the first one.
+_MERGED = {"torch_merged": "torch", "jax_merged": "jax"}
+_DIVIDED = ("torch_stacked", "jax")
+
+
+def check_axis_order(axis_order: Any) -> None:
+    """ValueError for anything but one of ``AXIS_ORDERS``, or "torch_stacked/E" and "jax/E" with a whole number E."""
+    text = str(axis_order)
+    base, slash, count = text.partition("/")
+    good = text in AXIS_ORDERS if not slash else base in _DIVIDED and count.isdigit() and int(count) > 0
+    if not good:
+        divided = ", ".join(f"{name}/E (E matrices in the first axis)" for name in _DIVIDED)
+        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, {divided}; got {axis_order!r}")
+
+
+def without_view(axis_order: str) -> str:
+    """The axis order of what :func:`matrix_shape` makes of a tensor."""
+    return _MERGED.get(axis_order) or axis_order.partition("/")[0]
+
+
+def matrix_shape(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
+    """The shape in which a step sees a tensor: its own, but for matrices whose axes are merged or divided.
+
+    "torch_merged" is (out, *in) and "jax_merged" (in, *out): one matrix, whose second axis is several of the tensor's,
+    such as (d_model, heads, d_head). "torch_stacked/E" is (E out, in) and "jax/E" (E in, out): E matrices, one below
+    the other, such as fused experts.
+
+    Raises:
+        ValueError: if E does not divide the first axis, or the tensor has not two axes.
+    """
+    check_axis_order(axis_order)
+    count = axis_order.partition("/")[2]
+    if axis_order in _MERGED and len(shape) > 2:
+        return shape[0], math.prod(shape[1:])
+    if count:
+        if len(shape) != 2 or shape[0] % int(count):
+            raise ValueError(f"axis_order={axis_order!r} is for ({count} n, m) tensors, got shape {tuple(shape)}")
+        return int(count), shape[0] // int(count), shape[1]
+    return tuple(shape)
+
+
+def matrix_view(p: Tensor, axis_order: str) -> Tensor:
+    """``p`` in its :func:`matrix_shape`, sharing its memory; ``p`` itself where that is its own shape.
+
+    Raises:
+        ValueError: for a tensor whose memory, or whose shards, cannot be seen so.
+    """
+    shape = matrix_shape(p.shape, axis_order)
+    return p if shape == tuple(p.shape) else distributed.view(p, shape)
 
 
 def reference_axes(rank: int, axis_order: str) -> list[int]:
@@ -27,10 +78,11 @@ def reference_axes(rank: int, axis_order: str) -> list[int]:
 
     ``axis_order`` says how the tensor holds them: "torch" (out, in, *kernel), "torch_transposed" (in, out, *kernel),
     which are torch.nn's convolutions and transposed convolutions, "torch_stacked" (*stack, out, in), and "jax" as the
-    reference does.
+    reference does. The others are one of these in another shape, see :func:`matrix_shape`, and no longer come here.
     """
-    if axis_order not in AXIS_ORDERS:
-        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, got {axis_order!r}")
+    if axis_order not in AXIS_ORDERS or axis_order in _MERGED:
+        check_axis_order(axis_order)
+        raise AssertionError(f"{axis_order} names a view")
     if axis_order == "jax" or rank < 2:
         return list(range(rank))
     if axis_order == "torch":
@@ -59,11 +111,12 @@ def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int,
 
 
 def init(p: Tensor, axis_order: str, decays: Decays) -> dict[str, Tensor]:
-    """Zero accumulators of one parameter, float32, on its device and sharded as it is.
+    """Zero accumulators of one parameter, float32, on its device and sharded as it is, in its :func:`matrix_shape`.
 
     ``momentum`` (D, *shape), ``second_moment`` (D, *shape); for rank >= 2 ``factored_row`` (D, *shape without A) and
     ``factored_col`` (D, *shape without B), otherwise ``factored_diag`` (D, *shape).
     """
+    p, axis_order = matrix_view(p, axis_order), without_view(axis_order)
     state = {
         "momentum": distributed.zeros(p, len(decays.momentum)),
         "second_moment": distributed.zeros(p, len(decays.second_moment)),

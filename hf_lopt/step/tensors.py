@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lopt import distributed, ownership
 from hf_lopt.step import accumulators
-from hf_lopt.step.accumulators import factored_axes
+from hf_lopt.step.accumulators import factored_axes, matrix_view, without_view
 
 
 @dataclass(frozen=True, eq=False)
@@ -338,11 +338,24 @@ class PreparedStep:
                 "Put the model on one device, or give each device's parameters an optimizer of its own."
             )
         self.key = key
-        self.layout = make_layout(params, [group["axis_order"] for group in groups])
+        # From here on a step sees matrices: tensors in the shape that their axis order gives them.
+        orders = [group["axis_order"] for group in groups]
+        seen = [matrix_view(p, order) for p, order in zip(params, orders, strict=True)]
+        self._shapes = {i: distributed.local(x).shape for i, x in enumerate(seen) if x is not params[i]}
+        self.layout = make_layout(seen, [without_view(order) for order in orders])
         self.cache = StepCache()
         self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
         self._settings: dict[str, tuple[list[Any], Tensor]] = {}
         self._groups: Tensor | None = None  # the place of each parameter's group among the groups
+
+    def local_views(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The local shards of the parameters as the step sees them, in the parameters' memory."""
+        shards = [distributed.local(p) for p in params]
+        return [x.view(self._shapes[i]) if i in self._shapes else x for i, x in enumerate(shards)]
+
+    def in_view(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Local gradients in the shapes of :meth:`local_views`; copied where their memory needs it."""
+        return [g.reshape(self._shapes[i]) if i in self._shapes else g for i, g in enumerate(grads)]
 
     def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
