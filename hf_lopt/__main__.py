@@ -1,17 +1,19 @@
-"""``python -m hf_lopt``: what this installation offers, for a bug report."""
+"""``python -m hf_lopt``: what this installation offers, for a bug report; ``--groups``: what a model's tensors are."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 import hf_lopt
 from hf_lopt import rules, weights
+from hf_lopt.hf import groups_table
 from hf_lopt.kernels import ops
 
 
@@ -75,8 +77,39 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
     ]
 
 
-def main() -> None:
-    """Print the report."""
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_lopt", description="Say what this installation offers, or what a model's tensors are."
+    )
+    parser.add_argument(
+        "--groups",
+        metavar="MODEL",
+        help="print every tensor of a model with its branch, axis order, floor and scale; a hub id, or a folder "
+        "with a config.json. No weights are loaded",
+    )
+    parser.add_argument(
+        "--rule",
+        "--optim",
+        default="celo2",
+        choices=hf_lopt.available(),
+        help="optimizer of --groups (default: celo2)",
+    )
+    parser.add_argument(
+        "--optim_args", help="as in TrainingArguments, of --groups: base_width=256, or branch:PATTERN=adam"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the report, or the table of a model."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.groups:
+        try:
+            sys.stdout.write(f"{groups_table.report(args.groups, args.rule, args.optim_args)}\n")
+        except ValueError as error:
+            parser.exit(1, f"{parser.prog}: {error}\n")
+        return
     for title, rows in report():
         sys.stdout.write(f"{title}\n")
         width = max(len(label) for label, _ in rows)

@@ -23,8 +23,6 @@ from hf_lopt.rules.celo2 import BRANCHES
 
 # How many names an error lists.
 _LISTED = 5
-# Roles whose steps celo2's network makes.
-_NETWORK = ("matrix", "depthwise")
 
 
 def param_groups(
@@ -96,8 +94,13 @@ def param_groups(
 
 
 def branch_of(parameter: Parameter) -> str:
-    """The branch of celo2 that suits a parameter."""
-    return "network" if parameter.role in _NETWORK else "adam"
+    """The branch of celo2 that suits a parameter.
+
+    A depthwise convolution has taps and no matrix: to make its taps orthogonal is to give all channels together one
+    size. Two-layer Mamba, a process of order two, 200 steps at lr 1e-3, four seeds: loss 2.18 with Adam, 2.34 with the
+    network; at 3e-3, two seeds, 2.02 and 2.05.
+    """
+    return "network" if parameter.role == "matrix" else "adam"
 
 
 def overridden(rule: Rule, found: list[Parameter], overrides: Mapping[str, str] | None) -> dict[str, str]:

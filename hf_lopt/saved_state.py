@@ -32,6 +32,12 @@ _WAY_OUT = (
     "or start without the optimizer's state."
 )
 
+_OTHER_ROUTES = (
+    "Its tensors may have been sent elsewhere by an earlier version: hf_lopt.param_groups(model, rule, "
+    "overrides={pattern: branch}), or optim_args='branch:PATTERN=BRANCH' under Trainer, gives a tensor the branch "
+    "that it had, and python -m hf_lopt --groups MODEL prints those of today."
+)
+
 
 def check_saved_state(
     rule: Rule,
@@ -55,7 +61,10 @@ def check_saved_state(
     differences: list[str] = []
     saved_groups, saved = state_dict["param_groups"], state_dict["state"]
     if len(saved_groups) != len(groups):
-        differences.append(f"parameter groups: got {len(saved_groups)}, this optimizer has {len(groups)}")
+        differences.append(
+            f"parameter groups: got {len(saved_groups)}, this optimizer has {len(groups)} "
+            f"(got {_routes(rule, saved_groups)}; this has {_routes(rule, groups)})"
+        )
     known: set[Any] = set()
     wanted = functools.cache(functools.partial(_wanted_of_words, rule, theta))
     for g, (ours, theirs) in enumerate(zip(groups, saved_groups, strict=False)):
@@ -71,7 +80,10 @@ def check_saved_state(
     if differences:
         more = len(differences) - _LISTED
         listed = "; ".join(differences[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
-        raise ValueError(f"the state dict does not fit this {rule.class_name}: {listed}. {_WAY_OUT}")
+        way_out = _WAY_OUT
+        if _routes(rule, saved_groups) != _routes(rule, groups):
+            way_out = f"{way_out} {_OTHER_ROUTES}"
+        raise ValueError(f"the state dict does not fit this {rule.class_name}: {listed}. {way_out}")
 
 
 def _group_differences(
@@ -173,6 +185,12 @@ def _tensor_differences(name: str, key: str, wanted: Tensor, got: Any, sharded: 
         yield f"{name}: has values that are NaN or infinite"
     elif key in _NON_NEGATIVE and low < 0.0:
         yield f"{name}: averages of squares cannot be negative, got {low:.3g}"
+
+
+def _routes(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> str:
+    """How many tensors each group has, and the words that decide about their state: ``12 network torch``."""
+    words = [[len(group["params"]), *(group.get(word) for word in rule.words)] for group in groups]
+    return ", ".join(" ".join(str(word) for word in of_group) for of_group in words)
 
 
 def _number(value: Any) -> Any:

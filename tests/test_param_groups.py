@@ -175,7 +175,7 @@ def test_layers_of_torch():
     groups = by_name(Convolutions(), weight_decay=0.1)
     got = {name: (group["branch"], group["axis_order"], group["weight_decay"]) for name, group in groups.items()}
     matrices = {
-        **dict.fromkeys(("encode.weight", "deep.weight", "depthwise.weight", "out.weight"), "torch"),
+        **dict.fromkeys(("encode.weight", "deep.weight", "out.weight"), "torch"),
         **dict.fromkeys(("recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "attention.in_proj_weight"), "torch"),
         **dict.fromkeys(("attention.out_proj.weight",), "torch"),
         "decode.weight": "torch_transposed",
@@ -184,6 +184,7 @@ def test_layers_of_torch():
     }
     for name, axis_order in matrices.items():
         assert got.pop(name) == ("network", axis_order, 0.1), name
+    assert got.pop("depthwise.weight") == ("adam", "torch", 0.1)
     assert got.pop("layer_scale") == ("adam", "jax", 0.1)
     assert got.pop("pos_embed") == ("adam", "jax", 0.1)
     # (8, 1, 1): a norm for each input channel.

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 SCHEDULE = "schedule"
 BASE_WIDTH = "base_width"
+OVERRIDES = "overrides"
+# branch:PATTERN=adam is an item of the overrides of hf_lopt.param_groups.
+_BRANCH = "branch:"
 LOG_LAYERS = "log_layers"
 _SCHEDULES = ("auto", "keep")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -81,6 +84,9 @@ def _convert(rule: Rule, key: str, value: str) -> Any:
 def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
     """Keywords of ``rule`` and of its parameter groups from ``args.optim_args``; and the schedule, "auto" or "keep".
 
+    ``base_width`` and ``overrides`` among them are of :func:`hf_lopt.param_groups`; the latter is a dict, of the items
+    ``branch:PATTERN=BRANCH`` in their order. A pattern may hold neither a comma nor an equals sign.
+
     Raises:
         ValueError: for an unknown key or a value of the wrong kind; the message names the valid ones.
     """
@@ -95,11 +101,15 @@ def read_optim_args(rule: Rule, text: str | None) -> tuple[dict[str, Any], str]:
         )
     valid = [key for key in rule.defaults if key != "weight_decay"]
     valid += [BASE_WIDTH] if "step_scale" in rule.per_group else []
+    overrides = {key: given.pop(key) for key in list(given) if key.startswith(_BRANCH) and "branch" in rule.per_group}
     unknown = [key for key in given if key not in valid]
     if unknown:
-        valid += [SCHEDULE, LOG_LAYERS]
+        valid += [SCHEDULE, LOG_LAYERS, *([f"{_BRANCH}PATTERN"] if "branch" in rule.per_group else [])]
         raise ValueError(f"optim_args: {rule.name} takes no {', '.join(unknown)}; it takes {', '.join(valid)}")
-    return {key: _convert(rule, key, value) for key, value in given.items()}, schedule
+    keywords = {key: _convert(rule, key, value) for key, value in given.items()}
+    if overrides:
+        keywords[OVERRIDES] = {key.removeprefix(_BRANCH): branch for key, branch in overrides.items()}
+    return keywords, schedule
 
 
 class OptimizerKeywords(dict[str, Any]):
@@ -147,7 +157,7 @@ def optimizer_class_and_arguments(
     rule = rules.get(optim_name(args))
     limits.check_arguments(rule.class_name, args)
     given, schedule = read_optim_args(rule, args.optim_args)
-    base_width = given.pop(BASE_WIDTH, None)
+    base_width, overrides = given.pop(BASE_WIDTH, None), given.pop(OVERRIDES, None)
     spec = given.pop("weights", rule.defaults["weights"])
     weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
     policy = choose_run(args, rule, weights, model, given, schedule)
@@ -156,5 +166,7 @@ def optimizer_class_and_arguments(
     if model is not None:
         per_group = {key: given[key] for key in rule.per_group if key in given}
         decay = policy.weight_decay.value
-        groups = param_groups(model, rule.name, weight_decay=decay, base_width=base_width, **per_group)
+        groups = param_groups(
+            model, rule.name, weight_decay=decay, base_width=base_width, overrides=overrides, **per_group
+        )
     return OPTIMIZERS[rule.name], OptimizerKeywords({**given, "lr": policy.lr.value, "weights": weights}, groups)

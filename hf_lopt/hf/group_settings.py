@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_lopt.hf.arguments import BASE_WIDTH, optim_name, read_optim_args
+from hf_lopt.hf.arguments import BASE_WIDTH, OVERRIDES, optim_name, read_optim_args
 from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, least_multiplier, own_multiplier, schedule_of, untouched
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.param_groups import param_groups
@@ -43,7 +43,7 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
         given, schedule = read_optim_args(rule, args.optim_args)
     else:
         given, schedule = _chosen_in_constructor(optimizer), "auto"
-    base_width = given.pop(BASE_WIDTH, None)
+    for_groups = {key: given.pop(key) for key in (BASE_WIDTH, OVERRIDES) if key in given}
     policy = choose_run(args, rule, optimizer.weights, model, given, schedule, named)
     if scheduler is not None:
         policy.schedule = schedule_of(scheduler, rule)
@@ -51,7 +51,7 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
     for key, choice in policy.settings.items():
         _settle_setting(optimizer, policy, key, choice.value)
     if model is not None and any(p.requires_grad for p in model.parameters()):
-        _settle_by_model(optimizer, policy, model, base_width, given, free=scheduler is None and not optimizer.state)
+        _settle_by_model(optimizer, policy, model, for_groups, given, free=scheduler is None and not optimizer.state)
     optimizer.run_policy = policy
     return policy
 
@@ -151,7 +151,7 @@ def _settle_by_model(
     optimizer: LearnedOptimizer,
     policy: RunPolicy,
     model: nn.Module,
-    base_width: float | None,
+    for_groups: Mapping[str, Any],
     given: Mapping[str, Any],
     free: bool,
 ) -> None:
@@ -165,7 +165,7 @@ def _settle_by_model(
     missing = [[k for k in per_group if k not in names or (decays and k == "weight_decay")] for names in explicit]
     if optimizer.state_was_loaded or not any(missing):
         return
-    facts = _facts(model, policy, rule.name, base_width)
+    facts = _facts(model, policy, rule.name, for_groups)
     divided, names, conflicts = [], [], {}
     for i, (group, keys) in enumerate(zip(groups, missing, strict=True)):
         parts: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -193,9 +193,9 @@ def _decay_is_open(optimizer: LearnedOptimizer, policy: RunPolicy) -> bool:
     return bool(policy.weight_decay.reason) and all(group["weight_decay"] == 0 for group in optimizer.param_groups)
 
 
-def _facts(model: nn.Module, policy: RunPolicy, rule: str, base_width: float | None) -> dict[int, dict[str, Any]]:
-    """id of a parameter -> what its model tells about it."""
-    found = param_groups(model, rule, weight_decay=policy.weight_decay.value, base_width=base_width)
+def _facts(model: nn.Module, policy: RunPolicy, rule: str, for_groups: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """id of a parameter -> what its model tells about it. ``for_groups``: base_width and overrides, where given."""
+    found = param_groups(model, rule, weight_decay=policy.weight_decay.value, **for_groups)
     return {
         id(p): {key: value for key, value in group.items() if key != "params"}
         for group in found

@@ -26,14 +26,14 @@ from torch.optim import Optimizer
 
 from hf_lopt import rules
 from hf_lopt.hf import constructor, schedules
-from hf_lopt.hf.arguments import read_optim_args
+from hf_lopt.hf.arguments import OVERRIDES, read_optim_args
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.hf.messages import say
 from hf_lopt.hf.policy import own_multiplier, own_settings
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import OPTIMIZERS
-from hf_lopt.param_groups import branch_of
+from hf_lopt.param_groups import branch_of, overridden
 from hf_lopt.parameters import describe
 from hf_lopt.rules.base import Rule
 
@@ -172,10 +172,16 @@ class Script:
 
 
 def learned_groups(
-    script: Script, rule: Rule, model: nn.Module | None, lr: float, given: Mapping[str, Any]
+    script: Script,
+    rule: Rule,
+    model: nn.Module | None,
+    lr: float,
+    given: Mapping[str, Any],
+    overrides: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """The script's groups, each divided by what ``model`` says of axes and branches; with lr and weight decay."""
     found = {id(p.tensor): p for p in describe(model)} if model is not None else {}
+    chosen = overridden(rule, list(found.values()), overrides)
     groups = []
     for group in script.groups:
         own = {"lr": lr * script.relative_lr(group)}
@@ -188,6 +194,8 @@ def learned_groups(
                 known["axis_order"] = found[id(p)].axis_order
             if id(p) in found and rule.defaults.get("branch") == "auto" and "branch" not in given:
                 known["branch"] = branch_of(found[id(p)])
+            if id(p) in found and found[id(p)].name in chosen:
+                known["branch"] = chosen[found[id(p)].name]
             parts.setdefault(tuple(known.values()), {"params": [], **own, **known})["params"].append(p)
         groups += parts.values()
     return groups
@@ -254,6 +262,7 @@ class Replacer:
         """The optimizer of ``rule`` for what ``cls`` was given; says in one line what was decided."""
         script = Script.read(cls, args, kwargs)
         given, schedule = read_optim_args(rule, self.options.optim_args)
+        overrides = given.pop(OVERRIDES, None)
         given = {key: value for key, value in given.items() if key != "base_width"}
         params = [p for group in script.groups for p in group["params"]]
         model = model_of(params)
@@ -270,7 +279,7 @@ class Replacer:
         if rule.needs_horizon and self.options.steps is not None:
             given["num_training_steps"] = self.options.steps
 
-        groups = learned_groups(script, rule, model, lr, given)
+        groups = learned_groups(script, rule, model, lr, given, overrides)
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
         constant = rule.own_schedule and schedule == "auto"
         run = schedules.Run(script.name, rule, lr, script.lr, constant, [g["lr"] for g in optimizer.param_groups])
