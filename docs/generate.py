@@ -122,6 +122,8 @@ AXIS_ORDER_WORDS = {
     "jax": "(*kernel, in, out), as the reference: transformers' `Conv1D`, embedding tables",
     "torch_transposed": "(in, out, *kernel): `nn.ConvTranspose*d`",
     "torch_stacked": "(*stack, out, in): stacks of experts",
+    "torch_merged": "(out, *in): one matrix, its input in several axes",
+    "jax_merged": "(in, *out): one matrix, its output in several axes, such as (d_model, heads, d_head)",
 }
 
 

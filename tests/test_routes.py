@@ -12,6 +12,7 @@ from hf_lopt import Celo2, LearnedOptimizer, param_groups
 from hf_lopt import __main__ as program
 from hf_lopt.parameters import describe
 from hf_lopt.step.accumulators import matrix_shape, matrix_view
+from ranks import torchrun
 
 
 transformers = pytest.importorskip("transformers")
@@ -112,6 +113,11 @@ def test_memory_that_cannot_be_seen_so_is_refused():
     with pytest.raises(ValueError, match="not contiguous"):
         matrix_view(torch.ones(4, 3, 2).transpose(0, 1), "jax_merged")
     assert matrix_shape((5,), "jax_merged") == (5,)
+
+
+@pytest.mark.slow
+def test_on_two_ranks_they_step_as_on_one():
+    torchrun(2, "sharded_views.py")
 
 
 def test_fused_experts_are_as_wide_as_one():
