@@ -34,7 +34,7 @@ def check_axis_order(axis_order: Any) -> None:
     good = text in AXIS_ORDERS if not slash else base in _DIVIDED and count.isdigit() and int(count) > 0
     if not good:
         divided = ", ".join(f"{name}/E (E matrices in the first axis)" for name in _DIVIDED)
-        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, {divided}; got {axis_order!r}")
+        raise ValueError(f"axis_order must be one of {', '.join(AXIS_ORDERS)}, {divided}, got {axis_order!r}")
 
 
 def without_view(axis_order: str) -> str:
@@ -82,7 +82,7 @@ def reference_axes(rank: int, axis_order: str) -> list[int]:
     """
     if axis_order not in AXIS_ORDERS or axis_order in _MERGED:
         check_axis_order(axis_order)
-        raise AssertionError(f"{axis_order} names a view")
+        raise ValueError(f"axis_order={axis_order!r} is of a tensor in its matrix_shape, and names no order of axes")
     if axis_order == "jax" or rank < 2:
         return list(range(rank))
     if axis_order == "torch":
