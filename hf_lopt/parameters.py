@@ -62,6 +62,8 @@ _KNOWN = (
     (r"\w*Indexer", r"index_kpool_compress_gate", "matrix", "torch"),
     (r"OmDetTurbo\w*", r"text_projection", "matrix", "jax"),
 )
+# Linear layers of LayoutLM whose columns are looked up by the distance of two tokens.
+_TABLE_IN_LINEAR = re.compile(r"(^|\.)rel_pos(_[xy])?_bias\.weight$")
 # Names that Trainer leaves out of weight decay (transformers, Trainer.get_decay_parameter_names).
 _NO_DECAY_NAME = re.compile(r"bias|layernorm|rmsnorm|(^|\.|_)norm($|\.)")
 
@@ -128,6 +130,8 @@ def describe(model: nn.Module) -> list[Parameter]:
     for name, p in named:
         owner, leaf = owners[id(p)]
         role, axis_order = _role_and_order(owner, leaf, p, id(p) in outer)
+        if isinstance(owner, nn.Linear) and _TABLE_IN_LINEAR.search(name):
+            role = "table"
         decays = role not in ("norm", "bias") and not _NO_DECAY_NAME.search(name.lower())
         in_layer = isinstance(owner, _LAYERS) or _is_conv1d(owner)
         one = Parameter(name, p, role, axis_order, decays, in_layer, owner, leaf)

@@ -140,13 +140,18 @@ def has_matrix_axes(p: Parameter) -> bool:
 
 
 def lines(kind: str, model: nn.Module) -> list[str]:
-    """Of each tensor of two axes or more ``kind name branch role axis_order``, those of all layers as one."""
-    found = dict.fromkeys(
-        f"{kind} {re.sub(r'[.][0-9]+(?=[.]|$)', '.*', p.name)} {branch_of(p)} {p.role} {p.axis_order}"
-        for p in describe(model)
-        if has_matrix_axes(p)
-    )
-    return list(found)
+    """Of each tensor of two axes or more ``kind name branch role axis_order``, those of all layers as one. Ordinary
+    linear layers and convolutions in the network, as torch stores them, are only counted, in the last line."""
+    found: dict[str, None] = {}
+    usual: set[str] = set()
+    for p in filter(has_matrix_axes, describe(model)):
+        name = re.sub(r"[.][0-9]+(?=[.]|$)", ".*", p.name)
+        route = f"{branch_of(p)} {p.role} {p.axis_order}"
+        if type(p.owner).__name__ in _USUAL and route == "network matrix torch":
+            usual.add(name)
+        else:
+            found[f"{kind} {name} {route}"] = None
+    return [*found, f"{kind} {len(usual)} network matrix torch"]
 
 
 def unusual(model: nn.Module) -> Iterator[str]:
