@@ -49,7 +49,8 @@ _HEAD_COUNTS = ("n_head", "n_heads", "num_heads", "num_attention_heads")
 _KNOWN = (
     # x @ weight, so (in, out).
     (r".*", r"mm_input_projection_weight|prompts_visual_projection", "matrix", "jax"),
-    (r"Inkling\d*RelativeLogits", r"proj", "matrix", "jax"),
+    # A column for each distance, so a table of positions.
+    (r"Inkling\d*RelativeLogits", r"proj", "table", "jax"),
     # A head for each codebook.
     (r"CsmCodebooksHead", r"weight", "embedding", "jax"),
     # weight @ x, one for each head.
