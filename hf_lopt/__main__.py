@@ -100,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the report, or the table of a model."""
+def main(argv: Sequence[str] = ()) -> None:
+    """Print the report, or with ``--groups`` in ``argv`` the table of a model."""
     parser = _parser()
     args = parser.parse_args(argv)
     if args.groups:
@@ -118,4 +118,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
