@@ -44,7 +44,7 @@ def test_routes_are_those_of_the_table(kind):
         assert all(routes.get(name, route) == route for name, route in (line.split(" ", 2)[1:] for line in found))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_tensors_of_an_unusual_kind_in_all_architectures():
     version, table = read(architectures.ALL)
     routes = dict(line.split(" ", 1) for line in table)
