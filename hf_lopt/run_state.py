@@ -94,8 +94,8 @@ class RunState:
             group.update(values)
 
     def reset(self) -> None:
-        """Back to the first step: counters and the rule's tensors. Settings stay."""
-        self.write(self._initial_tensors())
+        """Back to the first step: counters, what an update has gathered, the rule's tensors. Settings stay."""
+        self.write(self.initial_values())
         self.forget_counters()
 
     def forget_counters(self) -> None:

@@ -124,6 +124,7 @@ def test_a_non_finite_step_changes_nothing(name, bad):
     with pytest.warns(RuntimeWarning, match="skipped a step"):
         optimizer.step(math.nan if bad == "loss" else 1.0)
     assert equal(params, before[0]) and optimizer.steps_done == 2
+    assert optimizer.metrics()["update_rms"] == 0.0
     for p, q in zip(params, before[0], strict=True):
         assert all(torch.equal(value, before[1][q][key]) for key, value in optimizer.state[p].items())
     changed = {"nonfinite_steps", "nonfinite_in_a_row", "params"}
@@ -317,3 +318,16 @@ def test_runs_beyond_the_trained_length_accumulate_gradients():
         train(make("velo", short, max_training_steps=20), short, range(3))
         train(make("velo", same), same, range(3))
     assert equal(short, same)
+
+
+def test_reset_state_forgets_an_update_that_takes_more_calls():
+    params, fresh = make_params(), make_params()
+    optimizer = make("velo", params, num_training_steps=20, max_training_steps=10)
+    train(optimizer, params, range(3))
+    optimizer.reset_state()
+    for p, q in zip(fresh, params, strict=True):
+        p.data.copy_(q.data)
+    twin = make("velo", fresh, num_training_steps=20, max_training_steps=10)
+    train(optimizer, params, range(4))
+    train(twin, fresh, range(4))
+    assert equal(params, fresh) and optimizer.steps_done == 2

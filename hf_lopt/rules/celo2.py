@@ -146,7 +146,8 @@ def update(
         out = torch.zeros_like(tensors.layout.numel)
         for part, found in squares:
             out[slice(None) if part.root_indices is None else part.root_indices] = found()
-        return out
+        # A skipped step leaves the network's outputs unwritten.
+        return torch.where(decision.skip, 0.0, out)
 
     return UpdateResult({}, decision.skip, {"update_rms": passes.update_rms(tensors, sums)})
 
