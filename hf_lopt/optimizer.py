@@ -18,14 +18,14 @@ from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import RunMonitor, RunState, step_metrics
 from hf_lopt.saved_state import check_saved_state, keep_float32
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
-from hf_lopt.step.passes import local_state, ready_gradients
+from hf_lopt.step.held import HeldTensors
+from hf_lopt.step.passes import ready_gradients
 from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
 from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
 
 
 _Loss = TypeVar("_Loss", bound=Tensor | float)
-_Parameters = list[tuple[Tensor, dict[str, Any]]]  # each with its group
 
 
 class LearnedOptimizer(GivenSettings):
@@ -74,6 +74,7 @@ class LearnedOptimizer(GivenSettings):
         self._pending.discard()
         self._run_state.forget_counters()
         self._report.clear()
+        self._inputs.forget()
         self._ranks.forget()
         owner = self._run_state.owner  # not a wrapper
         owner._monitor, owner._prepared = RunMonitor(self._rule.class_name), None
@@ -212,30 +213,33 @@ class LearnedOptimizer(GivenSettings):
         if result is not None and self._pending.fed_calls == fed:
             self._pending.replace(result)
 
-        created = self._create_state()
+        active = self._inputs.unchanged(self.param_groups, self.state)
+        created = active is None and self._create_state()
         if self._only_allocates(created):
             return result
         if created:
             self._warn_of_small_multiplier(self._rule)
-        active = self._active()
-        if active:
+        active = active or self._active()
+        if active.params:
             self._run_state.check_ready(self._pending)
-        self._ranks.check(self._run_settings, self.param_groups, active)
+        self._ranks.check(self._run_settings, self.param_groups, active.pairs)
         loss = self._pending.take()
-        if active and self._run_state.calls_per_update > 1:
+        if active.params and self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
-            loss = self._run_state.accumulate([p for p, _ in active], trainable, self.state, loss)
+            loss = self._run_state.accumulate(active.params, trainable, self.state, loss)
             if loss is None:  # the update takes more calls
                 return result
             active = self._active()
         try:
-            if active:
-                self._update([p for p, _ in active], [group for _, group in active], loss)
+            if active.params:
+                self._update(active, loss)
             elif self._run_state.calls_per_update == 1:
                 self._ranks.without_gradients(self.param_groups)
         except distributed.SelectionsDifferError:
-            self._ranks.compare(self._run_settings, self.param_groups, active)
+            self._ranks.compare(self._run_settings, self.param_groups, active.pairs)
             raise
+        finally:
+            active.release()
         return result
 
     def _run_settings(self) -> dict[str, Any]:
@@ -264,39 +268,37 @@ class LearnedOptimizer(GivenSettings):
             return False
         if any(float(group["lr"]) != 0.0 for group in self.param_groups):
             return False
-        return needs_loss or distributed.all_zero([p.grad for p, _ in self._active()])
+        return needs_loss or distributed.all_zero(self._active().grads)
 
     def _trainable(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
         """All parameters that may be updated, with their groups."""
         return ((p, group) for group in self.param_groups for p in group["params"] if p.requires_grad)
 
-    def _active(self) -> _Parameters:
-        """Parameters that take part in this step, with their groups."""
-        pairs = [(p, group) for p, group in self._trainable() if p.grad is not None and p.numel()]
-        self._inputs.check(pairs, self.state)
-        return pairs
+    def _active(self) -> HeldTensors:
+        """What takes part in this step."""
+        return self._inputs.active(self.param_groups, self.state)
 
-    def _update(self, params: list[Tensor], groups: list[dict[str, Any]], loss: Tensor | float | None) -> None:
+    def _update(self, held: HeldTensors, loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
-        rule, first, device = self._rule, self.param_groups[0], params[0].device
-        key = self._inputs.key(list(zip(params, groups, strict=True)))
+        rule, first, device = self._rule, self.param_groups[0], held.params[0].device
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
+            key = self._inputs.key(held)
             if self._prepared is None or self._prepared.key != key:
-                self._prepared = PreparedStep(key, params, groups, rule, self._weights.theta)
-                self._prepared.cache.selection = selection(self.param_groups, params)
+                self._prepared = PreparedStep(key, held.params, held.groups, rule, self._weights.theta)
+                self._prepared.cache.selection = selection(self.param_groups, held.params)
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
-            grads = ready_gradients(params, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
+            grads = ready_gradients(held, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
             tensors = TensorList(
                 layout=self._prepared.layout,
                 cache=self._prepared.cache,
                 root=self._prepared.cache,
-                params=self._prepared.local_views(params),
-                grads=self._prepared.in_view(grads),
-                state=local_state([self.state[p] for p in params]),
-                settings={name: self._prepared.setting(name, groups) for name in self._inputs.numbers},
-                labels={name: [group[name] for group in groups] for name in self._inputs.words},
+                params=self._prepared.in_view(held.local_params),
+                grads=self._prepared.in_view(grads, copy=True),
+                state=held.state,
+                settings={name: self._prepared.setting(name, held.groups) for name in self._inputs.numbers},
+                labels=held.labels,
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
             self._run_state.first_losses(run, loss)

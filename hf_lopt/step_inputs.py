@@ -19,7 +19,12 @@ from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
 from hf_lopt.saved_state import wanted_state
 from hf_lopt.settings import DTYPES, check_gradient
+from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.networks import Theta
+
+
+Groups = Sequence[dict[str, Any]]
+State = Mapping[Tensor, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,31 @@ class StepInputs:
         self.words = rule.words
         self.numbers = ("lr", "weight_decay", *(name for name in rule.per_group if name not in rule.words))
         self._known: dict[int, _Expected] = {}
+        self._held: HeldTensors | None = None
 
-    def check(
-        self, active: Sequence[tuple[Tensor, Mapping[str, Any]]], state: Mapping[Tensor, Mapping[str, Any]]
-    ) -> None:
+    def forget(self) -> None:
+        """Look at everything anew in the next step."""
+        self._held = None
+
+    def unchanged(self, groups: Groups, state: State) -> HeldTensors | None:
+        """What the last step was taken with, if everything is as it was then; see :meth:`active`."""
+        if self._held is None or not self._held.unchanged(groups, state):
+            return None
+        for group in self._held.own_groups:
+            self._check_numbers(group)
+        return self._held
+
+    def active(self, groups: Groups, state: State) -> HeldTensors:
+        """What takes part in a step, checked as in :meth:`check`: parameters with a gradient, and their state."""
+        found = self.unchanged(groups, state)
+        if found is None:
+            trainable = ((p, group) for group in groups for p in group["params"] if p.requires_grad)
+            pairs = [(p, group) for p, group in trainable if p.grad is not None and p.numel()]
+            self.check(pairs, state)
+            found = self._held = HeldTensors(pairs, groups, state, self.words)
+        return found
+
+    def check(self, active: Sequence[tuple[Tensor, Mapping[str, Any]]], state: State) -> None:
         """Look at all parameters with a gradient, each with its group, and at their state. Waits for no device.
 
         A gradient that is expanded from fewer numbers gets memory of its own: rules may clip it in place.
@@ -63,9 +89,13 @@ class StepInputs:
             check_gradient(p, self._rule.class_name)
             self._check_parameter(p, group, state[p])
 
-    def key(self, active: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> tuple[Hashable, ...]:
+    def key(self, held: HeldTensors) -> tuple[Hashable, ...]:
         """What a prepared step depends on. A parameter that is given other data stays the same object."""
-        return tuple((id(p), p.device, p.shape, p.dtype, *(group[word] for word in self.words)) for p, group in active)
+        if held.key is None:
+            held.key = tuple(
+                (id(p), p.device, p.shape, p.dtype, *(group[word] for word in self.words)) for p, group in held.pairs
+            )
+        return held.key
 
     def _check_numbers(self, group: Mapping[str, Any]) -> None:
         for name in self.numbers:

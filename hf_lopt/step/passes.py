@@ -9,7 +9,6 @@ Axes: T tensors, M results (one for each tensor, or for each of its slices), O n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from hf_lopt import distributed
 from hf_lopt.features import ElementFeatures
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ApplyNetwork, Assign, Descend, ZeroNan
+from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.measure import Measurements, feature_arguments
 from hf_lopt.step.networks import TensorNetworks, specialize_networks
 from hf_lopt.step.tensors import TensorList
@@ -159,18 +159,11 @@ def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) 
     return {key: torch.where(skip, old[key], value) for key, value in new.items()}
 
 
-def local_state(states: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Name -> this rank's shard of that state of each parameter, None for those that have no such state."""
-    shards = [{name: distributed.local(value) for name, value in state.items()} for state in states]
-    names = dict.fromkeys(name for state in shards for name in state)
-    return {name: [state.get(name) for state in shards] for name in names}
-
-
-def ready_gradients(params: Sequence[Tensor], nan_to_zero: bool, max_norm: float) -> list[Tensor]:
+def ready_gradients(held: HeldTensors, nan_to_zero: bool, max_norm: float) -> list[Tensor]:
     """The gradients, with 0 for NaN where the rule takes it so, clipped in place where a global norm is set."""
     if nan_to_zero:
-        ops.zero_nan(ZeroNan([distributed.local(p.grad) for p in params]))
-    gradients = [distributed.local_gradient(p) for p in params]
+        ops.zero_nan(ZeroNan([distributed.local(g) for g in held.grads]))
+    gradients = held.local_gradients()
     if max_norm:
-        distributed.clip_grad_norm_(gradients, [distributed.sharding_of(p) for p in params], max_norm)
+        distributed.clip_grad_norm_(gradients, [distributed.sharding_of(p) for p in held.params], max_norm)
     return gradients

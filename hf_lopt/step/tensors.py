@@ -21,6 +21,7 @@ from torch import Tensor
 from hf_lopt import distributed, ownership
 from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import factored_axes, matrix_view, without_view
+from hf_lopt.step.held import StateLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,10 +235,14 @@ class TensorList:
     root: StepCache
     params: list[Tensor]
     grads: list[Tensor]
-    state: dict[str, list[Tensor | None]]
+    state: Mapping[str, list[Tensor | None]]
     settings: Mapping[str, Tensor]
     labels: dict[str, list[str]]
     root_indices: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._lists = self.state if isinstance(self.state, StateLists) else StateLists(self.state)
+        self.state = self._lists
 
     def __len__(self) -> int:
         return len(self.params)
@@ -257,15 +262,20 @@ class TensorList:
         def pick(xs: Sequence[Any]) -> list[Any]:
             return [xs[i] for i in indices]
 
+        if name not in self._lists.picked:
+            lists = StateLists({key: pick(xs) for key, xs in self.state.items()})
+            labels = {key: pick(xs) for key, xs in self.labels.items()}
+            self._lists.picked[name] = pick(self.params), lists, labels
+        params, state, labels = self._lists.picked[name]
         return TensorList(
             layout=found.layout,
             cache=found.cache,
             root=self.root,
-            params=pick(self.params),
+            params=params,
             grads=pick(self.grads),
-            state={key: pick(xs) for key, xs in self.state.items()},
+            state=state,
             settings=self.settings if everything else _PickedSettings(self.settings, len(self), found.indices),
-            labels={key: pick(xs) for key, xs in self.labels.items()},
+            labels=labels,
             root_indices=self.root_indices if everything else found.root_indices,
         )
 
@@ -303,7 +313,7 @@ class TensorList:
 
     def tensors(self, key: str) -> list[Tensor]:
         """The state ``key`` of every parameter, an empty tensor where it has none."""
-        return [self.layout.empty if x is None else x for x in self.state.get(key, [None] * len(self))]
+        return self._lists.filled(key, self.layout.empty, len(self))
 
     @property
     def momenta(self) -> list[Tensor]:
@@ -345,43 +355,53 @@ class PreparedStep:
         self.layout = make_layout(seen, [without_view(order) for order in orders])
         self.cache = StepCache()
         self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
-        self._settings: dict[str, tuple[list[Any], Tensor]] = {}
-        self._groups: Tensor | None = None  # the place of each parameter's group among the groups
+        self._settings: dict[str, Tensor] = {}
+        self._settings_of: dict[str, list[Any]] = {}  # the numbers in them, of each group
+        # Of many tensors few are in groups of their own: the groups, the place of each parameter's group among them.
+        self._given: Sequence[Mapping[str, Any]] = ()
+        self._distinct: list[Mapping[str, Any]] = []
+        self._places: list[int] = []
+        self._places_there: Tensor | None = None
 
-    def local_views(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """The local shards of the parameters as the step sees them, in the parameters' memory."""
-        shards = [distributed.local(p) for p in params]
-        return [x.view(self._shapes[i]) if i in self._shapes else x for i, x in enumerate(shards)]
-
-    def in_view(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Local gradients in the shapes of :meth:`local_views`; copied where their memory needs it."""
-        return [g.reshape(self._shapes[i]) if i in self._shapes else g for i, g in enumerate(grads)]
+    def in_view(self, tensors: list[Tensor], copy: bool = False) -> list[Tensor]:
+        """Local shards in the shapes that the step sees, in their own memory; with ``copy`` in another if need be."""
+        if not self._shapes:
+            return tensors
+        views = list(tensors)
+        for i, shape in self._shapes.items():
+            views[i] = tensors[i].reshape(shape) if copy else tensors[i].view(shape)
+        return views
 
     def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
-        values, device = [group[name] for group in groups], self.layout.device
+        if groups is not self._given:
+            self._given, self._distinct = groups, list({id(group): group for group in groups}.values())
+            numbered = {id(group): i for i, group in enumerate(self._distinct)}
+            places = [numbered[id(group)] for group in groups]
+            if places != self._places:
+                self._places, self._places_there = places, None
+                self._settings_of.clear()
+        values, device = [group[name] for group in self._distinct], self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
-            distinct = {id(group): group[name] for group in groups}
-            numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
+            numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in values]
             joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
                 # Reading them would wait: like a gradient that is not finite they make the device skip the step.
                 self.cache.device_settings[name] = joined.double().unsqueeze(1)
             if len(numbers) == 1:
-                return joined.expand(len(values))
-            places = {key: i for i, key in enumerate(distinct)}
-            if self._groups is None:
-                self._groups = to_device([places[id(group)] for group in groups], torch.int64, device)
-            return joined[self._groups]
-        cached = self._settings.get(name)
-        if cached is None:
-            cached = values, to_device(values, torch.float32, device)
-        elif cached[0] != values:
-            # In place, where a graph that has been captured reads it.
-            cached = values, cached[1].copy_(on_host(values, torch.float32, device), non_blocking=True)
-        self._settings[name] = cached
-        return cached[1]
+                return joined.expand(len(groups))
+            if self._places_there is None:
+                self._places_there = to_device(self._places, torch.int64, device)
+            return joined[self._places_there]
+        if self._settings_of.get(name) != values:
+            self._settings_of[name] = values
+            of_all = [values[i] for i in self._places]
+            if name not in self._settings:
+                self._settings[name] = to_device(of_all, torch.float32, device)
+            else:  # in place, where a graph that has been captured reads it
+                self._settings[name].copy_(on_host(of_all, torch.float32, device), non_blocking=True)
+        return self._settings[name]
 
 
 def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
