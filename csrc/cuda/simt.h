@@ -45,6 +45,11 @@ HF_LOPT_DEVICE void forget_loads() { asm volatile("" ::: "memory"); }
 HF_LOPT_DEVICE void start_loads() { __syncwarp(); }
 HF_LOPT_DEVICE void fence() { __threadfence(); }
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return atomicAdd(ticket, 1u); }
+// Waits until so many have been taken; what those who took them wrote before is visible then.
+HF_LOPT_DEVICE void wait_for_tickets(const unsigned* ticket, unsigned count) {
+    while (*static_cast<const volatile unsigned*>(ticket) < count) __nanosleep(100);
+    __threadfence();
+}
 // Reads what other blocks of the same launch have written: past the first-level cache.
 template <class T>
 HF_LOPT_DEVICE T load_shared_result(const T* x) {

@@ -208,6 +208,9 @@ HF_LOPT_DEVICE void forget_loads() {}
 HF_LOPT_DEVICE void start_loads() {}
 HF_LOPT_DEVICE void fence() {}
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return (*ticket)++; }
+HF_LOPT_DEVICE void wait_for_tickets(const unsigned* ticket, unsigned count) {
+    if (*ticket < count) throw std::runtime_error("a block waits for one that has not begun");
+}
 template <class T>
 HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return *x;
