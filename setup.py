@@ -49,8 +49,8 @@ FILE_FLAGS = {
     "kernels_avx2": [*ARITHMETIC, "-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512": [*ARITHMETIC, *(f"-mavx512{x}" for x in ("f", "bw", "dq", "vl")), "-mavx2", "-mfma", "-mf16c"],
 }
-# Ampere, Hopper, Blackwell; newer ones translate the PTX of the last.
-CUDA_ARCHS = os.environ.get("HF_LOPT_CUDA_ARCHS", "80 90 100").replace(",", " ").replace(";", " ").split()
+# Ampere, Ada, Hopper, Blackwell. Newer ones translate the PTX of the last; others in between that of the first.
+CUDA_ARCHS = os.environ.get("HF_LOPT_CUDA_ARCHS", "80 86 89 90 100").replace(",", " ").replace(";", " ").split()
 
 
 def find_nvcc() -> Path | None:
@@ -64,16 +64,21 @@ def find_nvcc() -> Path | None:
     return next((path for path, header in headers if path.is_file() and header.is_file()), None)
 
 
-def cuda_flags(nvcc: Path) -> list[str]:
-    """Flags of nvcc for the device code; architectures that it does not know are left out."""
+def cuda_code(nvcc: Path) -> list[str]:
+    """What is compiled: ``sm_90`` for an architecture, ``compute_90`` for PTX; what nvcc does not know is left out."""
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in listed.split()]
+    archs = sorted({int(arch) for arch in CUDA_ARCHS if f"sm_{arch}" in listed.split()})
     if not archs:
         raise SystemExit(f"nvcc knows none of the architectures {' '.join(CUDA_ARCHS)} of HF_LOPT_CUDA_ARCHS")
+    return [*(f"sm_{arch}" for arch in archs), *(f"compute_{arch}" for arch in sorted({archs[0], archs[-1]}))]
+
+
+def cuda_flags(nvcc: Path) -> list[str]:
+    """Flags of nvcc for the device code."""
     flags = ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    for arch in archs:
-        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    return [*flags, "-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    for code in cuda_code(nvcc):
+        flags += ["-gencode", f"arch=compute_{code.split('_')[1]},code={code}"]
+    return flags
 
 
 def warn_of_other_cuda(torch: Path, nvcc: Path) -> None:
@@ -144,7 +149,7 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
-def extension(name: str, torch: Path, sources: list[Path], **options: list[str]) -> Extension:
+def extension(name: str, torch: Path, sources: list[Path], macros: tuple = (), **options: list[str]) -> Extension:
     """An extension on torch's stable interface, for every Python and torch from the oldest ones on."""
     options["include_dirs"] = [str(torch / "include"), *options.get("include_dirs", [])]
     options["library_dirs"] = [str(torch / "lib"), *options.get("library_dirs", [])]
@@ -153,7 +158,11 @@ def extension(name: str, torch: Path, sources: list[Path], **options: list[str])
         name,
         sources=sorted(map(str, sources)),
         depends=sorted(str(p) for p in Path("csrc").rglob("*.*h")),
-        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("Py_LIMITED_API", PYTHON_TARGET_VERSION)],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+            ("Py_LIMITED_API", PYTHON_TARGET_VERSION),
+            *macros,
+        ],
         extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
         language="c++",
         py_limited_api=True,
@@ -187,6 +196,7 @@ def extensions() -> list[Extension]:
                 "hf_lopt._C_cuda",
                 torch,
                 [*shared, *(p for p in Path("csrc/cuda").glob("*.c*") if p.suffix in (".cpp", ".cu"))],
+                macros=(("HF_LOPT_CUDA_CODE", f'"{" ".join(cuda_code(nvcc))}"'),),
                 include_dirs=[str(home / "include")],
                 library_dirs=[str(home / "lib64"), str(home / "lib")],
                 libraries=["cudart_static", "dl", "rt", "pthread"],

@@ -86,7 +86,7 @@ class Emulator:
         spec = importlib.util.spec_from_file_location("hf_lopt_emulated", path)
         importlib.util.module_from_spec(spec)  # loads it, which registers the kernels
         self._library = ctypes.CDLL(str(path))
-        for name in ("hf_lopt_launches", "hf_lopt_table_copies"):
+        for name in ("hf_lopt_launches", "hf_lopt_table_copies", "hf_lopt_allocations", "hf_lopt_queries"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     @property
@@ -97,6 +97,23 @@ class Emulator:
     def table_copies(self) -> int:
         """How often a table was sent to the device."""
         return self._library.hf_lopt_table_copies()
+
+    @property
+    def allocations(self) -> int:
+        """How often memory was taken that stays."""
+        return self._library.hf_lopt_allocations()
+
+    @property
+    def queries(self) -> int:
+        """How often the device was asked whether it has come past a mark."""
+        return self._library.hf_lopt_queries()
+
+    def let_copies_fail(self, fail: bool) -> None:
+        self._library.hf_lopt_let_copies_fail(ctypes.c_bool(fail))
+
+    def let_marks_pass(self, passed: bool) -> None:
+        """Whether the device has come past the marks that it is asked about."""
+        self._library.hf_lopt_let_marks_pass(ctypes.c_bool(passed))
 
     def shuffle(self, seed: int) -> None:
         """The order in which blocks and threads run from now on; 0: ascending."""

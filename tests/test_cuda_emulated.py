@@ -22,7 +22,7 @@ import test_golden
 import test_meta_particles
 from emulated import compiler, emulator
 from hf_lopt import rules
-from hf_lopt.kernels import ops
+from hf_lopt.kernels import cards, ops
 from hf_lopt.kernels.arguments import Assign
 from kernel_cases import FAMILIES, Case, case
 from kernel_comparisons import equal, outcome
@@ -153,6 +153,47 @@ def test_a_graph_has_tables_of_its_own(emulated):
     with emulated.capture(2):
         first_pass(x)
     assert emulated.table_copies == before + 2, "a table that is there is good for a graph, too"
+
+
+def test_memory_of_tables_is_taken_in_large_pieces(emulated):
+    """Asking the driver for memory may wait for the device; and torch's memory may belong to a graph."""
+    first_pass(case([(2, 3)]))
+    before = emulated.allocations
+    for rows in range(2, 12):
+        first_pass(case([(rows, 10), (8,)]))
+    assert emulated.allocations <= before + 2, "of the host and of the device"
+
+
+def test_places_of_old_tables_are_used_again_when_nothing_is_under_way(emulated):
+    kept = [case([(3, 2)]) for _ in range(258)]
+    for x in kept:
+        first_pass(x)
+    before = emulated.queries, emulated.table_copies
+    first_pass(case([(3, 2)]))
+    emulated.let_marks_pass(False)
+    try:
+        first_pass(case([(3, 2)]))
+    finally:
+        emulated.let_marks_pass(True)
+    assert (emulated.queries, emulated.table_copies) == (before[0] + 2, before[1] + 2), "the first answer is enough"
+
+
+def test_a_table_whose_copy_failed_is_copied_again(emulated):
+    x = case([(4, 7)])
+    want = first_pass(copy.deepcopy(x))
+    emulated.let_copies_fail(True)
+    try:
+        with pytest.raises(RuntimeError, match="a copy that fails"):
+            first_pass(x)
+    finally:
+        emulated.let_copies_fail(False)
+    assert equal(first_pass(x), want)
+
+
+def test_a_launch_is_tried_and_the_build_tells_its_code(emulated):
+    before = emulated.launches
+    assert torch.ops.hf_lopt_emulated.cuda_launch(-1) == "" and emulated.launches == before + 1
+    assert cards.mismatch(torch.ops.hf_lopt_emulated.cuda_build().replace("none", "sm_90"), (9, 0)) == ""
 
 
 # ---- whole steps --------------------

@@ -216,7 +216,7 @@ def test_as_close_to_float64_as_the_plain_kernel(backend, family):
 
 @pytest.mark.parametrize("order", ["torch", "jax"])
 def test_factored_accumulators_follow_float64(backend, order):
-    x = case([*SHAPES, (70, 333), (700, 3, 3)], order=order).to(backend.device)
+    x = case([*SHAPES, (70, 333), (700, 3, 3), (5000, 2)], order=order).to(backend.device)
     x.rows = [strided(r, "transposed") for r in x.rows]
     arguments = x.update_factored()
     assert backend.supports(arguments)

@@ -3,7 +3,7 @@
 // For networks of U hidden units, in float32: tensor_core.cuh has the other way to evaluate many units.
 #pragma once
 
-#include "updated.cuh"
+#include "full_tiles.cuh"
 
 namespace hf_lopt {
 
@@ -11,12 +11,29 @@ template <int U>
 struct Shared {
     Network<U> net;
     VectorWeights<U> vectors;
-    // What the vector features add to the first layer in each column, (kStrip, kColumnStride): an even stride that
-    // spreads the columns which a warp reads together over all banks.
-    static constexpr int kColumnStride = U + 2;
-    float column_bias[kStrip * kColumnStride];
+    // What the vector features add to the first layer in each column. Few units: (U, kStrip), of which a thread reads
+    // its four neighbouring columns at once, and a warp all banks. Many: (kStrip, U + 2), an even stride that spreads
+    // what tensor_core.cuh reads together, eight columns of some units, over all banks.
+    static constexpr bool kUnitsFirst = U <= 8;
+    static constexpr int kColumnStride = kUnitsFirst ? 1 : U + 2, kUnitStride = kUnitsFirst ? kStrip : 1;
+    alignas(16) float column_bias[kUnitsFirst ? U * kStrip : kStrip * kColumnStride];
     alignas(16) float factors[kFactored][kStrip];  // of the columns
+
+    HF_LOPT_MEMBER float& bias(int column, int unit) {
+        return column_bias[column * kColumnStride + unit * kUnitStride];
+    }
+    HF_LOPT_MEMBER const float* bias(int column, int unit) const {
+        return column_bias + column * kColumnStride + unit * kUnitStride;
+    }
 };
+
+// A thread's numbers of a row of shared memory that has one for every column of the strip.
+HF_LOPT_DEVICE Lane load_columns(const float* x, const Place& at) {
+    if (at.column_step == 1) return load_four(x + at.first_column);
+    Lane y;
+    HF_LOPT_EACH(e) y.x[e] = x[at.column(e)];
+    return y;
+}
 
 // Copies the network of the tensor, with the scale of its step in it.
 template <int U>
@@ -76,7 +93,7 @@ HF_LOPT_DEVICE void set_columns(const ApplyArgs& a, const Place& at, Shared<U>& 
             for (int k = 0; k < kFactored; k++) {
                 z += y[k] * s.vectors.vector[k][j] + root[k] * s.vectors.rsqrt_vector[k][j];
             }
-            s.column_bias[c * Shared<U>::kColumnStride + j] = z;
+            s.bias(c, j) = z;
         }
     }
     barrier();
@@ -141,7 +158,7 @@ HF_LOPT_DEVICE void load_factors(const ApplyArgs& a, const Place& at, const RowP
     Lane along[kFactored];
     if constexpr (kind != kStrided) {
 #pragma unroll
-        for (int k = 0; k < kFactored; k++) HF_LOPT_EACH(e) along[k].x[e] = s.factors[k][at.column(e)];
+        for (int k = 0; k < kFactored; k++) along[k] = load_columns(s.factors[k], at);
     }
     load_factors<kind>(a.table, at, row, along, factor);
 }
@@ -149,7 +166,7 @@ HF_LOPT_DEVICE void load_factors(const ApplyArgs& a, const Place& at, const RowP
 // The first layer of few units; the features that are products with a row's or a column's factor are never formed.
 // With f the product of both factors, unit j is
 //   z = bias + g (a + Σ_k w_k f_k) + Σ_k m_k (a_k + u_k f_k) + q (h + b g + Σ_k b_k m_k) + ...
-template <int U, Kind kind>
+template <int U>
 HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, float second_eps,
                                 const Lane (&factor)[kFactored], Lane (&z)[U]) {
     // What needs the factors comes first, so that their registers are free for the rest.
@@ -164,8 +181,7 @@ HF_LOPT_DEVICE void first_layer(const Network<U>& w, const Updated& u, float sec
         }
         z[j] = u.g * on_g + z[j];
     }
-    // Spares registers, but for the widest rows (tests/test_cuda_build.py has the numbers).
-    if constexpr (U == 4 || kind == kInner) forget_loads();
+    forget_loads();  // spares registers
     const Lane q = map(u.v, [&](float v) { return inverse_root(v + second_eps); });
 #pragma unroll
     for (int j = 0; j < U; j++) {
@@ -193,7 +209,7 @@ HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const RowPlace
 #pragma unroll
     for (int j = 0; j < U; j++) {
         of_line[j] = s.net.bias[j];
-        HF_LOPT_EACH(e) z[j].x[e] = s.column_bias[at.column(e) * Shared<U>::kColumnStride + j];
+        z[j] = load_columns(s.bias(0, j), at);
     }
 #pragma unroll
     for (int k = 0; k < kFactored; k++) {
@@ -224,7 +240,7 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
         Lane factor[kFactored], z[U], direction, magnitude;
         load_factors<U, kind>(a, at, row, s, factor);
         set_bias<U, kind>(a, at, row, s, z);
-        first_layer<U, kind>(s.net, u, a.constants.second_eps, factor, z);
+        first_layer<U>(s.net, u, a.constants.second_eps, factor, z);
         store_accumulators(a, at, row, u, sums);  // before the next layers need their registers
         finish_network<U>(s.net, z, [](const Lane& x) { return map(x, relu); }, &direction, &magnitude);
         store_step(a, at, row, u.p, s.net.decay, direction, magnitude, sums);
@@ -232,10 +248,10 @@ HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared
     sums.flush(out);
 }
 
-template <int U>
-HF_LOPT_OUT_OF_LINE void apply_inner_rows(const ApplyArgs& a, const Shared<U>& s, double* out) {
+template <int U, Kind kind>
+HF_LOPT_OUT_OF_LINE void apply_other_rows(const ApplyArgs& a, const Shared<U>& s, double* out) {
     const Place at = place(a.table);
-    apply_rows<U, kInner>(a, at, s, out);
+    apply_rows<U, kind>(a, at, s, out);
 }
 
 // The layers after the first one, an element at a time: for many units, of which a thread holds one layer only.
@@ -288,7 +304,7 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
             }
             if constexpr (columns) {
 #pragma unroll
-                for (int j = 0; j < U; j++) z[j] += s.column_bias[at.column(e) * Shared<U>::kColumnStride + j];
+                for (int j = 0; j < U; j++) z[j] += *s.bias(at.column(e), j);
             }
             if constexpr (strided) {
                 const float* vector = pointer<float>(a.table, t, sVector) + strided_place(t.vector_step, at, row, e);
@@ -365,18 +381,6 @@ HF_LOPT_DEVICE void apply_tile(const ApplyArgs& a, Shared<U>& s, F apply_matrix)
         apply_matrix(at, partial);
     }
     finish_tile(a, at);
-}
-
-// The same for few units.
-template <int U>
-HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s) {
-    apply_tile<U>(a, s, [&](const Place& at, double* partial) {
-        if (at.entry->inner > 1) {
-            apply_inner_rows(a, s, partial);
-        } else {
-            apply_rows<U, kMatrix>(a, at, s, partial);
-        }
-    });
 }
 
 }  // namespace hf_lopt

@@ -1,12 +1,12 @@
 // Pass 2 for networks of 4 hidden units; a file of its own, so that both are compiled at the same time.
-#include "apply.cuh"
+#include "apply_full.cuh"
 
 namespace hf_lopt {
 namespace {
 
 HF_LOPT_KERNEL(kThreads, 2) apply_4_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     HF_LOPT_SHARED Shared<4> shared;
-    apply_tile_of_few(a, shared);
+    apply_tile_of_few<4, false>(a, shared);
 }
 
 }  // namespace

@@ -6,14 +6,16 @@
 #include <algorithm>
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 
 #include "runtime.h"
 
 namespace hf_lopt {
 
-Device::Device(const Tensor& x) {
-    const int index = x.get_device_index();
+Device::Device(const Tensor& x) : Device(x.get_device_index()) {}
+
+Device::Device(int index) {
     if (index >= 0) guard_ = std::make_unique<torch::stable::accelerator::DeviceGuard>(index);
     stream_ = current_stream(index);
 }
@@ -22,26 +24,64 @@ Device::Device(const Tensor& x) {
 
 namespace {
 
-// A copy on the device, with the memory of the host that it was made from.
+// Memory in large pieces that are never given back: a step asks the driver for memory, which may wait for the device,
+// only when a piece is used up. It is not torch's either, whose memory belongs to a graph while one is captured, and
+// while torch.compile warms one up: a table there would be overwritten by other graphs of the pool.
+class Arena {
+  public:
+    explicit Arena(char* (*allocate)(size_t)) : allocate_(allocate) {}
+
+    char* take(size_t bytes) {
+        bytes = (bytes + kAlign - 1) / kAlign * kAlign;
+        if (bytes > left_) {
+            const size_t size = std::max(bytes, kPiece);
+            next_ = allocate_(size);
+            left_ = size;
+        }
+        char* found = next_;
+        next_ += bytes;
+        left_ -= bytes;
+        return found;
+    }
+
+  private:
+    static constexpr size_t kAlign = 256, kPiece = 4 << 20;
+    char* (*allocate_)(size_t);
+    char* next_ = nullptr;
+    size_t left_ = 0;
+};
+
+// Never freed: the process may end before the device is done with them.
+Arena& staging_arena() {
+    static auto* arena = new Arena(new_host_memory);
+    return *arena;
+}
+Arena& device_arena(int device) {
+    static auto* arenas = new std::map<int, Arena>;
+    return arenas->emplace(device, Arena(new_device_memory)).first->second;
+}
+
+// A copy on the device, with the memory of the host that it was made from. One that has not been made, or failed, has
+// no content, which none asks for.
 struct KeptCopy {
     int device;
     void* stream;
-    const void* owner;
-    uint64_t capture;  // the graph that copies it, 0 for none
-    uint64_t hash;
+    size_t room;
+    char *memory, *staging;
+    void* copied = nullptr;  // a mark behind the copy
+    bool forever = true;     // a graph uses it, or it is not known whether the device is done with it
+    const void* owner = nullptr;
+    uint64_t capture = 0;  // the graph that copies it, 0 for none
+    uint64_t hash = 0;
     std::vector<char> content;
-    size_t size;  // with the zeros
-    Tensor memory;
-    char* staging;
-    void* copied;  // a mark behind the copy
-    bool forever;  // a graph uses it
+    size_t size = 0;  // with the zeros
 };
 
 // A table that was in use a few calls ago is met again in the next step; those of models that are gone are few.
 constexpr size_t kMostCopies = 256;
 
 std::mutex guard;
-// Most recently used first. Never freed: the process may end before the device is done with it.
+// Most recently used first.
 std::list<KeptCopy>& kept_copies() {
     static auto* copies = new std::list<KeptCopy>;
     return *copies;
@@ -77,38 +117,40 @@ char* device_copy(const Tensor& like, const std::vector<char>& content, void* st
     if (found != copies.end()) {
         found->forever |= capture != 0;
         copies.splice(copies.begin(), copies, found);
-        return static_cast<char*>(found->memory.data_ptr());
+        return found->memory;
     }
     // The place of the table that was used longest ago, if it is large enough and no copy from it is under way.
     auto old = copies.end();
     if (!capture && copies.size() >= kMostCopies) {
-        for (auto k = copies.begin(); k != copies.end(); k++) {
-            if (!k->forever && k->device == device && k->stream == stream &&
-                (size_t)k->memory.numel() * sizeof(double) >= size && passed(k->copied))
-                old = k;
+        for (auto k = copies.rbegin(); k != copies.rend(); k++) {
+            if (k->forever || k->device != device || k->stream != stream || k->room < size) continue;
+            // Those that were used after one that is under way are hardly done with, and each question has its price.
+            if (passed(k->copied)) old = std::prev(k.base());
+            break;
         }
     }
     if (old == copies.end()) {
-        const int64_t words = (int64_t)((size + sizeof(double) - 1) / sizeof(double));
-        KeptCopy k{device,  stream, owner, capture, hash, {}, size, doubles(like, {words}), new_staging(size),
-                   nullptr, false};
+        KeptCopy k{device, stream, size, device_arena(device).take(size), staging_arena().take(size)};
         copies.push_front(std::move(k));
     } else {
         copies.splice(copies.begin(), copies, old);
     }
     KeptCopy& k = copies.front();
+    // Until all is done nobody finds it, and its place is not given to another.
+    k.content.clear();
+    k.size = 0;
+    k.forever = true;
+    std::memcpy(k.staging, content.data(), content.size());
+    std::memset(k.staging + content.size(), 0, zeros);
+    copy_to_device(k.memory, k.staging, size, stream);
+    if (!capture) k.copied = mark(k.copied, stream);
     k.owner = owner;
     k.capture = capture;
     k.forever = capture != 0;
     k.hash = hash;
     k.content = content;
     k.size = size;
-    std::memcpy(k.staging, content.data(), content.size());
-    std::memset(k.staging + content.size(), 0, zeros);
-    char* data = static_cast<char*>(k.memory.data_ptr());
-    copy_to_device(data, k.staging, size, stream);
-    if (!capture) k.copied = mark(k.copied, stream);
-    return data;
+    return k.memory;
 }
 
 // ---- tensors -------------------------------------------------------------------------------------------------------

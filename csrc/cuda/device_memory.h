@@ -17,6 +17,7 @@ namespace hf_lopt {
 class Device {
   public:
     explicit Device(const Tensor& x);
+    explicit Device(int index);
     void* stream() const { return stream_; }
 
   private:

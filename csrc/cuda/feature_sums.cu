@@ -1,55 +1,93 @@
 // Pass 1: the sum of squares of every feature column. Read-only.
-#include "updated.cuh"
+#include "full_tiles.cuh"
 
 namespace hf_lopt {
 namespace {
 
 // The sums of a thread over its part of a matrix.
+struct Squares {
+    float g = 0, clip = 0, p = 0, v = 0, q = 0, gq = 0;
+    float m[kMomenta] = {}, mq[kMomenta] = {}, fac_g[kFactored] = {}, fac_m[kMomenta] = {};
+
+    // `q_squared`: 1 / (v + eps), 0 where there is no element, where all else is zero.
+    HF_LOPT_MEMBER void add(const Updated& u, const Lane& q_squared, const Lane (&factor)[kFactored]) {
+        HF_LOPT_EACH(e) {
+            const float x = u.g.x[e], square = x * x, clipped = clamp(x, kSmallClip);
+            g += square;
+            clip = fmaf(clipped, clipped, clip);
+            p = fmaf(u.p.x[e], u.p.x[e], p);
+            v = fmaf(u.v.x[e], u.v.x[e], v);
+            q += q_squared.x[e];
+            gq = fmaf(square, q_squared.x[e], gq);
+#pragma unroll
+            for (int k = 0; k < kMomenta; k++) {
+                const float y = u.m[k].x[e] * u.m[k].x[e], f = factor[k].x[e] * factor[k].x[e];
+                m[k] += y;
+                mq[k] = fmaf(y, q_squared.x[e], mq[k]);
+                fac_g[k] = fmaf(square, f, fac_g[k]);
+                fac_m[k] = fmaf(y, f, fac_m[k]);
+            }
+        }
+    }
+
+    HF_LOPT_MEMBER void put(double (&sums)[kInputs]) const {
+        sums[kG] = g;
+        sums[kClipG] = clip;
+        sums[kP] = p;
+        sums[kV] = v;
+        sums[kRsqrtV] = q;
+        sums[kGRsqrtV] = gq;
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) {
+            sums[kM + k] = m[k];
+            sums[kMRsqrtV + k] = mq[k];
+            sums[kFacG + k] = fac_g[k];
+            sums[kFacM + k] = fac_m[k];
+        }
+    }
+};
+
+template <class P, class G>
+HF_LOPT_DEVICE void add_full_rows(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
+    const TensorEntry& t = *at.entry;
+    const FullTile f = full_tile(at);
+    FullRows<P, G> rows(a.table, t, f);
+    const float* line = pointer<float>(a.table, t, sLineFactor) + f.line;
+    const float* vector = pointer<float>(a.table, t, sVectorFactor) + at.vector() + f.column;
+    const int64_t line_decay = t.line_decay;
+    Lane along[kFactored];
+#pragma unroll
+    for (int k = 0; k < kFactored; k++) HF_LOPT_EACH(e) along[k].x[e] = vector[k * t.vector_decay + e];
+    Squares squares;
+#pragma unroll 1
+    for (int turn = 0; turn < f.turns; turn++, rows.element += rows.step, line += f.line_step) {
+        float of_line[kFactored];
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) of_line[k] = line[k * line_decay];
+        const Updated u = rows.load(a.constants);
+        Lane factor[kFactored];
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) factor[k] = along[k] * of_line[k];
+        squares.add(u, map(u.v, [&](float v) { return reciprocal(v + a.constants.second_eps); }), factor);
+    }
+    squares.put(sums);
+}
+
 template <Kind kind>
 HF_LOPT_DEVICE void add_rows(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
     Lane along[kFactored];
     if constexpr (kind != kStrided) load_vector_factors(a.table, at, along);
-    float g2 = 0, clip2 = 0, p2 = 0, v2 = 0, q2 = 0, gq2 = 0;
-    float m2[kMomenta] = {}, mq2[kMomenta] = {}, fac_g2[kFactored] = {}, fac_m2[kMomenta] = {};
+    Squares squares;
     for (int turn = 0; turn < at.turns(); turn++) {
         const RowPlace row = at.row(turn);
         const Updated u = update<kind == kStrided>(a.table, a.constants, at, row);
-        Lane factor[kFactored];
+        Lane factor[kFactored], q_squared;
         load_factors<kind>(a.table, at, row, along, factor);
-        HF_LOPT_EACH(e) {
-            const float g = u.g.x[e], p = u.p.x[e], v = u.v.x[e], square = g * g;
-            // No root: only its square is needed. Nothing is there beyond the edge but this would not be zero.
-            const float q_squared = at.live(row, e) ? 1.0f / (v + a.constants.second_eps) : 0.0f;
-            const float clipped = clamp(g, kSmallClip);
-            g2 += square;
-            clip2 = fmaf(clipped, clipped, clip2);
-            p2 = fmaf(p, p, p2);
-            v2 = fmaf(v, v, v2);
-            q2 += q_squared;
-            gq2 = fmaf(square, q_squared, gq2);
-#pragma unroll
-            for (int k = 0; k < kMomenta; k++) {
-                const float m = u.m[k].x[e], y = m * m, f = factor[k].x[e] * factor[k].x[e];
-                m2[k] += y;
-                mq2[k] = fmaf(y, q_squared, mq2[k]);
-                fac_g2[k] = fmaf(square, f, fac_g2[k]);
-                fac_m2[k] = fmaf(y, f, fac_m2[k]);
-            }
-        }
+        // No root: only its square is needed.
+        HF_LOPT_EACH(e) { q_squared.x[e] = at.live(row, e) ? reciprocal(u.v.x[e] + a.constants.second_eps) : 0.0f; }
+        squares.add(u, q_squared, factor);
     }
-    sums[kG] = g2;
-    sums[kClipG] = clip2;
-    sums[kP] = p2;
-    sums[kV] = v2;
-    sums[kRsqrtV] = q2;
-    sums[kGRsqrtV] = gq2;
-#pragma unroll
-    for (int k = 0; k < kMomenta; k++) {
-        sums[kM + k] = m2[k];
-        sums[kMRsqrtV + k] = mq2[k];
-        sums[kFacG + k] = fac_g2[k];
-        sums[kFacM + k] = fac_m2[k];
-    }
+    squares.put(sums);
 }
 
 HF_LOPT_OUT_OF_LINE void add_flat(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
@@ -113,9 +151,11 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
     block_sums(sums, kVectorSums, out);
 }
 
-HF_LOPT_OUT_OF_LINE void add_strided_rows(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
+// Rows that are not full, or not neighbours.
+template <Kind kind>
+HF_LOPT_OUT_OF_LINE void add_other_rows(const FeatureSumsArgs& a, double (&sums)[kInputs]) {
     const Place at = place(a.table);
-    add_rows<kStrided>(a, at, sums);
+    add_rows<kind>(a, at, sums);
 }
 
 // The vector features of a strided slice, which may differ from element to element.
@@ -174,11 +214,12 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     if (!t.factored) {
         add_flat(a, sums);
     } else if (t.strided) {
-        add_strided_rows(a, sums);
+        add_other_rows<kStrided>(a, sums);
     } else if (t.inner > 1) {
-        add_rows<kInner>(a, at, sums);
-    } else {
-        add_rows<kMatrix>(a, at, sums);
+        add_other_rows<kInner>(a, sums);
+    } else if (!with_types_of_full_tile(
+                   at, [&](auto p, auto g) { add_full_rows<decltype(p), decltype(g)>(a, at, sums); })) {
+        add_other_rows<kMatrix>(a, sums);
     }
     double* partial = a.partial + (int64_t)block() * kSums;
     block_sums(sums, kInputs, partial);

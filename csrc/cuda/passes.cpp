@@ -94,6 +94,13 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
         e.row_size = (float)row_sizes[t];
         e.col_size = (float)col_sizes[t];
         e.means = row_means[t].numel() > 0;
+        const int64_t items = std::max(e.cols, e.one_mean() ? e.b : e.outer * e.inner);
+        const int64_t chunks = std::max<int64_t>((items + kFactoredChunk - 1) / kFactoredChunk, 1);
+        STD_TORCH_CHECK(args.blocks + chunks * kFactored < INT32_MAX / 2,
+                        "the parameters have too many elements for one step");
+        e.first_block = args.blocks;
+        e.chunks = (int32_t)chunks;
+        args.blocks += e.chunks * kFactored;
         set(e, fRows, rows[t]);
         set(e, fCols, cols[t]);
         set(e, fRowSums, row_sums[t]);
@@ -121,8 +128,18 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     if (!entries.empty()) {
         std::vector<char> content;
         append(content, entries.data(), entries.size());
-        args.entries = reinterpret_cast<const FactoredEntry*>(device_copy(row_sums[0], content, device.stream()));
-        launch_update_factored(args, (int)entries.size(), device.stream());
+        // Counters belong to a model: its accumulators stay where they are.
+        const size_t counters = 2 + entries.size() * kFactored;
+        char* data = device_copy(row_sums[0], content, device.stream(), counters * sizeof(uint32_t),
+                                 rows[tensors[0]].data_ptr());
+        args.entries = reinterpret_cast<const FactoredEntry*>(data);
+        args.count = (int32_t)entries.size();
+        args.started = reinterpret_cast<uint32_t*>(data + content.size());
+        args.done = args.started + 1;
+        args.arrived = args.started + 2;
+        const Tensor partial = doubles(row_sums[0], {args.blocks});
+        args.partial = double_data(partial);
+        launch_update_factored(args, device.stream());
     }
     return out;
 }

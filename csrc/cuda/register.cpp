@@ -3,8 +3,12 @@
 // Compiled for tests on the host, the same operators are registered for CPU tensors in a library of their own.
 #include <Python.h>
 
+#include <exception>
+#include <string>
+
 #include "../boxed.h"
 #include "operators.h"
+#include "runtime.h"
 
 #ifdef HF_LOPT_EMULATED
 #define HF_LOPT_LIBRARY hf_lopt_emulated
@@ -19,6 +23,10 @@
 #endif
 // Expands the names first.
 #define HF_LOPT_IMPLEMENT(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+#define HF_LOPT_FRAGMENT(library, m) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
+#ifndef HF_LOPT_CUDA_CODE
+#define HF_LOPT_CUDA_CODE "none"
+#endif
 
 HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     hf_lopt::implement_passes(m);
@@ -27,6 +35,40 @@ HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     m.impl("pool", TORCH_BOX(&hf_lopt::pool));
     m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));
     m.impl("assign", TORCH_BOX(&hf_lopt::assign));
+}
+
+namespace hf_lopt {
+namespace {
+
+// What the kernels are built for and what the driver serves; hf_lopt/kernels/cards.py reads it.
+std::string cuda_build() {
+    const auto version = [](int x) { return std::to_string(x / 1000) + "." + std::to_string(x % 1000 / 10); };
+    return "CUDA " + version(built_version()) + ", driver " + version(driver_version()) + ", code " HF_LOPT_CUDA_CODE;
+}
+
+// Launches a kernel that does nothing on a device; why that was not possible, or nothing.
+std::string cuda_launch(int64_t device) {
+    try {
+        const Device current((int)device);
+        launch_probe({}, current.stream());
+    } catch (const std::exception& error) {
+        return error.what();
+    }
+    return "";
+}
+
+}  // namespace
+}  // namespace hf_lopt
+
+// Operators of this library alone, which have no tensors.
+HF_LOPT_FRAGMENT(HF_LOPT_LIBRARY, m) {
+    m.def("cuda_build() -> str");
+    m.def("cuda_launch(int device) -> str");
+}
+
+HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, CompositeExplicitAutograd, m) {
+    m.impl("cuda_build", TORCH_BOX(&hf_lopt::cuda_build));
+    m.impl("cuda_launch", TORCH_BOX(&hf_lopt::cuda_launch));
 }
 
 // An empty module, so that importing it loads the library.

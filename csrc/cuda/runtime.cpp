@@ -10,6 +10,7 @@ namespace hf_lopt {
 namespace {
 
 void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) cudaGetLastError();  // told here, and to nobody else
     STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
 }
 
@@ -53,10 +54,17 @@ uint64_t capture_id(void* stream) {
     return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
-char* new_staging(size_t bytes) {
+char* new_host_memory(size_t bytes) {
     const Relaxed relaxed;
     void* memory = nullptr;
     check(cudaHostAlloc(&memory, bytes, cudaHostAllocDefault), "cudaHostAlloc");
+    return static_cast<char*>(memory);
+}
+
+char* new_device_memory(size_t bytes) {
+    const Relaxed relaxed;
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, bytes), "cudaMalloc");
     return static_cast<char*>(memory);
 }
 
@@ -75,9 +83,19 @@ void* mark(void* event, void* stream) {
 bool passed(void* event) {
     const Relaxed relaxed;
     const cudaError_t status = cudaEventQuery(static_cast<cudaEvent_t>(event));
-    if (status == cudaErrorNotReady) return false;
+    if (status == cudaErrorNotReady) {
+        cudaGetLastError();  // or the next launch, of whomever, is taken to have failed
+        return false;
+    }
     check(status, "cudaEventQuery");
     return true;
+}
+
+int built_version() { return CUDART_VERSION; }
+
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
 }  // namespace hf_lopt

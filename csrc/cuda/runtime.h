@@ -12,12 +12,17 @@ void check_launch();
 void* current_stream(int device);
 // Identifies the graph that the stream is captured into; 0 where it is not.
 uint64_t capture_id(void* stream);
-// Host memory that the device copies from without waiting; also while a graph is captured.
-char* new_staging(size_t bytes);
+// Memory that stays, of the host, from which the device copies without waiting, and of the device; also while a graph
+// is captured, whose own memory it never is. Both may wait for the device: see Arena in device_memory.cpp.
+char* new_host_memory(size_t bytes);
+char* new_device_memory(size_t bytes);
 void copy_to_device(void* to, const char* staging, size_t bytes, void* stream);
 // A mark behind what the stream has been given, renewed; null makes a new one.
 void* mark(void* event, void* stream);
 // Whether the stream has passed the mark.
 bool passed(void* event);
+// Which CUDA the kernels are built with and which one the driver serves, such as 13000; 0 for none.
+int built_version();
+int driver_version();
 
 }  // namespace hf_lopt

@@ -40,14 +40,35 @@ HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
 }
 // What has been read from memory is read again afterwards, rather than kept in registers.
 HF_LOPT_DEVICE void forget_loads() { asm volatile("" ::: "memory"); }
+// Loads before this place are under way when the thread goes on: the compiler would start some of them later, which
+// spares registers and waits for memory again. All threads of the warp come here.
+HF_LOPT_DEVICE void start_loads() { __syncwarp(); }
 HF_LOPT_DEVICE void fence() { __threadfence(); }
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return atomicAdd(ticket, 1u); }
+// Waits until so many have been taken; what those who took them wrote before is visible then.
+HF_LOPT_DEVICE void wait_for_tickets(const unsigned* ticket, unsigned count) {
+    while (*static_cast<const volatile unsigned*>(ticket) < count) __nanosleep(100);
+    __threadfence();
+}
 // Reads what other blocks of the same launch have written: past the first-level cache.
 template <class T>
 HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return __ldcg(x);
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// 1 / x, rounded
+HF_LOPT_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
+// The larger and the smaller of both; NaN stays NaN. An instruction each, where a comparison and a choice are two.
+HF_LOPT_DEVICE float maximum(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+HF_LOPT_DEVICE float minimum(float x, float y) {
+    float z;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
 
 // One store of 16 or 8 bytes: as a struct they are taken apart.
 HF_LOPT_DEVICE void store_wide(float* to, const Float4& y) {
@@ -60,6 +81,10 @@ HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) {
                  "h"(y.x[2]), "h"(y.x[3])
                  : "memory");
 }
+HF_LOPT_DEVICE void store_wide(void* to, const Word2& y) {
+    asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(to)), "r"(y.x[0]), "r"(y.x[1])
+                 : "memory");
+}
 
 HF_LOPT_DEVICE float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 HF_LOPT_DEVICE uint16_t to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -70,6 +95,8 @@ HF_LOPT_DEVICE uint32_t pack_bfloat16(float low, float high) {
     const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&x);
 }
+HF_LOPT_DEVICE float lower_number(uint32_t pair) { return __uint_as_float(pair << 16); }
+HF_LOPT_DEVICE float upper_number(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
 // d += a b for a (16, 16), b (16, 8) of bfloat16 and d (16, 8) of float32, spread over a warp as PTX defines for
 // mma.m16n8k16.

@@ -93,6 +93,8 @@ HF_LOPT_KERNEL(kThreads, 2) zero_nan_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
     }
 }
 
+HF_LOPT_KERNEL(kWarpSize, 1) probe_kernel(HF_LOPT_ARGUMENT ProbeArgs a) { (void)a; }
+
 }  // namespace
 
 void launch_adam(const AdamArgs& args, int tiles, void* stream) {
@@ -104,6 +106,7 @@ void launch_descend(const DescendArgs& args, int tiles, void* stream) {
 void launch_assign(const AssignArgs& args, int tiles, void* stream) {
     HF_LOPT_LAUNCH(assign_kernel, tiles, kThreads, stream, args);
 }
+void launch_probe(const ProbeArgs& args, void* stream) { HF_LOPT_LAUNCH(probe_kernel, 1, kWarpSize, stream, args); }
 void launch_zero_nan(const AssignArgs& args, int tiles, void* stream) {
     HF_LOPT_LAUNCH(zero_nan_kernel, tiles, kThreads, stream, args);
 }

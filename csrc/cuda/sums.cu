@@ -1,5 +1,5 @@
 // Pass 0: sums over the gradient. Reads the gradient only, unless the statistics of everything else are asked for too.
-#include "tiles.cuh"
+#include "full_tiles.cuh"
 
 namespace hf_lopt {
 namespace {
@@ -11,16 +11,10 @@ struct RowSums {
     float columns[kLane];
 };
 
-// Adds the thread's numbers of one row; returns their squares after the clip.
-HF_LOPT_DEVICE Lane add(const Lane& g, float clip, RowSums& sums) {
+// Adds the squares of the thread's numbers of one row before the clip.
+HF_LOPT_DEVICE void add_squares(const Lane& g, RowSums& sums) {
     float squares = 0.0f;
-    Lane clipped;
-    HF_LOPT_EACH(e) {
-        squares = fmaf(g.x[e], g.x[e], squares);
-        const float y = clamp(g.x[e], clip);
-        clipped.x[e] = y * y;
-        sums.columns[e] += clipped.x[e];
-    }
+    HF_LOPT_EACH(e) squares = fmaf(g.x[e], g.x[e], squares);
     if (squares > 1e-25f && squares < 1e30f) {
         sums.squares += squares;
     } else {  // a sum that float32 cannot hold, or that has lost its small terms
@@ -29,7 +23,22 @@ HF_LOPT_DEVICE Lane add(const Lane& g, float clip, RowSums& sums) {
             sums.nonfinite += !(fabsf(g.x[e]) <= 3.402823466e38f);
         }
     }
+}
+
+// The squares after the clip, which are also added to the sums of the columns.
+HF_LOPT_DEVICE Lane add_clipped(const Lane& g, float clip, RowSums& sums) {
+    Lane clipped;
+    HF_LOPT_EACH(e) {
+        const float y = clamp(g.x[e], clip);
+        clipped.x[e] = y * y;
+        sums.columns[e] += clipped.x[e];
+    }
     return clipped;
+}
+
+HF_LOPT_DEVICE Lane add(const Lane& g, float clip, RowSums& sums) {
+    add_squares(g, sums);
+    return add_clipped(g, clip, sums);
 }
 
 // The sums over a row: one number per line, or one for each of its `inner` places.
@@ -116,13 +125,64 @@ HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
     }
 }
 
-HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
-    HF_LOPT_SHARED float buffer[kWarps][kStrip];
+// Rows of a full tile that a thread loads before it works on them: as many bytes of each type.
+template <class G>
+constexpr int kFullBatch = kBatch * (int)(sizeof(float) / sizeof(G));
+
+// A full tile; what is added up, and in which order, is what the other loop does.
+template <class G>
+HF_LOPT_DEVICE RowSums add_full_rows(const SumsArgs& a, const Place& at) {
+    RowSums sums = {};
+    const TensorEntry& t = *at.entry;
+    const FullTile f = full_tile(at);
+    constexpr int kRows = kFullBatch<G>;
+    const G* g = pointer<G>(a.table, t, sG) + f.element;
+    const int64_t step = f.element_step, line_step = f.line_step;
+    const int lane = thread() % kWarpSize;
+    // Of the row of the batch whose sum the thread ends up with.
+    float* out = a.parts + t.line_part + at.strip * t.line_length() + f.line + lane / (kWarpSize / kRows) * line_step;
+    const bool writes = lane % (kWarpSize / kRows) == 0;
+#pragma unroll 1
+    for (int left = f.turns; left > 0; left -= kRows) {
+        Lane x[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+            x[r] = splat(0.0f);
+            if (r < left) x[r] = load_four(g + r * step);
+        }
+        float row[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+            add_squares(x[r], sums);  // of zeros beyond the last row
+            const Lane squares = add_clipped(x[r], a.clip, sums);
+            row[r] = 0.0f;
+            HF_LOPT_EACH(e) row[r] += squares.x[e];
+        }
+        // Half of the rows go to the other half of the lanes at each exchange, until there is one left.
+        int mask = kWarpSize / 2;
+#pragma unroll
+        for (int count = kRows; count > 1; count /= 2, mask /= 2) {
+            const bool upper = lane & mask;
+#pragma unroll
+            for (int r = 0; r < count / 2; r++) {
+                const float kept = upper ? row[r + count / 2] : row[r], sent = upper ? row[r] : row[r + count / 2];
+                row[r] = kept + shuffle_xor(sent, mask);
+            }
+        }
+#pragma unroll
+        for (; mask > 0; mask /= 2) row[0] += shuffle_xor(row[0], mask);
+        if (writes && lane / (kWarpSize / kRows) < left) *out = row[0];
+        g += kRows * step;
+        out += kRows * line_step;
+    }
+    return sums;
+}
+
+// Any tile, in batches of rows.
+HF_LOPT_OUT_OF_LINE void add_other_rows(const SumsArgs& a, RowSums& sums, float (&buffer)[kWarps][kStrip]) {
     const Place at = place(a.table);
     const TensorEntry& t = *at.entry;
     const void* g = pointer<void>(a.table, t, sG);
-    double* stats = a.partial + (int64_t)block() * a.width;
-    RowSums sums = {};
     const int turns = at.turns();
     for (int first = 0; first < turns; first += kBatch) {
         Lane x[kBatch];
@@ -139,6 +199,21 @@ HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
             const Lane squares = add(x[i], a.clip, sums);
             if (t.factored) store_line(a, at, row, squares, buffer);
         }
+    }
+}
+
+HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
+    HF_LOPT_SHARED float buffer[kWarps][kStrip];
+    const Place at = place(a.table);
+    const TensorEntry& t = *at.entry;
+    double* stats = a.partial + (int64_t)block() * a.width;
+    RowSums sums = {};
+    if (is_full(at) && t.g_type == kFloat32) {
+        sums = add_full_rows<float>(a, at);
+    } else if (is_full(at) && t.g_type == kBFloat16) {
+        sums = add_full_rows<BFloat16>(a, at);
+    } else {
+        add_other_rows(a, sums, buffer);
     }
     if (t.factored) {
         // Over the rows that the warp works on together, then over the warps.

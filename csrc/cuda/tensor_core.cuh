@@ -22,9 +22,6 @@ struct Split {
     uint32_t high, low;
 };
 
-HF_LOPT_DEVICE float upper_number(uint32_t pair) { return from_bfloat16((uint16_t)(pair >> 16)); }
-HF_LOPT_DEVICE float lower_number(uint32_t pair) { return from_bfloat16((uint16_t)(pair & 0xffff)); }
-
 HF_LOPT_DEVICE Split split(float x, float y) {
     Split s;
     s.high = pack_bfloat16(x, y);
@@ -118,7 +115,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
         float z[4];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float* bias = s.column_bias + at.column(e + r) * Shared<kUnits>::kColumnStride + n * 8 + 2 * q;
+            const float* bias = s.bias(at.column(e + r), n * 8 + 2 * q);
             z[2 * r] = line_bias[n][0] + bias[0];
             z[2 * r + 1] = line_bias[n][1] + bias[1];
         }

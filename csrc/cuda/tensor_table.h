@@ -119,6 +119,8 @@ struct AssignArgs {
     const bool* skip;
 };
 
+struct ProbeArgs {};
+
 // The factored accumulators of a tensor: rows (kFactored, outer, b, inner) where b is axis B, cols (kFactored, size).
 enum FactoredSlot {
     fRows,
@@ -132,18 +134,29 @@ enum FactoredSlot {
     fColFactors,
     kFactoredSlots
 };
+// Rows and columns of a tensor are divided among blocks, kFactoredChunk numbers or groups of rows each.
 struct FactoredEntry {
     int64_t at[kFactoredSlots];
     int64_t outer, b, inner, cols;
     float row_size, col_size;  // how many numbers a row sum and a column sum have
-    bool means;                // given, (kFactored, outer, 1, inner)
+    int32_t first_block;       // of the tensor, which has kFactored of them for each chunk
+    int32_t chunks;
+    bool means;  // given, (kFactored, outer, 1, inner)
+
+    // One mean for all rows, which are divided among blocks: their sum is known when all blocks have added their part.
+    HF_LOPT_HOST_DEVICE bool one_mean() const { return outer * inner == 1; }
 };
 struct FactoredArgs {
     const FactoredEntry* entries;
+    int32_t count, blocks;  // blocks of the first half of the launch; there is a second one
+    uint32_t* started;      // zero between launches: blocks that have begun; that are done;
+    uint32_t* done;
+    uint32_t* arrived;  // (count, kFactored), those of a tensor and decay that have added their part
+    double* partial;    // (blocks,), sums of new row accumulators
     char* base[kFactoredSlots];
     float keep[kFactored], add[kFactored];
 };
-constexpr int kFactoredThreads = 1024;
+constexpr int kFactoredThreads = 256, kFactoredChunk = 2048;
 
 void launch_sums(const SumsArgs& args, int tiles, void* stream);
 void launch_feature_sums(const FeatureSumsArgs& args, int tiles, void* stream);
@@ -154,6 +167,7 @@ void launch_adam(const AdamArgs& args, int tiles, void* stream);
 void launch_descend(const DescendArgs& args, int tiles, void* stream);
 void launch_assign(const AssignArgs& args, int tiles, void* stream);
 void launch_zero_nan(const AssignArgs& args, int tiles, void* stream);
-void launch_update_factored(const FactoredArgs& args, int tensors, void* stream);
+void launch_probe(const ProbeArgs& args, void* stream);
+void launch_update_factored(const FactoredArgs& args, void* stream);
 
 }  // namespace hf_lopt

@@ -38,8 +38,8 @@ HF_LOPT_DEVICE Lane map(Lane a, F f) {
     return a;
 }
 // NaN passes through: what it entered is not stored.
-HF_LOPT_DEVICE float clamp(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }
-HF_LOPT_DEVICE float relu(float x) { return x < 0.0f ? 0.0f : x; }
+HF_LOPT_DEVICE float clamp(float x, float bound) { return maximum(minimum(x, bound), -bound); }
+HF_LOPT_DEVICE float relu(float x) { return maximum(x, 0.0f); }
 HF_LOPT_DEVICE float exponential(float x) { return x < kExpSmall && x > -kExpSmall ? exp_small(x) : expf(x); }
 
 struct RowPlace {
@@ -275,14 +275,12 @@ template <class T>
 struct MomentSums {
     T sum = 0, squares = 0;
 
-    HF_LOPT_MEMBER void add(const Lane& y, const bool (&live)[kLane]) {
-        HF_LOPT_EACH(e) {
-            if (!live[e]) continue;
-            const T x = y.x[e];
-            sum += x;
-            squares = sizeof(T) == 4 ? (T)fmaf((float)x, (float)x, (float)squares)
-                                     : (T)fma((double)x, (double)x, (double)squares);
-        }
+    HF_LOPT_MEMBER void add(const Lane& y, const bool (&live)[kLane]) { HF_LOPT_EACH(e) if (live[e]) add((T)y.x[e]); }
+    HF_LOPT_MEMBER void add(const Lane& y) { HF_LOPT_EACH(e) add((T)y.x[e]); }
+    HF_LOPT_MEMBER void add(T x) {
+        sum += x;
+        squares = sizeof(T) == 4 ? (T)fmaf((float)x, (float)x, (float)squares)
+                                 : (T)fma((double)x, (double)x, (double)squares);
     }
 };
 

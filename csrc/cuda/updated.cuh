@@ -15,7 +15,7 @@ struct Arithmetic {
     HF_LOPT_DEVICE float inverse_root(float x) { return hf_lopt::inverse_root(x); }
     HF_LOPT_DEVICE float sqrt(float x) { return sqrtf(x); }
     HF_LOPT_DEVICE float clamp(float x, float bound) { return hf_lopt::clamp(x, bound); }
-    HF_LOPT_DEVICE float at_least(float x, float bound) { return x < bound ? bound : x; }
+    HF_LOPT_DEVICE float at_least(float x, float bound) { return maximum(x, bound); }
 };
 
 // The numbers of a thread in one row after their update.
@@ -34,6 +34,16 @@ HF_LOPT_DEVICE Elements<float> element(const Updated& u, int e) {
     return a;
 }
 
+// From what was loaded.
+HF_LOPT_DEVICE void finish_update(Updated& u, const FeatureConstants& c) {
+    u.g = map(u.g, [&](float x) { return clamp(x, c.clip); });
+#pragma unroll
+    for (int k = 0; k < kMomenta; k++) u.m[k] = ema(u.m[k], u.g, c.keep_m[k], c.add_m[k]);
+    u.v = ema(u.v, u.g * u.g, c.keep_v, c.add_v);
+    u.large = false;
+    HF_LOPT_EACH(e) u.large |= !(fabsf(u.g.x[e]) <= kSmallClip);
+}
+
 template <bool strided = false>
 HF_LOPT_DEVICE Updated update(const TensorTable& table, const FeatureConstants& c, const Place& at,
                               const RowPlace& row) {
@@ -45,12 +55,7 @@ HF_LOPT_DEVICE Updated update(const TensorTable& table, const FeatureConstants& 
 #pragma unroll
     for (int k = 0; k < kMomenta; k++) u.m[k] = load<strided>(m + k * t.decay, kFloat32, at, row);
     u.v = load<strided>(v, kFloat32, at, row);
-    u.g = map(u.g, [&](float x) { return clamp(x, c.clip); });
-#pragma unroll
-    for (int k = 0; k < kMomenta; k++) u.m[k] = ema(u.m[k], u.g, c.keep_m[k], c.add_m[k]);
-    u.v = ema(u.v, u.g * u.g, c.keep_v, c.add_v);
-    u.large = false;
-    HF_LOPT_EACH(e) u.large |= !(fabsf(u.g.x[e]) <= kSmallClip);
+    finish_update(u, c);
     return u;
 }
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt.features import FEATURES
+from hf_lopt.kernels import cards
 from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
@@ -139,11 +140,12 @@ class Operator(Generic[Kind, Result]):
         self.__doc__ = reference.__doc__
 
     def __call__(self, arguments: Kind) -> Result:
-        device = arguments.device.type
+        place = arguments.device
+        device = place.type
         if not _loaded or (device != "cpu" and device not in _loaded):
             # No kernels at all, a device without kernels of its own, or a fake tensor.
             return self._call(arguments)
-        if not (_choice.enabled and supports(arguments, device)):
+        if not (_choice.enabled and (device != "cuda" or cards.runs(place)) and supports(arguments, device)):
             return self.reference(arguments)
         if self._written:
             torch.autograd.graph.increment_version(self._changed(arguments))

@@ -205,16 +205,24 @@ HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
 }
 HF_LOPT_DEVICE void warp_barrier() { shuffle_xor(0, 1); }
 HF_LOPT_DEVICE void forget_loads() {}
+HF_LOPT_DEVICE void start_loads() {}
 HF_LOPT_DEVICE void fence() {}
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return (*ticket)++; }
+HF_LOPT_DEVICE void wait_for_tickets(const unsigned* ticket, unsigned count) {
+    if (*ticket < count) throw std::runtime_error("a block waits for one that has not begun");
+}
 template <class T>
 HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return *x;
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+HF_LOPT_DEVICE float reciprocal(float x) { return 1.0f / x; }
+HF_LOPT_DEVICE float maximum(float x, float y) { return std::isnan(x) || x > y ? x : y; }
+HF_LOPT_DEVICE float minimum(float x, float y) { return std::isnan(x) || x < y ? x : y; }
 
 HF_LOPT_DEVICE void store_wide(float* to, const Float4& y) { std::memcpy(to, &y, sizeof y); }
 HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) { std::memcpy(to, &y, sizeof y); }
+HF_LOPT_DEVICE void store_wide(void* to, const Word2& y) { std::memcpy(to, &y, sizeof y); }
 
 HF_LOPT_DEVICE float from_half(uint16_t x) {
     _Float16 y;
@@ -242,6 +250,8 @@ HF_LOPT_DEVICE uint16_t to_bfloat16(float x) {
 HF_LOPT_DEVICE uint32_t pack_bfloat16(float low, float high) {
     return (uint32_t)to_bfloat16(low) | (uint32_t)to_bfloat16(high) << 16;
 }
+HF_LOPT_DEVICE float lower_number(uint32_t pair) { return from_bfloat16((uint16_t)(pair & 0xffff)); }
+HF_LOPT_DEVICE float upper_number(uint32_t pair) { return from_bfloat16((uint16_t)(pair >> 16)); }
 
 HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     struct Fragments {
