@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 LOG = logging.getLogger("hf_lopt")
 LIMIT = 200
-_END = ". More: python -m hf_lopt, and the log (INFO)."
+_END = " (more: python -m hf_lopt; log 'hf_lopt')"
 # Who calls us on behalf of a user's line.
 _LIBRARIES = frozenset(
     "hf_lopt hf_lopt_autoload torch transformers accelerate trl peft sentence_transformers lightning "

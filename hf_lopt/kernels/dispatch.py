@@ -46,8 +46,8 @@ _DECAYS = (3, 1, 3)  # numbers of momenta, second moments and factored accumulat
 _SMALL_SIDE, _SMALL_MATRIX = 64, 1 << 16
 
 _SLOW = {
-    "hf_lopt._C": "plain PyTorch kernels, 5 to 20 times slower on a CPU",
-    "hf_lopt._C_cuda": "plain PyTorch kernels, many times slower on a GPU",
+    "hf_lopt._C": "no compiled kernels: 5 to 20 times slower",
+    "hf_lopt._C_cuda": "no compiled CUDA kernels: many times slower",
 }
 _NEEDS = {
     "hf_lopt._C": "a C++17 compiler",

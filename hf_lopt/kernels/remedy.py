@@ -56,12 +56,11 @@ def _source(found: metadata.Distribution) -> list[str]:
 
 def command() -> str:
     """A line for the shell. pip keeps wheels that it has built; ``--no-cache-dir`` has it build anew."""
-    found = _installed()
-    if found is None:
-        if not (_FOLDER / "setup.py").is_file():  # copied by hand: nothing to compile
-            return shlex.join([sys.executable, "-m", "pip", "install", "--no-cache-dir", "hf_lopt"])
+    found, pip = _installed(), [sys.executable, "-m", "pip", "install"]
+    if found is not None and (folder := _editable_folder(found)):
+        return shlex.join([*pip, "--no-deps", "-e", str(folder)])
+    if (_FOLDER / "setup.py").is_file():  # sources on Python's path, perhaps with metadata that a build left
         return f"cd {shlex.quote(str(_FOLDER))} && {shlex.quote(sys.executable)} setup.py build_ext --inplace"
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps"]
-    if folder := _editable_folder(found):
-        return shlex.join([*pip, "-e", str(folder)])
-    return shlex.join([*pip, "--no-cache-dir", "--force-reinstall", *_source(found)])
+    if found is None:  # copied by hand: nothing to compile
+        return shlex.join([*pip, "--no-cache-dir", "hf_lopt"])
+    return shlex.join([*pip, "--no-deps", "--no-cache-dir", "--force-reinstall", *_source(found)])

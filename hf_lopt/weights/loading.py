@@ -44,7 +44,7 @@ class Weights:
         finetune_settings: further settings that belong to `finetune_lr`.
     """
 
-    theta: Theta
+    theta: Theta = field(repr=False)
     source: str
     sha256: str
     origin: str
@@ -305,7 +305,7 @@ def _auto(request: _Request) -> Weights:
             "weights='bundled' silences this warning; weights='published' makes it an error."
         )
         if notices.is_collecting():
-            notices.note(f"{request.rule} runs on the embedded weights, which are not the published ones", told)
+            notices.note(f"{request.rule} has embedded, not published weights", told)
         else:
             notices.warn(told)
     return weights
