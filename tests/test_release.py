@@ -168,7 +168,7 @@ def test_the_command_that_is_printed_brings_kernels(checkout):
     ],
 )
 def test_the_command_installs_from_where_it_was_installed(monkeypatch, tmp_path, direct_url, wanted):
-    """pip keeps the slow wheel that it has built, so the command has to name the package and to leave the cache out."""
+    """pip keeps the slow wheel that it has built, so the command names the package and leaves the cache out."""
     info = tmp_path / "hf_lopt-7.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf_lopt\nVersion: 7.0\n")
