@@ -84,7 +84,7 @@ class GivenSettings(Optimizer):
             notices.tell()
             return
         notices.LOG.info(small_multiplier(rule.class_name, largest))
-        notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step: it will hardly move")
+        notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
 
 
 def small_multiplier(name: str, lr: float) -> str:

@@ -34,23 +34,33 @@ def train(optimizer, steps=1):
 # ---- warnings -------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_step_says_in_one_short_warning_at_the_users_line_what_is_good_to_know(monkeypatch):
+def test_one_short_warning_at_the_users_line_says_what_is_good_to_know(monkeypatch):
     monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
     notices.discard()
     notices.note("no compiled kernels: 5 to 20 times slower")
     with said() as texts, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = hf_lopt.VeLO(model().parameters(), num_training_steps=4, lr=1e-3)
-        assert not caught
+        optimizer = hf_lopt.VeLO(model().parameters(), num_training_steps=4)  # the line of the user
         train(optimizer, 3)
     (warning,) = caught
     text = str(warning.message)
     assert len(text) <= notices.LIMIT == 200 and "python -m hf_lopt" in text
-    assert "lr=0.001 multiplies" in text and "embedded, not published weights" in text and "no compiled" in text
+    assert "embedded, not published weights" in text and "no compiled" in text
     source = Path(warning.filename).read_text().splitlines()[warning.lineno - 1]
     assert warning.filename == __file__ and "the line of the user" in source
-    # In full: where the weights are from and why, and what the lr should be.
+    # In full: where the weights are from and why.
     assert any("NOT the published ones" in x and "sha256" in x for x in texts)
+
+
+def test_a_habit_of_adam_is_warned_about_at_the_line_of_the_first_step():
+    optimizer = hf_lopt.VeLO(model().parameters(), num_training_steps=4, lr=1e-3, weights="bundled")
+    with said() as texts, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(optimizer, 3)
+    (warning,) = caught
+    assert "lr=0.001 multiplies" in str(warning.message) and len(str(warning.message)) <= notices.LIMIT
+    source = Path(warning.filename).read_text().splitlines()[warning.lineno - 1]
+    assert warning.filename == __file__ and "the line of the user" in source
     assert any("embedded weights take 0.05" in x for x in texts)
 
 
