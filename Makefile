@@ -1,20 +1,27 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv first; both are safe to repeat.
+# `make wheel` makes a release (docs/release.md), `make test-oldest` and `make test-newest` try other versions.
 #
 #   PYTHON     the interpreter that .venv is made from (Python 3.10 or newer)
 #   PIP_ARGS   more arguments for every `pip install`, such as another package index
 #   ARGS       more arguments for the demo (make demo) or for pytest (make test)
+#   WHEEL_ARGS arguments for release/make_wheel.py (make wheel), such as --plat manylinux_2_28_x86_64
 #   WORKERS    processes that share the tests (make test); 0 runs them in one, as a debugger wants it
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ARGS ?=
+WHEEL_ARGS ?=
 WORKERS ?= 2
 
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --disable-pip-version-check $(PIP_ARGS)
-REQUIREMENTS := requirements/base.txt requirements/recipes.txt requirements/test.txt
+REQUIREMENTS := requirements/base.txt requirements/recipes.txt requirements/release.txt requirements/test.txt
 ASSETS := recipes/requirements-assets.txt
+# Files that depend on the versions of torch, transformers and accelerate.
+VERSION_TESTS := $(wildcard tests/test_hf_*.py) tests/test_golden.py tests/test_saved_state.py
+# The oldest Python that is claimed, where there is one.
+PYTHON_OLDEST ?= $(shell command -v python3.10 || echo $(PYTHON))
 # One stamp per step, so that a step that failed is the only one repeated.
 STAMP_REQUIREMENTS := $(VENV)/.stamp-requirements
 STAMP_ASSETS := $(VENV)/.stamp-assets
@@ -24,13 +31,15 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format clean wheel test-oldest test-newest
 
 help:
 	@echo "make demo    set up .venv, then fine-tune a small pretrained encoder with optim=\"velo\""
 	@echo "make test    set up .venv, then lint and the whole test suite"
 	@echo "make setup   only the set-up      make lint    only the linters"
 	@echo "make format  rewrite the sources  make clean   remove .venv and build output"
+	@echo "make wheel   the files of a release, tried in an empty environment: dist/"
+	@echo "make test-oldest, make test-newest   the tests that depend on versions, with the lowest and the newest ones"
 	@echo "Variables: PYTHON=$(PYTHON)  PIP_ARGS=$(PIP_ARGS)  ARGS=$(ARGS)  WORKERS=$(WORKERS)"
 
 setup: $(STAMP_PACKAGE)
@@ -55,8 +64,25 @@ format: setup
 	@$(VENV_PYTHON) -m ruff format .
 	@$(if $(CSRC),$(VENV)/bin/clang-format -i $(CSRC),true)
 
+wheel: setup
+	@echo "==> Wheel: built from the source distribution, repaired, audited and tried; see docs/release.md"
+	@$(VENV_PYTHON) release/make_wheel.py $(WHEEL_ARGS)
+
+# An environment each, made anew when its list changes. Another folder than .venv: pins of one do not suit the other.
+test-oldest test-newest: test-%: .venv-%/.stamp
+	@echo "==> Tests with the $* versions"
+	@.venv-$*/bin/python -m hf_lopt | sed -n '1,/^optimizers/p'
+	@.venv-$*/bin/python -m pytest -q $(VERSION_TESTS) $(ARGS)
+
+.venv-%/.stamp: requirements/%.txt pyproject.toml setup.py $(CSRC)
+	@echo "==> Creating .venv-$* (minutes, and a GB or more with torch)"
+	@"$(if $(filter oldest,$*),$(PYTHON_OLDEST),$(PYTHON))" -m venv --clear .venv-$*
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r $<
+	@.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 define TOO_OLD
 import sys

@@ -1,39 +1,39 @@
 """Build script. The metadata is in pyproject.toml; the compiled extensions are declared here.
 
-``hf_lopt._C`` holds the fused CPU kernels. It needs a C++17 compiler and the headers of the installed torch; without
-one of them the package is installed as pure Python and says so when it is first imported. ``hf_lopt._C_cuda`` holds
-the kernels for NVIDIA GPUs and is built where there is an nvcc, with any torch. Environment:
+``hf_lopt._C`` holds the fused CPU kernels. It needs a C++17 compiler and the headers of torch. ``hf_lopt._C_cuda``
+holds the kernels for NVIDIA GPUs and is built where there is an nvcc, with any torch. One that cannot be built is an
+error: a package that is slow for good must have been asked for. Environment:
 
-* ``HF_LOPT_BUILD=0``  do not build the extensions; ``1``: fail when one cannot be built.
+* ``HF_LOPT_BUILD=0``  a package without compiled extensions, for any platform (``py3-none-any``).
 * ``HF_LOPT_CUDA_ARCHS``  compute capabilities to compile for, such as ``90`` or ``80 90``; empty: no CUDA kernels.
+* ``HF_LOPT_OBJECTS``  a folder that keeps compiled files, by default ``build/objects``: what has not changed is taken
+  from there.
 * ``CXX``, ``CUDA_HOME``  the compiler; the folder of the CUDA toolkit, otherwise the one of the nvcc on the path.
 """
 
-import importlib.util
+import hashlib
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "release"))
 
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:  # setuptools < 70.1
-    from wheel.bdist_wheel import bdist_wheel
+from hf_lopt_backend import find_torch, torch_version, wants_kernels  # noqa: E402  (first: it looks at setuptools)
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import BaseError, CCompilerError, CompileError  # noqa: E402
+
 
 # The oldest torch and the oldest Python that the built file runs with.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 PYTHON_TARGET_VERSION = "0x030A0000"
 
-REQUEST = os.environ.get("HF_LOPT_BUILD", "")
 # Each file of kernels is compiled for its own instruction set; which one runs is decided at run time.
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARITHMETIC = [
@@ -93,51 +93,57 @@ def warn_of_other_cuda(torch: Path, nvcc: Path) -> None:
         )
 
 
-def find_torch() -> Path | None:
-    """The folder of the installed torch; also outside of an isolated build environment, where Python is installed."""
-    spec = importlib.util.find_spec("torch")
-    if spec and spec.origin:
-        return Path(spec.origin).parent
-    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    # pip puts the environment's own folders out of sight, but not its prefix.
-    folders += [
-        str(Path(sys.prefix) / Path(p).relative_to(sys.base_prefix)) for p in folders if _below(p, sys.base_prefix)
-    ]
-    for folder in dict.fromkeys(folders):
-        if (Path(folder) / "torch" / "include").is_dir():
-            return Path(folder) / "torch"
-    return None
-
-
-def _below(path: str, parent: str) -> bool:
-    return Path(path).is_relative_to(parent)
-
-
 class BuildExtension(build_ext):
-    """Compiles each file with its own flags, and goes on without an extension that cannot be built."""
+    """Compiles each file with its own flags, and only what has changed; what cannot be built ends the installation."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # A fixed place: pip and editable installations would take a new one each time.
+        self.build_temp = os.environ.get("HF_LOPT_OBJECTS") or str(Path("build", "objects"))
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except (BaseError, CCompilerError, OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"error: hf_lopt's compiled kernels were not built: {str(error)[:100]} ... Install a C++17 compiler "
+                "(g++ or clang++, or name one in CXX); HF_LOPT_CUDA_ARCHS= (empty) leaves out those for CUDA. "
+                "HF_LOPT_BUILD=0 installs without any: the same numbers, 5 to 20 times slower on a CPU."
+            ) from error
 
     def build_extension(self, ext: Extension) -> None:
-        compile_one = self.compiler._compile
+        compile_one, objects = self.compiler._compile, self.build_temp
+        self.build_temp = str(Path(objects, ext.name))  # some sources are in both extensions
         if ".cu" not in self.compiler.src_extensions:
             self.compiler.src_extensions.append(".cu")
         nvcc = find_nvcc()
         device_flags = cuda_flags(nvcc) if any(s.endswith(".cu") for s in ext.sources) else []
+        torch = find_torch()
+        shared = b"".join(Path(p).read_bytes() for p in ext.depends) + (torch_version(torch) if torch else "").encode()
 
         def compile_with_flags(obj, src, suffix, cc_args, extra_postargs, pp_opts):
+            flags = device_flags if suffix == ".cu" else [*extra_postargs, *FILE_FLAGS.get(Path(src).stem, ())]
+            # Not the folders of headers, which are new in each isolated build: torch's version stands for them.
+            options = [x for x in (*cc_args, *flags, *pp_opts) if not x.startswith("-I")]
+            command = repr((getattr(self.compiler, "compiler_so", ""), str(nvcc), options))
+            digest = hashlib.sha256(command.encode() + shared + Path(src).read_bytes()).hexdigest()
+            stamp = Path(f"{obj}.sha256")
+            if Path(obj).is_file() and stamp.is_file() and stamp.read_text() == digest:
+                return
             if suffix == ".cu":
                 try:
-                    subprocess.run([nvcc, *device_flags, "-c", src, "-o", obj], check=True)
+                    subprocess.run([nvcc, *flags, "-c", src, "-o", obj], check=True)
                 except subprocess.CalledProcessError as error:
                     raise CompileError(str(error)) from error
-                return
-            flags = [*extra_postargs, *FILE_FLAGS.get(Path(src).stem, ())]
-            compile_one(obj, src, suffix, cc_args, flags, pp_opts)
+            else:
+                compile_one(obj, src, suffix, cc_args, flags, pp_opts)
+            stamp.write_text(digest)
 
         self.compiler._compile = compile_with_flags
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile = compile_one
+            self.compiler._compile, self.build_temp = compile_one, objects
 
 
 class Wheel(bdist_wheel):
@@ -166,25 +172,26 @@ def extension(name: str, torch: Path, sources: list[Path], macros: tuple = (), *
         extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
         language="c++",
         py_limited_api=True,
-        # Without a working compiler the package is installed without the extension.
-        optional=REQUEST != "1",
         **options,
     )
 
 
 def extensions() -> list[Extension]:
-    torch, nvcc = find_torch(), find_nvcc()
-    if REQUEST == "0" or sys.platform == "win32":
-        return []
-    if torch is None:
-        message = (
-            "torch was not found, so the fused kernels are not built and the slower PyTorch path is used. "
-            "Install torch first, then build with `pip install --no-build-isolation`."
+    if not wants_kernels():
+        print(
+            "warning: hf_lopt is built without compiled kernels: the same numbers, 5 to 20 times slower on a CPU.",
+            file=sys.stderr,
         )
-        if REQUEST == "1":
-            raise SystemExit(message)
-        print(f"warning: {message}", file=sys.stderr)
         return []
+    torch, nvcc = find_torch(), find_nvcc()
+    if torch is None:
+        # Of a source distribution and of metadata alone nothing is compiled; an isolated build gets torch before.
+        if not {"build_ext", "bdist_wheel", "editable_wheel", "install", "develop"} & set(sys.argv):
+            return []
+        raise SystemExit(
+            "error: hf_lopt's kernels are compiled with the headers of torch >= 2.10, and none is installed. Install "
+            "torch first, or leave --no-build-isolation out; HF_LOPT_BUILD=0 installs without compiled kernels."
+        )
     shared = sorted(Path("csrc").glob("*.cpp"))
     sources = [*shared, *Path("csrc/cpu").glob("*.cpp")]
     found = [extension("hf_lopt._C", torch, [s for s in sources if X86 or "avx" not in s.name])]
@@ -206,4 +213,20 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel})
+def long_description() -> str:
+    """README.md with absolute links: a package index shows it without the files beside it."""
+    root = Path(__file__).resolve().parent
+    found = re.search(r'^Repository = "(.+)"$', (root / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None, "pyproject.toml names no Repository"
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    relative = r"\]\((?![a-z]+:|#)([^)]+)\)"
+    readme = re.sub("!" + r"(\[[^\]]*)" + relative, rf"!\1]({found[1]}/raw/main/\2)", readme)
+    return re.sub(relative, rf"]({found[1]}/blob/main/\1)", readme)
+
+
+setup(
+    ext_modules=extensions(),
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
+)

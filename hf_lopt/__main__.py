@@ -14,7 +14,7 @@ import torch
 import hf_lopt
 from hf_lopt import rules, weights
 from hf_lopt.hf import groups_table
-from hf_lopt.kernels import ops
+from hf_lopt.kernels import dispatch, ops
 
 
 _PACKAGES = ("transformers", "accelerate", "huggingface_hub", "safetensors", "peft", "trl", "numpy")
@@ -65,7 +65,10 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         ("versions", [("hf_lopt", hf_lopt.__version__), ("torch", torch.__version__), *packages]),
         ("optimizers", [(f"optim={name!r}", rules.get(name).summary) for name in hf_lopt.available()]),
         ("weights", [row for name in hf_lopt.available() for row in _weights(name)]),
-        ("kernels", [("cpu", _kernels("CPU")), ("cuda", _kernels("CUDA"))]),
+        (
+            "kernels",
+            [("cpu", _kernels("CPU")), ("cuda", _kernels("CUDA")), *dispatch.missing().items()],
+        ),
         (
             "environment",
             [

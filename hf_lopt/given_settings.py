@@ -6,13 +6,13 @@ does not tell: ``lr=1.0`` may have been written down or left out.
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_lopt import notices
+from hf_lopt.arguments_given import check_call
 from hf_lopt.rules.base import Rule
 
 
@@ -39,13 +39,10 @@ class GivenSettings(Optimizer):
         # Here, because the constructors of subclasses pass all of their arguments on, defaults too.
         self = super().__new__(cls)
         self._given_groups: list[tuple[frozenset[str], Any]] = []  # per group: names of its settings, and its lr
-        if args or kwargs:
-            try:
-                given = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs).arguments
-            except TypeError:  # __init__ raises the same
-                return self
+        given = check_call(cls, args, kwargs) if args or kwargs else None
+        if given is not None:
             names = {name for name, value in given.items() if not isinstance(value, dict)}
-            self.explicit_settings = frozenset(names | set(kwargs)) - {"self", "params", "rule"}
+            self.explicit_settings = frozenset(names | set(kwargs)) - {"params", "rule"}
         return self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -69,20 +66,25 @@ class GivenSettings(Optimizer):
         self.param_groups[:] = groups
         self._given_groups = [(names, group["lr"]) for names, group in zip(explicit, groups, strict=True)]
 
-    def _warn_of_small_multiplier(self, rule: Rule) -> None:
-        """Warn if ``lr`` is a usual learning rate, of a rule whose own step size it multiplies.
+    def _tell_what_begins(self, rule: Rule) -> None:
+        """One warning, at the first step, for what is good to know about this run, see :mod:`hf_lopt.notices`.
 
-        What counts is what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.
+        Among it an ``lr`` that is a usual learning rate, of a rule whose own step size it multiplies. What counts is
+        what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.
         """
         if not rule.own_schedule or self.run_policy is not None:  # whoever decided it has told
+            notices.tell()
             return
         rates = [rate for _, rate in self._given_groups]
         rates += [group[key] for group in self.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group]
         # Reading a tensor on an accelerator would wait for it.
         numbers = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
         largest = max(numbers, default=0.0) if len(numbers) == len(rates) else 0.0
-        if 0.0 < largest < SMALL_MULTIPLIER:
-            warnings.warn(small_multiplier(rule.class_name, largest), stacklevel=5)
+        if not 0.0 < largest < SMALL_MULTIPLIER:
+            notices.tell()
+            return
+        notices.LOG.info(small_multiplier(rule.class_name, largest))
+        notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
 
 
 def small_multiplier(name: str, lr: float) -> str:

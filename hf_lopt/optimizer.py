@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, overload
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_lopt import distributed, rules
+from hf_lopt import distributed, notices, rules
+from hf_lopt.description import describe
 from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
@@ -52,12 +52,18 @@ class LearnedOptimizer(GivenSettings):
     def __init__(self, params: ParamsT, rule: str, **hyperparameters: Any) -> None:
         rule_ = rules.get(rule)
         settings = complete_settings(rule_, hyperparameters)
-        weights = rule_.load_weights(settings.pop("weights"), **settings)
+        source = settings.pop("weights")
+        weights = rule_.load_weights(source, **settings)
         self._attach(rule_, weights)
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
         super().__init__(params, defaults | self._run_state.initial_values())
+        if not isinstance(source, Weights):  # whoever loaded them before tells later
+            notices.tell()
+
+    def __repr__(self) -> str:
+        return describe(self, type(self).__name__, self._weights)
 
     def _attach(self, rule: Rule, weights: Weights) -> None:
         self._rule, self._weights = rule, weights
@@ -120,9 +126,7 @@ class LearnedOptimizer(GivenSettings):
             raise
         group.update({key: self.param_groups[0][key] for key in self._run_state.keys(self.defaults)})
         if dropped:
-            warnings.warn(
-                f"{', '.join(dropped)} of a parameter group is one setting for all groups: dropped", stacklevel=2
-            )
+            notices.warn(f"{', '.join(dropped)} of a parameter group is one setting for all groups: dropped")
 
     @property
     def num_training_steps(self) -> int:
@@ -188,37 +192,35 @@ class LearnedOptimizer(GivenSettings):
     def step(self, closure: Callable[[], _Loss]) -> _Loss: ...
     @overload
     def step(self, closure: _Loss) -> _Loss: ...
+    @overload
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: _Loss) -> _Loss: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor | float] | Tensor | float | None = None) -> Tensor | float | None:
+    def step(self, closure: Any = None, *, loss: Tensor | float | None = None) -> Tensor | float | None:
         """One update of all parameters that have a gradient. Without any it does nothing, and drops the loss.
 
         Args:
             closure: as in ``torch.optim``, a function that evaluates the model and returns the loss, called once with
                 gradients enabled; or the loss itself, a 0-d tensor or a number. It replaces those given to
                 :meth:`observe_loss`. What a function returns does not count if it delivered losses of its own.
+            loss: the loss itself, also beside a function, whose own then does not count.
 
         Returns:
-            the loss that ``closure`` returned or was, None without one.
+            the loss that ``closure`` returned or was, or ``loss``; None without one.
 
         Raises:
+            ValueError: for two losses, one as ``closure`` and one as ``loss``.
             RuntimeError: without a loss or a horizon (unless every lr is 0: then state is allocated and nothing else
                 happens, which is how checkpoints are loaded), for sparse gradients, where parameters, gradients and
                 state do not fit each other, and after ``max_nonfinite_steps`` steps in a row with a non-finite loss,
                 gradient or parameter. Such steps change nothing.
         """
-        result, fed = closure, self._pending.fed_calls
-        if callable(closure):
-            with torch.enable_grad():
-                result = closure()
-        if result is not None and self._pending.fed_calls == fed:
-            self._pending.replace(result)
-
+        result = self._pending.of_step(closure, loss)
         active = self._inputs.unchanged(self.param_groups, self.state)
         created = active is None and self._create_state()
         if self._only_allocates(created):
             return result
         if created:
-            self._warn_of_small_multiplier(self._rule)
+            self._tell_what_begins(self._rule)
         active = active or self._active()
         if active.params:
             self._run_state.check_ready(self._pending)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from hf_lopt import rules
+from hf_lopt import notices, rules
 from hf_lopt.parameters import Parameter, describe, tables
 from hf_lopt.rules.base import Rule
 from hf_lopt.rules.celo2 import BRANCHES
@@ -172,18 +171,16 @@ def _step_scales(found: list[Parameter], model: nn.Module, rule: Rule, base_widt
     with_mup = [p for p in found if getattr(p.tensor, "infshape", None) is not None]
     if with_mup:
         if base_width is not None:
-            warnings.warn(
+            notices.warn(
                 f"base_width={base_width:g} is dropped: the parameters carry the widths that mup has set (infshape)",
-                stacklevel=3,
             )
         scales = dict.fromkeys((p.name for p in found), 1.0)
         return scales | {p.name: _mup_scale(p.tensor.infshape) for p in with_mup}
     if base_width is None:
         if rule.name == "mulo":
-            warnings.warn(
+            notices.warn(
                 "mulo has no widths to scale its steps with, so every step_scale is 1: pass base_width=... (through "
                 "Trainer: optim_args='base_width=...'), or set base shapes with the mup package",
-                stacklevel=3,
             )
         return {}
     hidden = set(_hidden(found, model)) - {p.name for p in found if p.of_rank}

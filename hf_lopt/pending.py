@@ -7,6 +7,9 @@ window of accumulation decides. What a loop gives has precedence, so that a loop
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -136,6 +139,29 @@ class PendingLoss:
         """Take ``loss`` instead of what was given; see :meth:`add`."""
         self._given = None
         self.add(loss)
+
+    def of_step(self, closure: Any, loss: Tensor | float | None) -> Any:
+        """Take the loss of a step from its arguments: from ``loss``, or ``closure``, a function or the loss itself.
+
+        A function is called with gradients enabled. What it returns does not count if it delivered losses of its own.
+
+        Returns:
+            the loss that was given or returned, None without one.
+
+        Raises:
+            ValueError: for two losses.
+        """
+        result, fed = closure, self.fed_calls
+        if callable(closure):
+            with torch.enable_grad():
+                result = closure()
+        elif closure is not None and loss is not None:
+            raise ValueError("step() was given two losses: step(loss) or step(loss=loss), not both")
+        if loss is not None:
+            result, fed = loss, self.fed_calls
+        if result is not None and self.fed_calls == fed:
+            self.replace(result)
+        return result
 
     def scale(self, factor: float) -> None:
         """Multiply the loss, if there is one."""

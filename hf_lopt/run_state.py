@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ref
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lopt import distributed
+from hf_lopt import distributed, notices
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
@@ -139,10 +138,9 @@ class RunState:
         if chosen and saved != chosen:
             self.write({"num_training_steps": chosen})
             if saved:
-                warnings.warn(
+                notices.warn(
                     f"the checkpoint is of a run with num_training_steps={saved}; this {self._rule.class_name} was "
                     f"set to {chosen} and keeps that: its schedule goes on as one of {chosen} steps.",
-                    stacklevel=4,
                 )
 
     @property
@@ -312,10 +310,9 @@ class RunMonitor:
             self._report_skipped(skipped, in_a_row, limit)
         if horizon and step > horizon and not self.warned_horizon:
             self.warned_horizon = True
-            warnings.warn(
+            notices.warn(
                 f"{self.name} has taken {step} steps, more than num_training_steps={horizon}: its schedule ended and "
                 "it goes on with the last stretch of it. Set the length of the whole run.",
-                stacklevel=2,
             )
 
     def _report_skipped(self, skipped: int, in_a_row: int, limit: int) -> None:
@@ -325,11 +322,10 @@ class RunMonitor:
                 f"(max_nonfinite_steps={limit}). Nothing was changed by them: lower lr, check the data and the loss, "
                 "or raise max_nonfinite_steps."
             )
-        warnings.warn(
+        notices.warn(
             f"skipped a step with a non-finite loss, gradient or parameter ({skipped} so far, {in_a_row} in a row; an "
             f"error follows at {limit} in a row)",
             RuntimeWarning,
-            stacklevel=2,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.arguments_given import unknown_settings
 from hf_lopt.rules.base import Rule
 from hf_lopt.step.accumulators import check_axis_order, matrix_shape
 
@@ -46,9 +47,7 @@ def complete_settings(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     unknown = sorted(set(given) - set(rule.defaults))
     if unknown:
-        raise ValueError(
-            f"{rule.class_name} takes no argument {', '.join(unknown)}; it takes {', '.join(rule.defaults)}"
-        )
+        raise unknown_settings(rule.class_name, unknown, rule.defaults)
     settings = dict(rule.defaults) | dict(given)
     if rule.needs_horizon:
         # 0 stands for None, which a checkpoint cannot hold.

@@ -54,6 +54,7 @@ class Arguments(RecipeArguments):
     )
     source_column: str = field(default="source", metadata={"help": "Column with the input text."})
     target_column: str = field(default="target", metadata={"help": "Column with the text to write."})
+    skip_empty: bool = field(default=False, metadata={"help": "Leave out records with an empty text."})
     words: int = field(default=2, metadata={"help": "Words per phrase of the built-in data."})
     train_size: int | None = field(default=None, metadata={"help": "Use at most so many training pairs."})
     eval_size: int | None = field(default=500, metadata={"help": "Use at most so many held-out pairs."})
@@ -109,7 +110,8 @@ def load_pairs(args: Arguments) -> tuple[list[Pair], list[Pair]]:
         evaluation = evaluation[: args.eval_size]
     else:
         columns = {"source_column": args.source_column, "target_column": args.target_column}
-        train, evaluation = hold_out(read_columns(args.train_file, **columns), args.eval_size)
+        rows = read_columns(args.train_file, args.skip_empty, **columns)
+        train, evaluation = hold_out(rows, args.eval_size)
         if not evaluation:
             raise InputError(f"{args.train_file} has too few pairs to hold a fifth out; 5 or more are needed")
     return train[: args.train_size], evaluation

@@ -13,15 +13,17 @@ from arguments import InputError
 Example = TypeVar("Example")
 
 
-def read_columns(path: str, **columns: str) -> list[tuple[str, ...]]:
+def read_columns(path: str, skip_empty: bool = False, **columns: str) -> list[tuple[str, ...]]:
     """Some columns of a CSV, TSV, JSON or JSON Lines file, as texts; the ending of its name tells which it is.
 
     Args:
         path: the file.
+        skip_empty: leave records out whose text in one of the columns is empty, and say how many.
         columns: argument of the recipe that names the column -> name of the column, in the order of the results.
 
     Raises:
-        InputError: no such file, an unknown ending, a damaged file, a missing column, an empty value.
+        InputError: no such file, an unknown ending, a damaged file, a missing column, an empty value, a row of a CSV
+            with more fields than the header names.
     """
     file = Path(path)
     if not file.is_file():
@@ -31,10 +33,15 @@ def read_columns(path: str, **columns: str) -> list[tuple[str, ...]]:
         raise InputError(f"{path}: the name must end in one of {', '.join(readers)}")
     try:
         rows = readers[file.suffix.lower()](file)
-    except (csv.Error, ValueError) as error:  # among them JSONDecodeError and UnicodeDecodeError
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}){_other_encoding(file)}") from error
+    except (csv.Error, ValueError) as error:  # among them JSONDecodeError
         raise InputError(f"{path} cannot be read as {file.suffix.lower()[1:]}: {error}") from error
-    examples = []
+    examples, skipped = [], 0
     for number, row in enumerate(rows, start=1):
+        empty = False
         if not isinstance(row, dict):
             raise InputError(f"{path}, record {number}: expected an object with named fields, got {row!r:.60}")
         for option, column in columns.items():
@@ -44,18 +51,49 @@ def read_columns(path: str, **columns: str) -> list[tuple[str, ...]]:
                     f"name the right one with --{option}"
                 )
             if row[column] is None or not str(row[column]).strip():
-                raise InputError(f"{path}, record {number}: the column {column!r} is empty")
-        examples.append(tuple(str(row[column]) for column in columns.values()))
+                empty = True
+                if not skip_empty:
+                    raise InputError(
+                        f"{path}, record {number}: the column {column!r} is empty; --skip_empty leaves it out"
+                    )
+        if empty:
+            skipped += 1
+        else:
+            examples.append(tuple(str(row[column]) for column in columns.values()))
     if not examples:
-        raise InputError(f"{path} holds no records")
+        raise InputError(f"{path} holds no records" + (f" but {skipped} with empty columns" if skipped else ""))
+    if skipped:
+        print(f"{path}: left out {skipped} of {skipped + len(examples)} records, which have empty columns")
     return examples
+
+
+def _other_encoding(file: Path) -> str:
+    """What to do about a file in another encoding: the one that it most likely has, and how to convert it."""
+    data = file.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        name = words = "utf-16"
+    elif any(0x80 <= byte < 0xA0 for byte in data):  # control characters in latin-1, which no text has
+        name, words = "cp1252", "cp1252, Windows' form of latin-1"
+    else:
+        name = words = "latin-1"
+    return f"; it looks like {words}: iconv -f {name} -t utf-8 {file} > {file.stem}-utf8{file.suffix} makes it UTF-8"
 
 
 def _read_csv(file: Path) -> list[dict[str, str]]:
     # One field may be a whole document; the module's own limit is 128 KiB.
     csv.field_size_limit(1 << 30)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True))
+        rows = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True)
+        found = []
+        for row in rows:
+            if None in row:  # a separator in a text without quotes: all that follows would be in the wrong column
+                names = rows.fieldnames or []
+                raise InputError(
+                    f"{file}, line {rows.line_num}: {len(names) + len(row[None])} fields, but the header names "
+                    f"{len(names)} ({', '.join(names)}); a text that holds the separator needs quotes around it"
+                )
+            found.append(row)
+        return found
 
 
 def _read_json(file: Path) -> list[Any]:

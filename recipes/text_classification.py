@@ -58,6 +58,7 @@ class Arguments(RecipeArguments):
         metadata={"help": "Held-out texts. Default: a random fifth of --train_file, kept out of training."},
     )
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    skip_empty: bool = field(default=False, metadata={"help": "Leave out records with an empty text or label."})
     label_column: str = field(default="label", metadata={"help": "Column with the label; any names or numbers."})
     train_size: int | None = field(
         default=None,
@@ -81,13 +82,13 @@ class Example:
     label: str
 
 
-def read_examples(path: str, text_column: str, label_column: str) -> list[Example]:
+def read_examples(path: str, text_column: str, label_column: str, skip_empty: bool = False) -> list[Example]:
     """The two columns of a CSV, TSV, JSON or JSON Lines file.
 
     Raises:
         InputError: see `tables.read_columns`.
     """
-    rows = read_columns(path, text_column=text_column, label_column=label_column)
+    rows = read_columns(path, skip_empty, text_column=text_column, label_column=label_column)
     return [Example(text, label) for text, label in rows]
 
 
@@ -103,12 +104,12 @@ def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
         built_in = assets.rotten_tomatoes(train_size, args.eval_size)
         train, evaluation = ([Example(item.text, item.label) for item in side] for side in built_in)
     else:
-        train = read_examples(args.train_file, args.text_column, args.label_column)
+        train = read_examples(args.train_file, args.text_column, args.label_column, args.skip_empty)
         if args.eval_file is None:
             train, evaluation = hold_out(train, args.eval_size)
         else:
             random.Random(0).shuffle(train)
-            evaluation = read_examples(args.eval_file, args.text_column, args.label_column)
+            evaluation = read_examples(args.eval_file, args.text_column, args.label_column, args.skip_empty)
             random.Random(0).shuffle(evaluation)
         train, evaluation = train[: args.train_size], evaluation[: args.eval_size]
     if not evaluation:

@@ -16,6 +16,7 @@ import hf_cases as cases
 import hf_lopt
 from hf_lopt.hf.arguments import OptimizerKeywords
 from hf_lopt.hf.loss_feed import unwrap
+from said import said
 
 
 STEPS = 4
@@ -23,10 +24,9 @@ STEPS = 4
 
 def run(trainer, **train_arguments):
     """Train; the learned optimizer (None for another) and what was said."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with said() as texts:
         trainer.train(**train_arguments)
-    return unwrap(trainer.optimizer), [str(w.message) for w in caught]
+    return unwrap(trainer.optimizer), texts
 
 
 def make(folder, model, trainer=Trainer, arguments=None, **changes):

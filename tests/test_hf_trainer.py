@@ -17,6 +17,7 @@ import hf_cases as cases
 import hf_lopt
 from hf_lopt.hf import loss_feed
 from hf_lopt.hf.callback import LearnedOptimizerCallback
+from said import said
 
 
 LOSS_TOLERANCE = {"rtol": 0, "atol": 2e-5}  # the state is float32 and the read-out multiplies its rounding by ten
@@ -24,12 +25,11 @@ LOG_TOLERANCE = {"rtol": 0, "atol": 8e-5}  # transformers 4 rounds what it logs 
 
 
 def one_warning(function, match):
-    """Call ``function``, which has to give exactly one warning that contains ``match``; all others are allowed."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    """Call ``function``, which has to say exactly one text that contains ``match``; all others are allowed."""
+    with said() as texts:
         result = function()
-    hits = [str(w.message) for w in caught if match in str(w.message)]
-    assert len(hits) == 1, [str(w.message) for w in caught]
+    hits = [text for text in texts if match in text]
+    assert len(hits) == 1, texts
     return result, hits[0]
 
 

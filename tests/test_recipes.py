@@ -284,6 +284,10 @@ def test_one_file_is_split_without_overlap(tmp_path):
         ("text,stars\na,b\n", "data.csv", "'label'.*--label_column"),
         ("text,label\na,b\nc,\n", "data.csv", "record 2.*'label'"),
         ("text,label\na\n", "data.csv", "record 1.*'label'"),
+        ("text,label\na,b\nWell, it was fine,praise\n", "data.csv", "line 3: 3 fields.* 2 .text, label.*quotes"),
+        ('text,label\n"a\nb",c\nd,e,\n', "data.csv", "line 4: 3 fields"),
+        (b"text,label\nna\xefve,b\n", "data.csv", "UTF-8.*latin-1"),
+        (b"text,label\n\x93quoted\x94,b\n", "data.csv", "cp1252.*latin-1"),
         ('text,label\n"a,b\n', "data.csv", "csv"),
         ('{"text": "a", "label": 1}', "data.json", "data.json.*list"),
         ('["a"]', "data.json", "record 1"),
@@ -295,11 +299,21 @@ def test_one_file_is_split_without_overlap(tmp_path):
 def test_bad_training_files_are_named(tmp_path, content, name, message):
     path = tmp_path / name
     if content is not None:
-        path.write_text(content, encoding="utf-8")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(arguments.InputError, match=message) as error:
         text_classification.main(["--train_file", str(path), "--output_dir", str(tmp_path / "out")])
     assert str(path) in str(error.value) or "label" in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_records_with_empty_columns_can_be_left_out(tmp_path, capsys):
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\na,b\n,b\nc,\nd,e\n")
+    columns = {"text_column": "text", "label_column": "label"}
+    with pytest.raises(arguments.InputError, match="record 2.*'text' is empty.*--skip_empty"):
+        text_classification.read_columns(str(path), **columns)
+    assert text_classification.read_columns(str(path), True, **columns) == [("a", "b"), ("d", "e")]
+    assert "left out 2 of 4" in capsys.readouterr().out
 
 
 def test_a_label_without_training_texts_is_an_error(tmp_path):

@@ -43,6 +43,8 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
             raise ValueError(f"optim_args must read key=value,key=value; got {item!r} in {text!r}")
+        if "=" in value:
+            raise ValueError(f"optim_args: a comma is missing in {item!r}; it must read key=value,key=value")
         if key in found:
             raise ValueError(f"optim_args gives {key} twice: {text!r}")
         found[key] = value

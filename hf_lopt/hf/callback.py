@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from hf_lopt import notices
+from hf_lopt.description import weights_name
 from hf_lopt.hf import limits, loss_feed
 from hf_lopt.hf.arguments import read_optim_args, wants_layers
 from hf_lopt.hf.group_settings import settle
 from hf_lopt.hf.layers import LayerLog
-from hf_lopt.hf.policy import Choice, told
+from hf_lopt.hf.policy import Choice, RunPolicy, in_short, told
+from hf_lopt.hf.provenance import facts, trackers_take_text
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.weights import Weights
 
 
 _LOGGED = ("lr_mult_mean", "lr_mult_min", "lr_mult_max", "update_rms")
 _FULL = 0.9  # of the horizon: a run that takes less of it is told so
-_MAX_SOURCE = 60  # progress bars hide texts of more than 100 characters
-
-
-def describe_weights(weights: Weights) -> str:
-    """``source@sha256``, short enough for progress bars."""
-    source = weights.source if len(weights.source) <= _MAX_SOURCE else "…" + weights.source[-_MAX_SOURCE:]
-    return f"{source}@{weights.sha256[:12]}"
 
 
 def _length_text(name: str, steps: int, horizon: int) -> str:
@@ -39,18 +34,18 @@ def _length_text(name: str, steps: int, horizon: int) -> str:
 
 def _warn(state: TrainerState, text: str) -> None:
     if state.is_world_process_zero:  # the others would say the same
-        warnings.warn(text, stacklevel=3)
+        notices.warn(text)
 
 
-class LearnedOptimizerCallback(TrainerCallback):
+class LearnedOptimizerCallback(TrainerCallback, ExportableState):
     """Attaches itself to every Trainer; without a learned optimizer it does nothing.
 
     When training begins it settles what is not settled yet (:mod:`hf_lopt.hf.group_settings`), sets
     ``num_training_steps`` from ``state.max_steps``, unless ``optim_args`` give one, and tells what was chosen. When it
     ends it says so if the run was much shorter than that, or longer. With every row of training logs it adds
     ``lopt/lr_mult_mean``, ``lopt/lr_mult_min``, ``lopt/lr_mult_max`` and ``lopt/update_rms``;
-    ``lopt/nonfinite_steps`` once there are any; and in the first row ``lopt/weights``, a text, which does not change
-    and which some trackers answer with a warning each time. Only then does it read from the device.
+    ``lopt/nonfinite_steps`` once there are any; and in the first row ``lopt/weights``, a text, which goes to trackers
+    only if all of them take texts. Only then does it read from the device.
 
     ``optim_args="log_layers=true"`` adds ``lopt/lr_mult/NAME`` and ``lopt/update_ratio/NAME`` of every tensor
     (:mod:`hf_lopt.hf.layers`), which ``python -m hf_lopt.plot`` draws.
@@ -65,6 +60,28 @@ class LearnedOptimizerCallback(TrainerCallback):
         self._told: set[str] = set()
         self._begins = False
         self._first_step = 0
+        self._facts: dict[str, str | float] = {}
+
+    def state(self) -> dict[str, Any]:
+        """What ``trainer_state.json`` keeps of this callback: optimizer, version, weights and multiplier."""
+        return {"args": {}, "attributes": {"trained_with": self._facts} if self._facts else {}}
+
+    def _tell(self, policy: RunPolicy, args: TrainingArguments, state: TrainerState) -> None:
+        """One warning for what was chosen and what else is good to know, once; the texts in full are logged."""
+        if not state.is_world_process_zero:
+            notices.discard()
+            return
+        chosen, *conflicts = told(policy, args.max_grad_norm) if policy.reasons() else ("", *told(policy, None))
+        if chosen and chosen not in self._told:
+            self._told.add(chosen)
+            notices.LOG.info(chosen)
+            notices.tell(*in_short(policy))
+        else:
+            notices.tell()
+        for text in conflicts:
+            if text not in self._told:
+                self._told.add(text)
+                _warn(state, text)
 
     def on_train_begin(
         self,
@@ -89,10 +106,8 @@ class LearnedOptimizerCallback(TrainerCallback):
         self._set_horizon(learned, args, state)
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step
-        for text in told(learned.run_policy, args.max_grad_norm):
-            if text not in self._told:
-                self._told.add(text)
-                _warn(state, text)
+        self._facts = facts(learned)
+        self._tell(learned.run_policy, args, state)
         # Of an optimizer that was passed in, the arguments may be for another one.
         if learned.run_policy.named and wants_layers(args.optim_args):
             self._layers = LayerLog(model)
@@ -205,10 +220,10 @@ class LearnedOptimizerCallback(TrainerCallback):
             extra["lopt/nonfinite_steps"] = metrics["nonfinite_steps"]
         if self._layers is not None:
             extra |= {f"lopt/{key}": value for key, value in self._layers.read().items()}
-        if not self._weights_logged:
-            extra["lopt/weights"] = describe_weights(learned.weights)
-            self._weights_logged = True
-        logs.update(extra)
+        text = {} if self._weights_logged else {"lopt/weights": weights_name(learned.weights)}
+        self._weights_logged = True
+        logs.update(extra | (text if trackers_take_text(args.report_to) else {}))
+        extra |= text
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(extra)  # Trainer appended a copy of the row before it called
 

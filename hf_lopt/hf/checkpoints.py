@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import struct
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from hf_lopt import notices
 
 
 _FOLDER = re.compile(r"checkpoint-(\d+)")
@@ -35,7 +36,7 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
         problem = why_incomplete(path)
         if problem is None:
             return str(path)
-        warnings.warn(f"{path} is not a complete checkpoint and was passed over: {problem}", stacklevel=2)
+        notices.warn(f"{path} is not a complete checkpoint and was passed over: {problem}")
     return None
 
 

@@ -86,8 +86,12 @@ def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AcceleratedOptimizer.step`` that ends the learned optimizer's window together with Accelerate's."""
 
     @functools.wraps(original)
-    def step(self: Any, closure: Any = None) -> Any:
+    def step(self: Any, closure: Any = None, **loss: Any) -> Any:
         optimizer = unwrap(self)
+        if optimizer is not None and set(loss) == {"loss"} and closure is None:
+            closure, loss = loss["loss"], {}
+        if loss:  # as without this wrapper
+            raise TypeError(f"step() got an unexpected keyword argument {next(iter(loss))!r}")
         if optimizer is None or not self.gradient_state.sync_gradients:
             return original(self, closure)
         try:

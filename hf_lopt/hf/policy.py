@@ -240,6 +240,16 @@ def _of_the_class(rule: Rule, default: Choice[float]) -> Choice[float]:
     return Choice(default.value, said)
 
 
+def in_short(policy: RunPolicy) -> list[str]:
+    """The choices without their reasons, as one text for a short warning."""
+    lr, others = policy.lr, [f"{key}={choice.value:g}" for key, choice in policy.settings.items() if choice.reason]
+    if lr.reason:
+        others.insert(0, f"lr={lr.value:g}" + (" hardly moves" if "hardly move" in lr.reason else ""))
+    others += [f"{policy.schedule.value} schedule"] if policy.schedule.reason else []
+    others += [f"weight_decay={policy.weight_decay.value:g}"] if policy.weight_decay.reason else []
+    return [f"{policy.rule}: {', '.join(others)}"] if others else []
+
+
 def told(policy: RunPolicy, max_grad_norm: float | None) -> Iterator[str]:
     """The texts for the user: one for what was chosen, and one for what conflicts with it."""
     start = f"optim={policy.rule!r}"

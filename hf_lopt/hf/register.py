@@ -9,7 +9,6 @@ do.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from enum import EnumMeta
 from types import ModuleType
@@ -17,7 +16,8 @@ from typing import Any
 
 from packaging.version import Version
 
-from hf_lopt.hf import lightning, loss_feed
+from hf_lopt import notices
+from hf_lopt.hf import lightning, loss_feed, momentum, provenance
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.scheduler import wrap_create_scheduler
 from hf_lopt.optimizers import OPTIMIZERS
@@ -62,11 +62,10 @@ def _check_accumulation(args: Any) -> None:
 
     version = Version(transformers.__version__)
     if args.gradient_accumulation_steps > 1 and _DIVIDES_TWICE[0] <= version < _DIVIDES_TWICE[1]:
-        warnings.warn(
+        notices.warn(
             f"transformers {version} divides gradients by gradient_accumulation_steps "
             f"({args.gradient_accumulation_steps}) twice, for every optimizer. 5.6 and later, and 5.1 and earlier, do "
             "it once: change the version, or set gradient_accumulation_steps=1.",
-            stacklevel=4,
         )
 
 
@@ -90,7 +89,7 @@ def _extend_names(module: Any) -> None:
 def _add_handlers(module: Any) -> None:
     for name in OPTIMIZERS:
         if module._OPTIMIZER_HANDLERS.setdefault(name, optimizer_handler) is not optimizer_handler:
-            warnings.warn(f"optim={name!r} is already taken in transformers; hf_lopt leaves it as it is", stacklevel=2)
+            notices.warn(f"optim={name!r} is already taken in transformers; hf_lopt leaves it as it is")
 
 
 def _wrap_static_method(trainer: type) -> None:
@@ -111,11 +110,34 @@ def _wrap_static_method(trainer: type) -> None:
     trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 
 
+def _wrap_parser(module: Any) -> None:
+    """transformers parses ``optim_args`` before it asks a handler, and fails on what it cannot unpack.
+
+    A learned optimizer reads the text itself, with errors that say what is wrong.
+    """
+    original = module.Trainer.get_optimizer_cls_and_kwargs
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        from hf_lopt.hf.arguments import optim_name, parse_optim_args
+
+        if module._OPTIMIZER_HANDLERS.get(optim_name(args)) is optimizer_handler:
+            parse_optim_args(args.optim_args)
+        return original(args, model)
+
+    setattr(get_optimizer_cls_and_kwargs, _MARK, original)
+    module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
 def _extend_trainer(module: Any) -> None:
     from hf_lopt.hf.callback import LearnedOptimizerCallback
 
     if not hasattr(module, "_OPTIMIZER_HANDLERS"):
         _wrap_static_method(module.Trainer)
+    else:
+        _wrap_parser(module)
     if not hasattr(module.Trainer.create_scheduler, _MARK):
         wrapped = wrap_create_scheduler(module.Trainer.create_scheduler)
         setattr(wrapped, _MARK, module.Trainer.create_scheduler)
@@ -132,11 +154,10 @@ def _never_breaking(action: Callable[[Any], None]) -> Callable[[ModuleType], Non
         try:
             action(module)
         except Exception as error:
-            warnings.warn(
+            notices.warn(
                 f"hf_lopt could not attach to {module.__name__} ({type(error).__name__}: {error}): its optim= names "
                 "and the delivery of losses do not work with these versions of transformers and accelerate. The "
                 "optimizer classes do; give them their loss with observe_loss(loss).",
-                stacklevel=2,
             )
 
     return guarded
@@ -148,6 +169,8 @@ _ACTIONS = tuple(
         ("transformers.training_args", _extend_names),
         ("transformers.trainer_optimizer", _add_handlers),
         ("transformers.trainer", _extend_trainer),
+        ("transformers.modelcard", provenance.name_the_optimizer),
+        ("torch.optim.lr_scheduler", momentum.name_the_argument),
         ("accelerate.accelerator", loss_feed.patch_accelerator),
         ("accelerate.optimizer", loss_feed.patch_optimizer),
         *lightning.PATCHES,

@@ -10,15 +10,15 @@ import contextlib
 import importlib
 import os
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from hf_lopt import notices
 from hf_lopt.features import FEATURES
-from hf_lopt.kernels import cards
+from hf_lopt.kernels import cards, remedy
 from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
@@ -45,19 +45,18 @@ _UNITS = (4, 8, 32)
 _DECAYS = (3, 1, 3)  # numbers of momenta, second moments and factored accumulators
 _SMALL_SIDE, _SMALL_MATRIX = 64, 1 << 16
 
-_REMEDY = (
-    "learned optimizers will run in plain PyTorch, 5 to 20 times slower on a CPU. Install a C++17 compiler, then "
-    "hf_lopt again with `pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
-    "HF_LOPT_KERNELS=torch in the environment silences this warning."
-)
-_CUDA_REMEDY = (
-    "on a GPU learned optimizers will run in plain PyTorch, many times slower. Install the CUDA toolkit of torch's "
-    "own CUDA version (its nvcc is looked for on the path and under CUDA_HOME), then hf_lopt again with "
-    "`pip install --no-build-isolation --no-deps --force-reinstall` (in a checkout: `make setup`). "
-    "HF_LOPT_KERNELS=torch in the environment silences this warning."
-)
+_SLOW = {
+    "hf_lopt._C": "no compiled kernels: 5 to 20 times slower",
+    "hf_lopt._C_cuda": "no compiled CUDA kernels: many times slower",
+}
+_NEEDS = {
+    "hf_lopt._C": "a C++17 compiler",
+    "hf_lopt._C_cuda": "the CUDA toolkit of torch's own CUDA version (its nvcc on the path or under CUDA_HOME)",
+}
 # The devices that have compiled kernels.
 _loaded: set[str] = set()
+# Why an extension that would be of use is not there, and what brings it; by its name.
+_missing: dict[str, str] = {}
 
 
 class _Choice(threading.local):
@@ -72,32 +71,41 @@ _choice = _Choice()
 def load() -> bool:
     """Load ``hf_lopt._C``, which defines the operators and registers their CPU kernels; whether that was possible.
 
-    On a torch for CUDA also ``hf_lopt._C_cuda``, the kernels for CUDA. Warns once about one that is missing, of the
-    latter only where there is a GPU. Raises ValueError for a value of ``HF_LOPT_KERNELS`` that means nothing.
+    On a torch for CUDA also ``hf_lopt._C_cuda``, the kernels for CUDA. One that is missing, of the latter only where
+    there is a GPU, is told when a run begins (:mod:`hf_lopt.notices`).
+
+    Raises:
+        ValueError: for a value of ``HF_LOPT_KERNELS`` that means nothing.
     """
     choice = os.environ.get("HF_LOPT_KERNELS", "")
     if choice not in ("", "torch"):
         raise ValueError(f"HF_LOPT_KERNELS must be unset or 'torch', got {choice!r}")
-    if choice == "torch" or not _import("hf_lopt._C", _REMEDY):
+    if choice == "torch" or not _import("hf_lopt._C", needed=True):
         return False
     _loaded.add("cpu")
-    if torch.version.cuda and _import("hf_lopt._C_cuda", _CUDA_REMEDY if torch.cuda.is_available() else ""):
+    if torch.version.cuda and _import("hf_lopt._C_cuda", needed=torch.cuda.is_available()):
         _loaded.add("cuda")
     return True
 
 
-def _import(name: str, remedy: str) -> bool:
-    """Import an extension; without it warn, unless there is no remedy to tell."""
+def _import(name: str, needed: bool) -> bool:
+    """Import an extension; without it note why, if it is needed."""
     try:
         importlib.import_module(name)
         return True
     except ModuleNotFoundError:
-        message = f"hf_lopt was installed without its compiled kernels {name}"
+        why = f"hf_lopt was installed without its compiled kernels {name}"
     except ImportError as error:  # for example built for a newer torch
-        message = f"the compiled kernels {name} do not load ({error})"
-    if remedy:
-        warnings.warn(f"{message}: {remedy}", stacklevel=3)
+        why = f"the compiled kernels {name} do not load ({error})"
+    if needed:
+        _missing[name] = f"{why}. Install {_NEEDS[name]}, then: {remedy.command()}"
+        notices.note(_SLOW[name], f"{_SLOW[name]}: {_missing[name]}. HF_LOPT_KERNELS=torch silences this.")
     return False
+
+
+def missing() -> dict[str, str]:
+    """For each extension that is wanted here and is not there, why, and the command that brings it."""
+    return dict(_missing)
 
 
 def loaded(device: str = "cpu") -> bool:

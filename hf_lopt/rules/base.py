@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_lopt import weights
+from hf_lopt import notices, weights
 from hf_lopt.step.networks import Theta
 
 
@@ -75,4 +75,5 @@ class Rule:
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
         hints = {k: v for k, v in settings.items() if k == "bank_scale"}
-        return weights.load(self.name, spec, self.shapes, **hints)
+        with notices.collecting():  # the first step, or the integration that sees it coming, tells
+            return weights.load(self.name, spec, self.shapes, **hints)

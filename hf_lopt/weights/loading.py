@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hf_lopt import notices
 from hf_lopt.weights import formats, hub, locating, reading, records
 from hf_lopt.weights.checks import Shapes, check, largest_file
 from hf_lopt.weights.formats import PROVENANCE, Theta, content_sha256, velo_split
@@ -44,7 +44,7 @@ class Weights:
         finetune_settings: further settings that belong to `finetune_lr`.
     """
 
-    theta: Theta
+    theta: Theta = field(repr=False)
     source: str
     sha256: str
     origin: str
@@ -134,7 +134,7 @@ def find(rule_name: str) -> list[Weights]:
         try:
             weights = loader()
         except (ValueError, OSError, hub.NotAvailable) as error:
-            warnings.warn(f"hf_lopt: {error}", stacklevel=2)
+            notices.warn(f"hf_lopt: {error}")
         else:
             found += [weights] if weights is not None else []
     return found
@@ -299,12 +299,15 @@ def _auto(request: _Request) -> Weights:
     weights = _bundled(request)
     if request.rule in PUBLISHED and request.rule not in _warned:
         _warned.add(request.rule)
-        warnings.warn(
+        told = (
             f"hf_lopt: {request.rule} runs on the weights embedded in the package ({weights.source}, sha256 "
             f"{weights.sha256[:12]}), which are NOT the published ones. Those were not used because: {reason}. "
-            "weights='bundled' silences this warning; weights='published' makes it an error.",
-            stacklevel=3,
+            "weights='bundled' silences this warning; weights='published' makes it an error."
         )
+        if notices.is_collecting():
+            notices.note(f"{request.rule} has embedded, not published weights", told)
+        else:
+            notices.warn(told)
     return weights
 
 

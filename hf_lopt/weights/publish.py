@@ -7,7 +7,6 @@ import math
 import os
 import re
 import uuid
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import validate_repo_id
 
+from hf_lopt import notices
 from hf_lopt.weights import formats, hub, records
 from hf_lopt.weights.formats import PROVENANCE, SAFETENSORS, THETA_STATE, Theta, flax, safetensors_file
 from hf_lopt.weights.formats.theta import BANK
@@ -228,10 +228,9 @@ def _files(what: _Set, format: str, license: str | None) -> dict[str, bytes]:
     beside = {leaf: what.theta[leaf].tolist() for leaf in absent}
     lost = [leaf for leaf in absent if what.theta[leaf].any()]
     if lost:
-        warnings.warn(
+        notices.warn(
             f"this folder format has no room for {', '.join(lost)}: they are in {PROVENANCE}, where hf_lopt finds "
             "them; other software has to be given them",
-            stacklevel=3,
         )
     record = {
         "rule": what.rule,

@@ -23,7 +23,7 @@ json.dump(
         "names": names,
         "without_trainer": without_trainer,
         "callbacks": [callback.__name__ for callback in trainer.DEFAULT_CALLBACKS],
-        "handlers": [name for name in names if name in trainer._OPTIMIZER_HANDLERS],
+        "handlers": [name for name in names if name in getattr(trainer, "_OPTIMIZER_HANDLERS", names)],
         "loader": type(trainer.__loader__).__name__,
         "spec_loader": type(trainer.__spec__.loader).__name__,
     },

@@ -1,0 +1,67 @@
+"""What trained a model, in words, for model cards, ``trainer_state.json`` and trackers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from hf_lopt.description import weights_name
+from hf_lopt.hf.loss_feed import unwrap
+from hf_lopt.optimizer import LearnedOptimizer
+
+
+_MARK = "_hf_lopt_original"
+# Those of report_to that keep a text; the others drop it, with a warning.
+_TAKE_TEXT = frozenset(("tensorboard", "wandb", "trackio"))
+
+
+def facts(optimizer: LearnedOptimizer) -> dict[str, str | float]:
+    """The optimizer, its version, where its weights are from, and the lr, which multiplies its step where it says so.
+
+    The lr is that of the run policy, before any schedule.
+    """
+    from hf_lopt import __version__
+
+    policy = optimizer.run_policy
+    lr = float(optimizer.param_groups[0]["lr"]) if policy is None else policy.lr.value
+    return {
+        "optimizer": type(optimizer).__name__,
+        "hf_lopt": __version__,
+        "weights": weights_name(optimizer.weights),
+        "weights_origin": optimizer.weights.origin,
+        "lr_multiplier" if optimizer.rule.own_schedule else "lr": lr,
+    }
+
+
+def line(optimizer: LearnedOptimizer) -> str:
+    """The same as one line of a model card."""
+    found = facts(optimizer)
+    lr = "lr_multiplier" if "lr_multiplier" in found else "lr"
+    return (
+        f"{found['optimizer']} of hf_lopt {found['hf_lopt']} with {found['weights_origin']} weights "
+        f"{found['weights']} and {lr}={found[lr]:g}"
+    )
+
+
+def trackers_take_text(report_to: Any) -> bool:
+    """Whether all trackers that ``TrainingArguments.report_to`` names keep a text in a row of numbers."""
+    names = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    return _TAKE_TEXT.issuperset(names) or names == ["none"]
+
+
+def name_the_optimizer(module: Any) -> None:
+    """Have the model cards of ``transformers.modelcard`` say what trained the model."""
+    original = module.extract_hyperparameters_from_trainer
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def extract(trainer: Any) -> dict[str, Any]:
+        found: dict[str, Any] = original(trainer)
+        learned = unwrap(getattr(trainer, "optimizer", None))
+        if learned is not None:
+            found["optimizer"] = line(learned)
+        return found
+
+    setattr(extract, _MARK, original)
+    module.extract_hyperparameters_from_trainer = extract
