@@ -344,12 +344,20 @@ class PreparedStep:
         self._settings: dict[str, tuple[list[Any], Tensor]] = {}
         self._groups: Tensor | None = None  # the place of each parameter's group among the groups
 
-    def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
-        values, device = [group[name] for group in groups], self.layout.device
+    def settings(
+        self, names: Sequence[str], groups: Sequence[Mapping[str, Any]], lr_factor: float
+    ) -> dict[str, Tensor]:
+        """The settings of each parameter's group by name, (T,) each, with the lr times ``lr_factor``."""
+        return {name: self.setting(name, groups, lr_factor if name == "lr" else 1.0) for name in names}
+
+    def setting(self, name: str, groups: Sequence[Mapping[str, Any]], factor: float = 1.0) -> Tensor:
+        """Setting ``name`` of each parameter's group, times ``factor``, as a float32 tensor (T,), copied only when it
+        has changed."""
+        values = [group[name] if factor == 1.0 else group[name] * factor for group in groups]
+        device = self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
-            distinct = {id(group): group[name] for group in groups}
+            distinct = {id(group): value for group, value in zip(groups, values, strict=True)}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
             joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
