@@ -28,11 +28,15 @@ class GivenSettings(Optimizer):
     Attributes:
         explicit_settings: names of the keywords that the constructor was called with, positional ones included.
         run_policy: what an integration decided for this run, for reports; None without one.
+        lr_is_chosen: whether the lr is somebody's choice, where an integration that sets it knows; None: look.
         state_was_loaded: whether per-parameter state came from ``load_state_dict`` and nobody has reacted to that yet.
     """
 
+    _rule: Rule
+    _run_state: Any
     explicit_settings: frozenset[str] = frozenset()
     run_policy: Any = None
+    lr_is_chosen: bool | None = None
     state_was_loaded: bool = False
 
     def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
@@ -56,6 +60,28 @@ class GivenSettings(Optimizer):
         """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""
         super().load_state_dict(state_dict)
         self.state_was_loaded = bool(state_dict["state"])
+
+    def _chose_lr(self) -> bool:
+        """Whether somebody chose the lr: in the constructor, in a group, or by writing to one before training.
+
+        Of a group with a scheduler counts what that starts from.
+        """
+        if self.lr_is_chosen is not None:
+            return self.lr_is_chosen
+        if "lr" in self.explicit_settings or any("lr" in names for names, _ in self._given_groups):
+            return True
+        rates = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
+        return any(isinstance(rate, Tensor) or rate != self._rule.defaults["lr"] for rate in rates)
+
+    @property
+    def length_multiplier(self) -> float:
+        """What lr is multiplied with because of the length of the run, see :class:`hf_lopt.rules.base.RunLength`.
+
+        1.0 where somebody chose an lr or gave the weights as arrays, and for rules and checkpoints that know no such
+        thing. Decided at the first
+        step, and again when ``num_training_steps`` changes; before that, what it would be.
+        """
+        return self._run_state.length_multiplier
 
     def explicit_in_group(self, index: int) -> frozenset[str]:
         """Names of the settings that the group of this index brought with it."""

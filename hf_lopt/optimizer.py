@@ -58,7 +58,7 @@ class LearnedOptimizer(GivenSettings):
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
-        super().__init__(params, defaults | self._run_state.initial_values())
+        super().__init__(params, defaults | self._run_state.initial_multiplier() | self._run_state.initial_values())
         if not isinstance(source, Weights):  # whoever loaded them before tells later
             notices.tell()
 
@@ -87,13 +87,14 @@ class LearnedOptimizer(GivenSettings):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_rule": self._rule.name, "_weights": self._weights, "_chosen_steps": self._run_state.chosen_steps}
-        return super().__getstate__() | own
+        return super().__getstate__() | own | {"_chose_lr": self._chose_lr()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_rule" in state:
             self._attach(rules.get(state.pop("_rule")), state.pop("_weights"))
             self._run_state.chosen_steps = state.pop("_chosen_steps", 0)
+            self.lr_is_chosen = state.pop("_chose_lr", None)
         super().__setstate__(state)
 
     @property
@@ -224,6 +225,7 @@ class LearnedOptimizer(GivenSettings):
         active = active or self._active()
         if active.params:
             self._run_state.check_ready(self._pending)
+            self._run_state.decide_multiplier()
         self._ranks.check(self._run_settings, self.param_groups, active.pairs)
         loss = self._pending.take()
         if active.params and self._run_state.calls_per_update > 1:
@@ -299,7 +301,7 @@ class LearnedOptimizer(GivenSettings):
                 params=self._prepared.in_view(held.local_params),
                 grads=self._prepared.in_view(grads, copy=True),
                 state=held.state,
-                settings={name: self._prepared.setting(name, held.groups) for name in self._inputs.numbers},
+                settings=self._prepared.settings(self._inputs.numbers, held.groups, self._run_state.length_multiplier),
                 labels=held.labels,
             )
             loss = None if loss is None else to_device(loss, torch.float32, device)
@@ -320,10 +322,11 @@ class LearnedOptimizer(GivenSettings):
         """Numbers of the last step for a logger; {} before the first. Waits for the device.
 
         ``lr_mult_mean``, ``lr_mult_min``, ``lr_mult_max`` over tensors, ``update_rms`` of the network's step over all
-        elements, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is one step late: it is summed over
-        ranks in the reduction of the step that follows, and until then it is the value of the step before.
+        elements, ``length_multiplier``, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is one step
+        late: it is summed over ranks in the reduction of the step that follows, and until then it is the value of the
+        step before.
         """
-        return step_metrics(self.report, self.param_groups[0]["nonfinite_steps"]) if self._report else {}
+        return step_metrics(self.report, self.param_groups[0]) if self._report else {}
 
     def push_to_hub(self, repo_id: str, **options: Any) -> dict[str, str]:
         """Publish the weights in use, see :func:`hf_lopt.weights.push_to_hub`; the commit of each repository."""

@@ -8,6 +8,7 @@ them. Two things of a run are not saved: the loss that waits for the next step (
 
 from __future__ import annotations
 
+import logging
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,14 +29,17 @@ from hf_lopt.weights import Weights
 
 # int64, 0-d: steps taken, steps skipped, steps skipped in a row up to now.
 COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
+# What lr is multiplied with because of the length of the run; 0: not decided yet.
+LENGTH_MULTIPLIER = "length_multiplier"
+_log = logging.getLogger("hf_lopt")
 
 
 class RunState:
     """The values of a run in the parameter groups of its optimizer.
 
     Beside the :data:`COUNTERS` these are ``num_training_steps``, the length of the run in calls of ``step()`` (0: not
-    set); the rule's own tensors, such as its buffer of losses; and for rules with ``max_training_steps`` the calls and
-    the loss (0-d float32) that the next update has so far.
+    set); ``length_multiplier``, where the rule has one; the rule's own tensors, such as its buffer of losses; and for
+    rules with ``max_training_steps`` the calls and the loss (0-d float32) that the next update has so far.
 
     ``owner`` is the optimizer, held weakly. Its list of groups is read anew each time: torch replaces the list when it
     restores a checkpoint, and a wrapper that copied the ``__dict__`` of the optimizer has the old one.
@@ -77,7 +81,8 @@ class RunState:
         """Those of the optimizer's ``defaults`` that have one value for the whole run, the same in all groups."""
         # torch adds "differentiable" to the defaults, not to the groups, when a state is loaded.
         per_group = {"lr", "weight_decay", "differentiable", *self._rule.per_group}
-        return tuple(key for key in defaults if key not in per_group)
+        first = self.groups[0] if self.groups else defaults  # that of an old checkpoint has fewer
+        return tuple(key for key in defaults if key in first and key not in per_group)
 
     def without_run_settings(
         self, group: Mapping[str, Any], defaults: Mapping[str, Any]
@@ -130,18 +135,57 @@ class RunState:
     @num_training_steps.setter
     def num_training_steps(self, value: int) -> None:
         self.chosen_steps = positive_int("num_training_steps", value)
-        self.write({"num_training_steps": self.chosen_steps})
+        self._set_length(self.chosen_steps)
 
     def keep_chosen_steps(self) -> None:
         """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
         saved, chosen = self.num_training_steps, self.chosen_steps
         if chosen and saved != chosen:
-            self.write({"num_training_steps": chosen})
+            self._set_length(chosen)
             if saved:
                 notices.warn(
                     f"the checkpoint is of a run with num_training_steps={saved}; this {self._rule.class_name} was "
                     f"set to {chosen} and keeps that: its schedule goes on as one of {chosen} steps.",
                 )
+
+    def _set_length(self, steps: int) -> None:
+        changed = steps != self.num_training_steps
+        self.write({"num_training_steps": steps})
+        if changed and self.groups[0].get(LENGTH_MULTIPLIER):
+            # A run that becomes longer goes on as one that was so from the start, as its schedule does.
+            self._decide_multiplier()
+
+    @property
+    def length_multiplier(self) -> float:
+        """What lr is multiplied with because of the length of the run; while undecided, what it would be."""
+        return self.groups[0].get(LENGTH_MULTIPLIER, 1.0) or self._wanted_multiplier()
+
+    def initial_multiplier(self) -> dict[str, float]:
+        """The multiplier of a run that has not begun, for rules that have one."""
+        return {} if self._rule.run_length is None else {LENGTH_MULTIPLIER: 0.0}
+
+    def decide_multiplier(self) -> None:
+        """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none."""
+        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
+            self._decide_multiplier()
+
+    def _wanted_multiplier(self) -> float:
+        by_length = self._rule.run_length
+        # Whoever brings a network as arrays wants its steps as they are.
+        if by_length is None or self._weights.source == "mapping" or self.owner._chose_lr():
+            return 1.0
+        return by_length.multiplier(self.num_updates)
+
+    def _decide_multiplier(self) -> None:
+        multiplier = self._wanted_multiplier()
+        self.write({LENGTH_MULTIPLIER: multiplier})
+        if multiplier != 1.0:
+            _log.info(
+                "%s: in a run of %d steps lr counts %.3g times (length_multiplier), since none was given",
+                self._rule.class_name,
+                self.num_training_steps,
+                multiplier,
+            )
 
     @property
     def calls_per_update(self) -> int:
@@ -329,10 +373,12 @@ class RunMonitor:
         )
 
 
-def step_metrics(report: Mapping[str, Tensor], nonfinite_steps: Tensor) -> dict[str, float]:
-    """Numbers for a logger from what the last step reported and the count of skipped ones. Waits for the device."""
+def step_metrics(report: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers for a logger from what the last step reported and the first group. Waits for the device."""
     numbers = {}
     if "lr_mult" in report:
         numbers = {f"lr_mult_{name}": getattr(report["lr_mult"], name)().item() for name in ("mean", "min", "max")}
     numbers["update_rms"] = report["update_rms"].item()
-    return numbers | {"nonfinite_steps": float(nonfinite_steps)}
+    if LENGTH_MULTIPLIER in group:
+        numbers[LENGTH_MULTIPLIER] = group[LENGTH_MULTIPLIER]
+    return numbers | {"nonfinite_steps": float(group["nonfinite_steps"])}

@@ -99,6 +99,9 @@ def _group_differences(
         yield f"{name}: {error}"
     if rule.needs_horizon and not _is_count(theirs.get("num_training_steps", 0)):
         yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r}"
+    multiplier = theirs.get("length_multiplier", 1.0)  # old checkpoints have none
+    if not isinstance(multiplier, (int, float)) or not (math.isfinite(multiplier) and multiplier >= 0.0):
+        yield f"{name}: length_multiplier must be a finite number >= 0, got {multiplier!r}"
     for key, wanted in run_values.items():
         if key in theirs:
             yield from _run_differences(f"{name}, {key}", wanted, theirs[key])

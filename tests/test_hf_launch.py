@@ -93,7 +93,7 @@ def test_accelerate_launch_trains_an_unmodified_script(tmp_path):
     assert found == {
         "optimizer": "VeLO",
         "steps": 2,
-        "logged": sorted([*numbers, *numbers, "lopt/weights"]),
+        "logged": sorted([*numbers, *numbers, "lopt/weights", "lopt/length_multiplier"]),
         "argv": str(script),
         "neighbour": 42,
         "main": str(script),

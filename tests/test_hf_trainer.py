@@ -249,7 +249,7 @@ def test_logs(tmp_path):
     assert [row["step"] for row in history] == [2, 4, 6] and all("loss" in row for row in history)
     for i, row in enumerate(history):
         lopt = {key for key in row if key.startswith("lopt/")}
-        assert lopt == numbers | ({"lopt/weights"} if i == 0 else set())
+        assert lopt == numbers | ({"lopt/weights", "lopt/length_multiplier"} if i == 0 else set())
         assert row["lopt/lr_mult_min"] <= row["lopt/lr_mult_mean"] <= row["lopt/lr_mult_max"]
     weights = loss_feed.unwrap(trainer.optimizer).weights
     assert history[0]["lopt/weights"] == f"bundled:velo@{weights.sha256[:12]}"

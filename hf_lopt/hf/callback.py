@@ -32,6 +32,13 @@ def _length_text(name: str, steps: int, horizon: int) -> str:
     return f"{start}: it used {share:.2g} % of it and never came to the end, where steps get small. {advice}"
 
 
+def _length_multiplier(optimizer: LearnedOptimizer) -> Choice[float]:
+    """What the lr counts because of the length of the run, with the words for it."""
+    value, steps = optimizer.length_multiplier, optimizer.num_training_steps
+    said = f"in a run of {steps} steps lr counts {value:.3g} times (length_multiplier); an lr that you set stays"
+    return Choice(value, "" if value == 1.0 else said)
+
+
 def _warn(state: TrainerState, text: str) -> None:
     if state.is_world_process_zero:  # the others would say the same
         notices.warn(text)
@@ -44,8 +51,9 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
     ``num_training_steps`` from ``state.max_steps``, unless ``optim_args`` give one, and tells what was chosen. When it
     ends it says so if the run was much shorter than that, or longer. With every row of training logs it adds
     ``lopt/lr_mult_mean``, ``lopt/lr_mult_min``, ``lopt/lr_mult_max`` and ``lopt/update_rms``;
-    ``lopt/nonfinite_steps`` once there are any; and in the first row ``lopt/weights``, a text, which goes to trackers
-    only if all of them take texts. Only then does it read from the device.
+    ``lopt/nonfinite_steps`` once there are any; and in the first row what does not change:
+    ``lopt/length_multiplier``, where the rule has one, and ``lopt/weights``, a text, which goes to trackers only if all
+    of them take texts. Only then does it read from the device.
 
     ``optim_args="log_layers=true"`` adds ``lopt/lr_mult/NAME`` and ``lopt/update_ratio/NAME`` of every tensor
     (:mod:`hf_lopt.hf.layers`), which ``python -m hf_lopt.plot`` draws.
@@ -167,6 +175,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
         policy.horizon = Choice(wanted, reason)
+        policy.length_multiplier = _length_multiplier(optimizer)
 
     def on_pre_optimizer_step(
         self,
@@ -220,6 +229,8 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
             extra["lopt/nonfinite_steps"] = metrics["nonfinite_steps"]
         if self._layers is not None:
             extra |= {f"lopt/{key}": value for key, value in self._layers.read().items()}
+        if not self._weights_logged and "length_multiplier" in metrics:
+            extra["lopt/length_multiplier"] = metrics["length_multiplier"]
         text = {} if self._weights_logged else {"lopt/weights": weights_name(learned.weights)}
         self._weights_logged = True
         logs.update(extra | (text if trackers_take_text(args.report_to) else {}))

@@ -48,6 +48,7 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
     if scheduler is not None:
         policy.schedule = schedule_of(scheduler, rule)
     _settle_lr(optimizer, policy, args, model, free=scheduler is None and not optimizer.state_was_loaded)
+    optimizer.lr_is_chosen = policy.lr_is_chosen
     for key, choice in policy.settings.items():
         _settle_setting(optimizer, policy, key, choice.value)
     if model is not None and any(p.requires_grad for p in model.parameters()):
@@ -95,7 +96,7 @@ def _settle_lr(
         text = ", ".join(f"group {i}: {lr:g}" for i, lr in enumerate(lrs))
         policy.lr = replace(policy.lr, reason=_and(policy.lr.reason, f"the groups keep their ratios ({text})"))
     else:
-        decided, policy.lr = False, Choice(lrs[0])  # somebody else's
+        decided, policy.lr, policy.lr_is_chosen = False, Choice(lrs[0]), True  # by somebody else
     if not (decided and policy.lr.reason):
         _name_lr(optimizer, policy, lrs, least_multiplier(rule, model), None if not policy.named else wanted)
 

@@ -57,7 +57,10 @@ class RunPolicy:
         schedule: the type of the scheduler. Where the user passes a scheduler, its class.
         settings: further settings of the groups that suit the weights and the model, by name.
         weight_decay: of the parameters that decay.
+        lr_is_chosen: whether somebody chose the lr, or it is that for a pretrained model: then it does not follow the
+            length of the run.
         horizon: length of the run in optimizer steps; 0 until training begins, and for rules that need none.
+        length_multiplier: what lr counts because of that length.
         conflicts: what the groups hold and should not, a sentence each.
     """
 
@@ -68,18 +71,22 @@ class RunPolicy:
     schedule: Choice[str]
     settings: dict[str, Choice[float]]
     weight_decay: Choice[float]
+    lr_is_chosen: bool = True
     horizon: Choice[int] = Choice(0)
+    length_multiplier: Choice[float] = Choice(1.0)
     conflicts: list[str] = field(default_factory=list)
 
     def reasons(self) -> list[str]:
         """What there is to tell about the choices, in one order; conflicts apart."""
-        choices: list[Choice[Any]] = [self.lr, *self.settings.values(), self.schedule, self.weight_decay]
+        choices: list[Choice[Any]] = [self.lr, self.length_multiplier, *self.settings.values(), self.schedule]
+        choices.append(self.weight_decay)
         return [choice.reason for choice in choices if choice.reason]
 
     def summary(self) -> dict[str, float | str]:
         """What was used, by name, for reports."""
         values = {"lr": self.lr.value, "lr_scheduler_type": self.schedule.value}
         values |= {"weight_decay": self.weight_decay.value, "num_training_steps": self.horizon.value}
+        values["length_multiplier"] = self.length_multiplier.value
         return values | {key: choice.value for key, choice in self.settings.items()}
 
 
@@ -223,13 +230,17 @@ def choose_run(
     default = own_multiplier(rule, weights, model)
     if named:
         lr = _choose_lr(args, rule, model, given.get("lr"), default)
+        chosen = "lr" in given or not untouched(args, "learning_rate")
         weight_decay = _choose_weight_decay(args, rule)
     else:
-        lr = Choice(given["lr"]) if "lr" in given else _of_the_class(rule, default)
+        chosen = "lr" in given
+        lr = Choice(given["lr"]) if chosen else _of_the_class(rule, default)
         weight_decay = Choice(given.get("weight_decay", rule.defaults["weight_decay"]))
+    # How far fine-tuning has to go depends on the data more than on the length (benchmarks/run_length.py).
+    chosen = chosen or bool(default.reason)
     settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
     scheduler = _choose_schedule(args, rule, schedule)
-    return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay)
+    return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen)
 
 
 def _of_the_class(rule: Rule, default: Choice[float]) -> Choice[float]:

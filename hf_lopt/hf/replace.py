@@ -271,6 +271,7 @@ class Replacer:
         multiplier = own_multiplier(rule, weights, model)
         lr, why = given.pop("lr", None), "as given"
         lr = self.options.lr if self.options.lr is not None else lr
+        lr_is_chosen = lr is not None or bool(multiplier.reason)
         if lr is None:
             lr, why = multiplier.value, multiplier.reason or f"{rule.class_name}'s own"
         given = {key: choice.value for key, choice in own_settings(rule, weights, model).items()} | given
@@ -281,6 +282,7 @@ class Replacer:
 
         groups = learned_groups(script, rule, model, lr, given, overrides)
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
+        optimizer.lr_is_chosen = lr_is_chosen
         constant = rule.own_schedule and schedule == "auto"
         run = schedules.Run(script.name, rule, lr, script.lr, constant, [g["lr"] for g in optimizer.param_groups])
         if rule.needs_loss:

@@ -32,6 +32,30 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class RunLength:
+    """How much longer the steps of short runs are: (steps / N)^power in a run of N updates, from 1 to ``largest``.
+
+    A step that is relative to the size of a tensor moves it by a share of itself, whatever the length of the run: a
+    short one ends before anything has moved far. Measured by ``python -m benchmarks.run_length``.
+
+    Attributes:
+        steps: runs of at least so many updates take the rule's own step size.
+        power: without unit.
+        largest: the largest multiplier.
+    """
+
+    steps: float
+    power: float
+    largest: float
+
+    def multiplier(self, updates: int) -> float:
+        """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known."""
+        if not updates:
+            return 1.0
+        return min(max((self.steps / updates) ** self.power, 1.0), self.largest)
+
+
+@dataclass(frozen=True)
 class Rule:
     """A published update rule.
 
@@ -50,6 +74,7 @@ class Rule:
         own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
         needs_horizon, needs_loss: whether a step is undefined without them.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
+        run_length: how the step size follows the length of the run where nobody chose an lr; None: it does not.
     """
 
     name: str
@@ -66,6 +91,7 @@ class Rule:
     needs_horizon: bool
     needs_loss: bool
     nan_to_zero: bool = False
+    run_length: RunLength | None = None
 
     @property
     def words(self) -> tuple[str, ...]:

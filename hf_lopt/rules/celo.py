@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lopt.features import CLIP_GRADIENT, SHARED_INPUTS, VELO, Decays
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import AdamStep
-from hf_lopt.rules.base import Rule, UpdateResult
+from hf_lopt.rules.base import Rule, RunLength, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta, specialize_networks
@@ -21,6 +21,7 @@ from hf_lopt.step.tensors import TensorList
 
 
 STEP_MULT = EXP_MULT = 0.001
+RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
 ADAM = Decays(momentum=(0.9,), second_moment=(0.999,), factored=())
 INNER_EPS, OUTER_EPS = 1e-10, 1e-8
 
@@ -130,6 +131,7 @@ CELO_RULE = Rule(
     own_schedule=True,
     needs_horizon=True,
     needs_loss=True,
+    run_length=RUN_LENGTH,
 )
 CELO_ADAM_RULE = Rule(
     name="celo_adam",
@@ -153,6 +155,7 @@ CELO_ADAM_RULE = Rule(
     own_schedule=True,
     needs_horizon=True,
     needs_loss=True,
+    run_length=RUN_LENGTH,
 )
 
 RULES = (CELO_RULE, CELO_ADAM_RULE)

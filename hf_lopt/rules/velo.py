@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt.features import VELO
-from hf_lopt.rules.base import Rule, UpdateResult
+from hf_lopt.rules.base import Rule, RunLength, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta
@@ -21,6 +21,7 @@ from hf_lopt.step.tensors import TensorList
 
 INPUTS = 30  # of the scheduler: time 9, loss 9, the tensor itself 12
 STEP_MULT = EXP_MULT = 0.001
+RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
 
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
@@ -81,6 +82,7 @@ VELO_RULE = Rule(
     own_schedule=True,
     needs_horizon=True,
     needs_loss=True,
+    run_length=RUN_LENGTH,
 )
 
 # The 64-unit network of the Celo paper's repository: the same rule with the bank taken as it is.
@@ -108,6 +110,7 @@ VELO_S_RULE = Rule(
     own_schedule=True,
     needs_horizon=True,
     needs_loss=True,
+    run_length=RUN_LENGTH,
 )
 
 RULES = (VELO_RULE, VELO_S_RULE)

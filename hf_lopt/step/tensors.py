@@ -372,8 +372,15 @@ class PreparedStep:
             views[i] = tensors[i].reshape(shape) if copy else tensors[i].view(shape)
         return views
 
-    def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
-        """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
+    def settings(
+        self, names: Sequence[str], groups: Sequence[Mapping[str, Any]], lr_factor: float
+    ) -> dict[str, Tensor]:
+        """The settings of each parameter's group by name, (T,) each, with the lr times ``lr_factor``."""
+        return {name: self.setting(name, groups, lr_factor if name == "lr" else 1.0) for name in names}
+
+    def setting(self, name: str, groups: Sequence[Mapping[str, Any]], factor: float = 1.0) -> Tensor:
+        """Setting ``name`` of each parameter's group, times ``factor``, as a float32 tensor (T,), copied only when it
+        has changed."""
         if groups is not self._given:
             self._given, self._distinct = groups, list({id(group): group for group in groups}.values())
             numbered = {id(group): i for i, group in enumerate(self._distinct)}
@@ -381,7 +388,8 @@ class PreparedStep:
             if places != self._places:
                 self._places, self._places_there = places, None
                 self._settings_of.clear()
-        values, device = [group[name] for group in self._distinct], self.layout.device
+        values = [group[name] if factor == 1.0 else group[name] * factor for group in self._distinct]
+        device = self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in values]

@@ -1,0 +1,157 @@
+"""How the step size follows the length of the run: the multiplier, who gets it, checkpoints, other lengths."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import hf_lopt
+from hf_lopt import rules
+
+
+FOLLOWING = ("celo", "celo_adam", "velo", "velo_s")
+
+
+def make(rule="velo", steps=100, seed=0, groups=None, **settings):
+    generator = torch.Generator().manual_seed(seed)
+    params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((5, 4), (6,))]
+    settings |= {} if steps is None else {"num_training_steps": steps}
+    given = params if groups is None else [{"params": [p], **group} for p, group in zip(params, groups, strict=True)]
+    return hf_lopt.LearnedOptimizer(given, rule, **{"weights": "bundled"} | settings), params
+
+
+def train(optimizer, params, steps=3):
+    for t in range(steps):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * t + i))
+        optimizer.step(3.0 / (t + 1))
+    return [p.detach().clone() for p in params]
+
+
+def by_hand(steps):
+    """Of the constants in the documentation."""
+    return min(max((1000 / steps) ** 0.45, 1.0), 5.0)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("rule", FOLLOWING)
+@pytest.mark.parametrize("steps", [1, 30, 100, 1000, 20_000])
+def test_an_lr_that_nobody_chose_counts_so_many_times(rule, steps):
+    ours, params = make(rule, steps, weight_decay=0.1)
+    train_ours = train(ours, params)
+    assert ours.length_multiplier == pytest.approx(by_hand(steps), rel=1e-12)
+    assert {group["lr"] for group in ours.param_groups} == {1.0}
+    reference, params = make(rule, steps, weight_decay=0.1, lr=ours.length_multiplier)
+    assert equal(train_ours, train(reference, params)) and reference.length_multiplier == 1.0
+
+
+def test_rules_that_know_no_length_have_none():
+    known = {name for name in hf_lopt.available() if rules.get(name).run_length is not None}
+    assert known == set(FOLLOWING) == {name for name in hf_lopt.available() if rules.get(name).needs_horizon}
+    optimizer, params = make("celo2", None)
+    train(optimizer, params)
+    assert optimizer.length_multiplier == 1.0 and "length_multiplier" not in optimizer.param_groups[0]
+
+
+def set_before_training(optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+
+
+def one_cycle(optimizer):
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=100, cycle_momentum=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "action"),
+    [
+        ({"lr": 1.0}, None),
+        ({"lr": torch.tensor(1.0)}, None),
+        ({"weights": dict(hf_lopt.VeLO([nn.Parameter(torch.ones(1))], weights="bundled").weights.theta)}, None),
+        ({"groups": [{"lr": 1.0}, {}]}, None),
+        ({}, set_before_training),
+        ({}, one_cycle),
+    ],
+)
+def test_an_lr_that_somebody_chose_stays(settings, action):
+    optimizer, params = make(**settings)
+    if action:
+        action(optimizer)
+    train(optimizer, params, 1)
+    assert optimizer.length_multiplier == 1.0
+    copied = copy.deepcopy(optimizer)
+    copied.num_training_steps = 30
+    assert copied.length_multiplier == 1.0
+
+
+def test_a_scheduler_on_top_multiplies(caplog):
+    optimizer, params = make(steps=None)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5)  # before the length is known
+    optimizer.num_training_steps = 100
+    with caplog.at_level(logging.INFO, "hf_lopt"):
+        ours = train(optimizer, params)
+    assert scheduler.base_lrs == [1.0] and optimizer.param_groups[0]["lr"] == 0.5
+    (record,) = caplog.records
+    assert "in a run of 100 steps lr counts 2.82 times" in record.getMessage()
+    assert optimizer.metrics()["length_multiplier"] == optimizer.length_multiplier
+    assert "length_multiplier: 2.8" in repr(optimizer)
+    reference, params = make(lr=0.5 * by_hand(100))
+    torch.testing.assert_close(ours, train(reference, params), rtol=1e-6, atol=1e-7)
+
+
+def test_a_checkpoint_keeps_it_and_another_length_decides_again():
+    optimizer, params = make(steps=100)
+    train(optimizer, params)
+    saved = copy.deepcopy(optimizer.state_dict())
+    changed = copy.deepcopy(saved)
+    for group in changed["param_groups"]:
+        group["length_multiplier"] = 2.0  # of a version with other constants
+    for state, steps, wanted in ((saved, 100, by_hand(100)), (changed, 100, 2.0), (saved, 500, by_hand(500))):
+        resumed, own = make(steps=None)
+        resumed.load_state_dict(copy.deepcopy(state))
+        resumed.num_training_steps = steps  # as Trainer does
+        train(resumed, own, 1)
+        assert resumed.length_multiplier == pytest.approx(wanted)
+    with pytest.warns(UserWarning, match="goes on as one of 500 steps"):
+        resumed, _ = make(steps=500)
+        resumed.load_state_dict(copy.deepcopy(saved))
+    assert resumed.length_multiplier == pytest.approx(by_hand(500))
+
+
+def test_checkpoints_without_one_go_on_as_they_were():
+    optimizer, params = make(steps=100, lr=1.0)
+    train(optimizer, params)
+    old = copy.deepcopy(optimizer.state_dict())
+    for group in old["param_groups"]:
+        del group["length_multiplier"]
+    resumed, own = make(steps=100)
+    resumed.load_state_dict(old)
+    for p, q in zip(own, params, strict=True):
+        p.data.copy_(q)
+    assert equal(train(resumed, own), train(optimizer, params))
+    resumed.num_training_steps = 30
+    resumed.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert resumed.length_multiplier == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0, "2"])
+def test_a_damaged_one_is_refused(value):
+    optimizer, params = make()
+    train(optimizer, params, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["length_multiplier"] = value
+    with pytest.raises(ValueError, match="length_multiplier must be a finite number"):
+        optimizer.load_state_dict(saved)
+
+
+def test_updates_count_where_several_steps_are_one():
+    optimizer, params = make(steps=100, max_training_steps=50)
+    train(optimizer, params)
+    assert optimizer.length_multiplier == pytest.approx(by_hand(50))
