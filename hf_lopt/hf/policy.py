@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
 
-# The size that a relative step assumes for a tensor of an adapter at least. With embedded weights the step is then
-# about that of AdamW at 6e-4; at 0.01, LoRA on a 135M language model learned a third as much in as many steps.
-_ADAPTER_SCALE = 0.1
 # Of the step size of a rule with a schedule of its own, on a pretrained model.
 _HARDLY_MOVES = 1e-3
 _CONSTANT = ("constant", "constant_with_warmup")
@@ -119,9 +116,6 @@ def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[
     """Settings that embedded weights want for this kind of model."""
     if weights.finetune_lr is not None and pretrained_name(model) is not None:
         settings, why = weights.finetune_settings, "which suits embedded weights on a pretrained model"
-    elif weights.origin == "bundled" and "min_param_scale" in rule.defaults and has_adapters(model):
-        settings = {"min_param_scale": _ADAPTER_SCALE}
-        why = "because adapters start with matrices of zeros, to whose size the step is relative"
     else:
         return {}
     return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}

@@ -116,7 +116,7 @@ CELO_RULE = Rule(
         "weights": "auto",
         "weight_decay": 0.0,
         "axis_order": "torch",
-        "min_param_scale": 0.0,
+        "min_param_scale": None,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,
     },

@@ -67,7 +67,7 @@ VELO_RULE = Rule(
         "weights": "auto",
         "weight_decay": 0.0,
         "axis_order": "torch",
-        "min_param_scale": 0.0,
+        "min_param_scale": None,
         "bank_scale": 100.0,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,  # the reference's wrapper: 150,000; beyond it, gradients are accumulated
@@ -94,7 +94,7 @@ VELO_S_RULE = Rule(
         "weights": "auto",
         "weight_decay": 0.0,
         "axis_order": "torch",
-        "min_param_scale": 0.0,
+        "min_param_scale": None,
         "bank_scale": 1.0,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,

@@ -315,6 +315,15 @@ class TensorList:
         """(D, *shape) each."""
         return self.tensors("second_moment")
 
+    def least_sizes(self) -> Tensor:
+        """``min_param_scale`` of each tensor, (T,) or, of stacked replicas, (T R,): of its group, or its own."""
+        own = self.state.get("min_param_scale")
+        numbers = self["min_param_scale"]
+        if own is None:
+            return numbers.nan_to_num(0.0)
+        floors = [self.layout.one.new_zeros(()) if x is None else x for x in own]
+        return torch.where(numbers.isnan(), torch.stack(floors), numbers)
+
     def accumulator_versions(self) -> list[int]:
         """Version counters of momenta and second moments, which every change in place moves."""
         return [x._version for x in (*self.momenta, *self.second_moments)]
@@ -346,15 +355,17 @@ class PreparedStep:
 
     def setting(self, name: str, groups: Sequence[Mapping[str, Any]]) -> Tensor:
         """Setting ``name`` of each parameter's group as a float32 tensor (T,), copied only when it has changed."""
-        values, device = [group[name] for group in groups], self.layout.device
+        # NaN: the tensor has its own, in its state.
+        values, device = [math.nan if group[name] is None else group[name] for group in groups], self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
-            distinct = {id(group): group[name] for group in groups}
+            distinct = {id(group): value for group, value in zip(groups, values, strict=True)}
             numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in distinct.values()]
             joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
                 # Reading them would wait: like a gradient that is not finite they make the device skip the step.
-                self.cache.device_settings[name] = joined.double().unsqueeze(1)
+                own = torch.tensor([value is math.nan for value in distinct.values()]).to(device)
+                self.cache.device_settings[name] = joined.double().masked_fill(own, 0.0).unsqueeze(1)
             if len(numbers) == 1:
                 return joined.expand(len(values))
             places = {key: i for i, key in enumerate(distinct)}
