@@ -128,6 +128,7 @@ CELO_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=True,
+    finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
 )
@@ -151,6 +152,7 @@ CELO_ADAM_RULE = Rule(
     prepare=prepare_adam,
     update=update_adam,
     own_schedule=True,
+    finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
 )

@@ -304,6 +304,8 @@ CELO2_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=1e-4,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )
@@ -331,6 +333,8 @@ CELO2_BASE_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=5e-5,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )
@@ -358,6 +362,8 @@ ELO_CELO2_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=1e-4,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )

@@ -79,6 +79,7 @@ VELO_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=True,
+    finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
 )
@@ -106,6 +107,7 @@ VELO_S_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=True,
+    finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
 )
