@@ -266,7 +266,9 @@ def floors(kind: str, name: str, values: Sequence[float], seeds: int, contenders
     """The losses of one task by the floor of one kind."""
     task, before = TASKS[name], getattr(least_sizes, kind)
     found: dict[str, Any] = {"task": name}
-    rates = {lr: mean(f"{name}: adamw {lr:g}", [final_loss(task, s, "adamw", lr) for s in range(seeds)]) for lr in ADAMW}
+    rates = {
+        lr: mean(f"{name}: adamw {lr:g}", [final_loss(task, s, "adamw", lr) for s in range(seeds)]) for lr in ADAMW
+    }
     best = min(rates, key=lambda lr: rates[lr]["loss"])
     found["adamw"] = {"lr": best, **rates[best]}
     for contender, (rule, weights) in contenders.items():

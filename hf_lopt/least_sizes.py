@@ -53,7 +53,7 @@ class Kind:
 
 ONE_PLUS = Kind("norms stored as 1 + w", 1.0)
 NORM = Kind("scales of norms", 0.1)
-TABLE = Kind("tables", 0.02)
+TABLE = Kind("tables", 0.05)
 PROJECTION = Kind("projections", 0.02)
 SCALE = Kind("layer scales", 0.1)
 GATE = Kind("gates", 0.1)
@@ -139,7 +139,9 @@ def _size(total: float, square: float, numel: int) -> _Size:
 
 def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[_Size]) -> dict[int, Kind]:
     """id of a tensor -> its kind; tensors that need none may be left out."""
-    names = {id(p): n for _, group in pairs for p, n in zip(group["params"], group.get("param_names", ()), strict=False)}
+    names = {
+        id(p): n for _, group in pairs for p, n in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
     found = {
         id(p): _by_name(p, size, names[id(p)]) if id(p) in names else _by_value(p, size)
         for (p, _), size in zip(pairs, sizes, strict=True)
