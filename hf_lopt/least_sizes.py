@@ -3,12 +3,12 @@
 VeLO and Celo multiply a step with the size (root mean square) of its tensor. One that starts at or near zero would
 stay there. What a tensor has to be taken for depends on what it is: a norm that is stored as 1 + w has a size of about
 1, a table of position embeddings that of other embeddings, and biases start at zero in every model and do well without
-a floor. So the floor is decided per tensor, once, when its state is made, from its size at that moment and its kind; it
-is part of its state, and a run that is resumed goes on with it, whatever the size of the tensor by then.
+a floor. So the floor is decided per tensor, once, when its state is made, from its size then and its kind. It is
+part of the state, and a run that is resumed goes on with it, whatever the size of the tensor by then.
 
-The kind comes from the module that owns the tensor, which is looked for among the live modules (all doors into the
-optimizer give it tensors only, and FSDP replaces them); where there is none, from the names that the groups have in
-``param_names``; else from the shape and the values alone. Constants: ``python -m benchmarks.zero_init``.
+The kind comes from the module that owns the tensor, which is looked for among the live modules: all doors into the
+optimizer give it tensors only, and FSDP replaces them. Where there is none it comes from names, the groups'
+``param_names``, else from the shape and the values alone. Constants: ``python -m benchmarks.zero_init``.
 """
 
 from __future__ import annotations
