@@ -199,6 +199,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
 
 
+def rank() -> int:
+    """Number of this process in the default group; 0 when there is none, and :func:`alone`."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def world_groups(shardings: Iterable[Sharding | None]) -> tuple[dist.ProcessGroup, ...]:
     """Groups that together span all ranks: those of a mesh of this size, which other sums share, else the default."""
     size = world_size()

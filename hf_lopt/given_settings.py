@@ -118,5 +118,5 @@ def small_multiplier(name: str, lr: float) -> str:
     return (
         f"lr={lr:g} multiplies {name}'s own step size and is no learning rate as of Adam or SGD: training will hardly "
         f"move. {name} decides its step size itself; lr=1.0, the default, is meant for training from scratch, and "
-        "embedded weights take 0.05 on a pretrained model."
+        "a pretrained model takes 0.05."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_lopt import distributed, notices, rules
+from hf_lopt import distributed, least_sizes, notices, rules
 from hf_lopt.description import describe
 from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
@@ -248,7 +248,8 @@ class LearnedOptimizer(GivenSettings):
 
     def _run_settings(self) -> dict[str, Any]:
         """What has one value for the whole run, by name."""
-        return {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
+        settings = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
+        return settings | {"least sizes of the tensors": least_sizes.described(self.state)}
 
     def _create_state(self) -> bool:
         """Make the state of all trainable parameters, the same on every rank. Whether there was none before."""
@@ -259,6 +260,7 @@ class LearnedOptimizer(GivenSettings):
             if p.numel() and group.get("max_training_steps", 0) and "gradient_sum" not in self.state[p]:
                 # Also where the run is short: the horizon may come later, and a checkpoint fills what it finds.
                 self.state[p] |= {"gradient_sum": distributed.zeros(p, None), "gradients_summed": 0}
+        least_sizes.decide(self._trainable(), self.state, self._rule.class_name)
         return created
 
     def _only_allocates(self, created: bool) -> bool:

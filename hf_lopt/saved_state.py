@@ -24,9 +24,11 @@ from hf_lopt.step.networks import Theta
 # How many differences an error lists.
 _LISTED = 10
 # Averages of squares.
-_NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "factored_diag"))
+_NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "factored_diag", "min_param_scale"))
 # Kept per parameter where one update takes several calls of step().
 _GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
+# Kept where a group leaves it to the optimizer. Checkpoints from before that have a number in every group.
+_OWN_FLOOR = "min_param_scale"
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -142,7 +144,11 @@ def _state_differences(
         yield f"{name}: {error}"
         return
     optional = {_GRADIENT_SUM, _GRADIENTS_SUMMED} if "max_training_steps" in rule.defaults else set()
-    if missing := sorted(wanted.keys() - saved.keys()):
+    if _OWN_FLOOR in rule.per_group:
+        floor = {_OWN_FLOOR: torch.empty((), dtype=torch.float32, device="meta")}
+        optional |= set() if group[_OWN_FLOOR] is None else floor.keys()
+        wanted = {**wanted, **floor}
+    if missing := sorted(wanted.keys() - saved.keys() - optional):
         yield f"{name}: lacks {', '.join(missing)}"
     if extra := sorted(saved.keys() - wanted.keys() - optional):
         yield f"{name}: has {', '.join(extra)}, which {rule.class_name} does not keep for it"

@@ -65,6 +65,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """
     for name in _NON_NEGATIVE:
         value = settings.get(name, 0.0)
+        if value is None and name == "min_param_scale":  # each tensor has its own
+            continue
         if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:

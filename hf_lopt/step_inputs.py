@@ -101,7 +101,7 @@ class StepInputs:
         for name in self.numbers:
             value = group[name]
             # A step whose settings lie on an accelerator is skipped there, see `PreparedStep.setting`.
-            if isinstance(value, Tensor) and value.device.type != "cpu":
+            if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
                 continue
             if not (math.isfinite(value) and value >= 0.0):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
@@ -125,6 +125,8 @@ class StepInputs:
             self._known[id(p)] = expected
         for key, size in expected.state.items():
             self._check_state(p, key, state.get(key), size, device)
+        if "min_param_scale" in state:
+            self._check_state(p, "min_param_scale", state["min_param_scale"], torch.Size(), device)
         if "gradient_sum" in state:
             self._check_state(p, "gradient_sum", state["gradient_sum"], shape, device)
 

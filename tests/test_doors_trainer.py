@@ -97,7 +97,9 @@ def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, 
     changes = {"optim": "adamw_torch", "optim_args": None} if subclass is OfTheirOwn else {}
     trainer = make(tmp_path, model(tmp_path), subclass, **changes)
     optimizer, said = run(trainer)
-    assert {(g["lr"], g["min_param_scale"]) for g in optimizer.param_groups} == {(lr, floor)}
+    assert {(g["lr"], g["min_param_scale"]) for g in optimizer.param_groups} == {(lr, None)}
+    sizes = [state["min_param_scale"].item() for state in optimizer.state.values()]
+    assert sizes == pytest.approx([floor] * len(sizes))
     assert rates(trainer) == [lr] * STEPS
     assert optimizer.run_policy.lr.value == lr and optimizer.run_policy.schedule.value == "constant"
     assert sum("optim='velo'" in text for text in said) == 1
@@ -270,7 +272,6 @@ def test_what_was_chosen_is_kept(tmp_path):
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "num_training_steps": STEPS,
-        "min_param_scale": 0.1,
     }
 
 

@@ -15,7 +15,6 @@ from hf_lopt import LearnedOptimizer, rules, weights
 from hf_lopt.features import VELO
 from hf_lopt.meta import fitting
 from hf_lopt.meta.construct import BUILDERS, files, networks, schedules, small_fc, velo
-from hf_lopt.meta.construct.finetune import FINETUNE
 
 
 TAUS = (0.03, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1)
@@ -79,7 +78,7 @@ def lr_mult(theta, inputs, state=None):
 
 
 def test_every_rule_has_weights():
-    assert set(BUILDERS) == set(FINETUNE) == set(rules.names())
+    assert set(BUILDERS) == set(rules.names())
     assert {path.stem for path in files.EMBEDDED.glob("*.safetensors")} == set(rules.names())
 
 
@@ -106,7 +105,8 @@ def test_provenance_and_loading(rule):
     assert record["sha256"] == loaded.sha256 == weights.content_sha256(theta)
     assert {text.split(":")[0] for text in record["origin"].values()} <= {"constructed", "distilled"}
     assert record["settings"].items() <= rules.get(rule).defaults.items()
-    assert loaded.finetune_lr == FINETUNE[rule].lr and loaded.finetune_settings == FINETUNE[rule].settings
+    assert loaded.finetune_lr == rules.get(rule).finetune_lr
+    assert loaded.finetune_settings == rules.get(rule).finetune_settings
     assert loaded.finetune_settings.keys() <= rules.get(rule).defaults.keys()
 
 

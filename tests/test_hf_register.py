@@ -403,32 +403,32 @@ def test_embedded_weights_fine_tune_at_their_own_multiplier(tmp_path):
 
 
 def test_adapters_start_from_scratch(tmp_path):
-    """On a pretrained model as on any other, and with a size to which a step of a matrix of zeros can be relative."""
+    """On a pretrained model as on any other; their least size is decided with that of all tensors."""
     peft = pytest.importorskip("peft")
     cases.tiny_llama().save_pretrained(tmp_path)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], r=2))
-    _, keywords, warned = chosen(cases.arguments("unused"), model)
-    assert keywords["lr"] == 1.0 and keywords["min_param_scale"] == 0.1
-    assert all(group["min_param_scale"] == 0.1 for group in keywords["params"])
-    assert "min_param_scale is 0.1, because adapters start with matrices of zeros" in warned[0]
-    arguments_ = cases.arguments("unused", optim_args="weights=bundled,min_param_scale=0")
-    _, keywords, warned = chosen(arguments_, model)
-    assert keywords["min_param_scale"] == 0.0 and not any("min_param_scale" in text for text in warned)
+    _, keywords, _ = chosen(cases.arguments("unused"), model)
+    assert keywords["lr"] == 1.0 and "min_param_scale" not in keywords
+    _, keywords, _ = chosen(cases.arguments("unused", optim_args="weights=bundled,min_param_scale=0"), model)
+    assert keywords["min_param_scale"] == 0.0
     _, keywords, _ = chosen(cases.arguments("unused", optim="small_fc_lopt"), model)
     assert keywords["lr"] == 1.0 and "min_param_scale" not in keywords
-    _, keywords, _ = chosen(cases.arguments("unused"), cases.tiny_llama())
-    assert "min_param_scale" not in keywords
 
 
-def test_published_weights_keep_their_multiplier_on_pretrained_models(tmp_path, monkeypatch):
-    bundled = rules.get("velo").load_weights("bundled")
-    published = weights.Weights(bundled.theta, "someone/velo", bundled.sha256, "published")
-    monkeypatch.setattr(weights, "load", lambda *args, **kwargs: published)
+@pytest.mark.parametrize("rule", ["velo", "celo2"])
+def test_fine_tuning_is_the_same_with_published_weights(rule, monkeypatch):
+    bundled = rules.get(rule).load_weights("bundled")
+    published = weights.Weights(bundled.theta, f"someone/{rule}", bundled.sha256, "published")
     model = cases.tiny_llama()
+    _, scratch, _ = chosen(cases.arguments("unused", optim=rule), model)
     model.config._name_or_path = "someone/model"
-    _, keywords, _ = chosen(cases.arguments("unused", optim_args=None), model)
-    assert keywords["lr"] == 1.0 and keywords["weights"] is published
+    _, with_bundled, _ = chosen(cases.arguments("unused", optim=rule), model)
+    monkeypatch.setattr(weights, "load", lambda *args, **kwargs: published)
+    _, keywords, warned = chosen(cases.arguments("unused", optim=rule, optim_args=None), model)
+    assert keywords.pop("weights") is published
+    assert {key: with_bundled[key] for key in keywords} == keywords and keywords["lr"] < scratch["lr"]
+    assert any("someone/model" in text for text in warned)
 
 
 def test_rules_without_a_schedule_keep_that_of_trainer(monkeypatch):

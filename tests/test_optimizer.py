@@ -59,7 +59,7 @@ def test_signatures_are_those_of_torch(name):
 
 def test_constructor_signature():
     parameters = inspect.signature(VeLO).parameters
-    wanted = {"lr": 1.0, "weights": "auto", "weight_decay": 0.0, "axis_order": "torch", "min_param_scale": 0.0}
+    wanted = {"lr": 1.0, "weights": "auto", "weight_decay": 0.0, "axis_order": "torch", "min_param_scale": None}
     assert {key: parameters[key].default for key in wanted} == wanted
     assert parameters["bank_scale"].default == 100.0 and "velo" in hf_lopt.available()
 

@@ -167,6 +167,8 @@ def build(rule: str, weights, **settings) -> tuple[LearnedOptimizer, list[torch.
             group["step_scale"] = 1.0 + 0.5 * (i % 3)
     if rules.get(rule).needs_horizon:
         settings["num_training_steps"] = HORIZON
+    if "min_param_scale" in rules.get(rule).defaults:
+        settings = {"min_param_scale": 0.0, **settings}
     return LearnedOptimizer(groups, rule, weights=weights, **settings), params
 
 

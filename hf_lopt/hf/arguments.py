@@ -23,6 +23,7 @@ OVERRIDES = "overrides"
 # branch:PATTERN=adam is an item of the overrides of hf_lopt.param_groups.
 _BRANCH = "branch:"
 LOG_LAYERS = "log_layers"
+_LEFT_OPEN = "min_param_scale"  # a number, or "auto" for the default of None
 _SCHEDULES = ("auto", "keep")
 _BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -68,7 +69,9 @@ def wants_layers(text: str | None) -> bool:
 
 def _convert(rule: Rule, key: str, value: str) -> Any:
     """``value`` in the type of the constructor argument's default."""
-    default = 0.0 if key == BASE_WIDTH else rule.defaults[key]
+    default = 0.0 if key in (BASE_WIDTH, _LEFT_OPEN) else rule.defaults[key]
+    if key == _LEFT_OPEN and value == "auto":
+        return None
     if isinstance(default, str):
         return value
     if isinstance(default, bool):

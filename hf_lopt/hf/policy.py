@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
 
-# The size that a relative step assumes for a tensor of an adapter at least. With embedded weights the step is then
-# about that of AdamW at 6e-4; at 0.01, LoRA on a 135M language model learned a third as much in as many steps.
-_ADAPTER_SCALE = 0.1
 # Of the step size of a rule with a schedule of its own, on a pretrained model.
 _HARDLY_MOVES = 1e-3
 _CONSTANT = ("constant", "constant_with_warmup")
@@ -114,23 +111,22 @@ def pretrained_name(model: nn.Module | None) -> str | None:
 
 def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
     """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
-    lr = rule.defaults["lr"]
+    lr, finetune_lr = rule.defaults["lr"], weights.finetune_lr
     name = pretrained_name(model)
-    if weights.finetune_lr is None or name is None:
+    if name is None:
         return Choice(lr)
-    reason = "the embedded weights take steps for training from scratch, which wreck pretrained parameters"
-    return Choice(weights.finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
+    if finetune_lr is None:  # of weights that say nothing
+        finetune_lr = rule.finetune_lr
+    reason = "steps for training from scratch wreck pretrained parameters"
+    return Choice(finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
 
 
 def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[str, Choice[float]]:
-    """Settings that embedded weights want for this kind of model."""
-    if weights.finetune_lr is not None and pretrained_name(model) is not None:
-        settings, why = weights.finetune_settings, "which suits embedded weights on a pretrained model"
-    elif weights.origin == "bundled" and "min_param_scale" in rule.defaults and has_adapters(model):
-        settings = {"min_param_scale": _ADAPTER_SCALE}
-        why = "because adapters start with matrices of zeros, to whose size the step is relative"
-    else:
+    """Settings that ``rule`` wants for this kind of model."""
+    if pretrained_name(model) is None:
         return {}
+    settings = rule.finetune_settings if weights.finetune_lr is None else weights.finetune_settings
+    why = "which suits a pretrained model"
     return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
 
 

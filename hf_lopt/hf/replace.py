@@ -11,10 +11,9 @@ A rule that decides the course of its own step size gets a constant lr: schedule
 
 from __future__ import annotations
 
-import gc
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -31,6 +30,7 @@ from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.hf.messages import say
 from hf_lopt.hf.policy import own_multiplier, own_settings
+from hf_lopt.live_modules import models_of
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.optimizers import OPTIMIZERS
 from hf_lopt.param_groups import branch_of, overridden
@@ -103,25 +103,6 @@ def _check_class(name: str) -> None:
         raise ValueError(f"--replace {name}=...: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise ValueError(f"--replace {name}=...: {module} has no optimizer class {attribute}")
-
-
-def model_of(params: Iterable[Any]) -> nn.Module | None:
-    """The outermost live module that owns most of ``params``; None without one.
-
-    A script's optimizer is given tensors only, and whether the model was loaded from a checkpoint, which of its tables
-    are embeddings and how layers store their axes is in the modules.
-    """
-    wanted = {id(p) for p in params}
-    # type(), because asking a lazy module or a dead weak proxy for its class has effects.
-    modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and "_modules" in vars(x)]
-    children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
-    owned = [
-        (sum(id(p) in wanted for p in module.parameters()), i)
-        for i, module in enumerate(modules)
-        if id(module) not in children
-    ]
-    count, place = max(owned, default=(0, 0))
-    return modules[place] if count else None
 
 
 @dataclass
@@ -265,7 +246,7 @@ class Replacer:
         overrides = given.pop(OVERRIDES, None)
         given = {key: value for key, value in given.items() if key != "base_width"}
         params = [p for group in script.groups for p in group["params"]]
-        model = model_of(params)
+        model = next(iter(models_of(params)), None)
         spec = given.pop("weights", rule.defaults["weights"])
         weights = rule.load_weights(spec, **(dict(rule.defaults) | given))
         multiplier = own_multiplier(rule, weights, model)

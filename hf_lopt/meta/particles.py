@@ -75,7 +75,9 @@ class Particles:
         unknown = sorted(set(settings or {}) - set(self.rule.defaults))
         if unknown:
             raise ValueError(f"{rule} takes no setting {', '.join(unknown)}; it takes {', '.join(self.rule.defaults)}")
-        self.group = dict(self.rule.defaults) | dict(settings or {}) | {"axis_order": "jax"}
+        # What is left open needs to see models; particles are those of the reference.
+        defaults = {key: 0.0 if key == "min_param_scale" else x for key, x in self.rule.defaults.items()}
+        self.group = defaults | dict(settings or {}) | {"axis_order": "jax"}
         self.params = {
             n: torch.zeros(count, *shape, device=self.device, dtype=torch.float32) for n, shape in shapes.items()
         }
@@ -201,7 +203,7 @@ class Particles:
         particles they are of, 0 for one by itself."""
         keys = dict.fromkeys(key for state in states for key in state)
         count, rule = len(params), self.rule
-        numbers = ["weight_decay", *(n for n in rule.per_group if isinstance(rule.defaults[n], float))]
+        numbers = ["weight_decay", *(n for n in rule.per_group if n not in rule.words)]
         words = [n for n in rule.per_group if isinstance(rule.defaults[n], str)]
         total = count * max(replicas if self.together else 0, 1)
         settings = {

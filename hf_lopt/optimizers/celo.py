@@ -23,8 +23,8 @@ class Celo(LearnedOptimizer):
             :func:`hf_lopt.weights.load`.
         weight_decay: decoupled decay, p <- p - lr * weight_decay * p; no unit, per group. Default 0.0.
         axis_order: how the axes of a tensor lie, per group. Default "torch", (out, in, *kernel).
-        min_param_scale: least RMS of a tensor that its step is relative to, in units of the parameter, per group.
-            Default 0.0.
+        min_param_scale: least RMS of a tensor that its step is relative to, in units of the parameter, per group; 0 is
+            the reference. None (default): decided per tensor when its state is made, see :mod:`hf_lopt.least_sizes`.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
         max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
             0 (default): no limit.
@@ -41,7 +41,7 @@ class Celo(LearnedOptimizer):
         weights: WeightsSource = "auto",
         weight_decay: float = 0.0,
         axis_order: AxisOrder = "torch",
-        min_param_scale: float = 0.0,
+        min_param_scale: float | None = None,
         max_nonfinite_steps: int = 10,
         max_training_steps: int = 0,
     ) -> None:

@@ -72,6 +72,9 @@ class Rule:
             replicas also take leaves of networks with an axis of replicas in front.
         update: (tensors, run, prepared weights, settings, loss) -> result: the step itself.
         own_schedule: the rule decides its step size over the run: lr is a multiplier, 1.0 by default.
+        finetune_lr: the ``lr`` for a pretrained model, whatever the weights: steps that are as large as a random
+            parameter needs undo its training.
+        finetune_settings: settings that go with ``finetune_lr``.
         needs_horizon, needs_loss: whether a step is undefined without them.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
         run_length: how the step size follows the length of the run where nobody chose an lr; None: it does not.
@@ -88,10 +91,12 @@ class Rule:
     prepare: Callable[[Theta, Mapping[str, Any]], dict[str, Any]]
     update: Callable[..., UpdateResult]
     own_schedule: bool
+    finetune_lr: float
     needs_horizon: bool
     needs_loss: bool
     nan_to_zero: bool = False
     run_length: RunLength | None = None
+    finetune_settings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def words(self) -> tuple[str, ...]:

@@ -305,6 +305,8 @@ CELO2_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=1e-4,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )
@@ -332,6 +334,8 @@ CELO2_BASE_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=5e-5,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )
@@ -359,6 +363,8 @@ ELO_CELO2_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=False,
+    finetune_lr=1e-4,
+    finetune_settings={"adam_lr_mult": 1.0},
     needs_horizon=False,
     needs_loss=False,
 )

@@ -223,6 +223,7 @@ RNN_MLP_RULE = Rule(
     prepare=prepare,
     update=update,
     own_schedule=True,
+    finetune_lr=0.05,
     needs_horizon=False,
     needs_loss=True,
 )

@@ -119,7 +119,7 @@ def specialize_networks(
             lr=lr,
             weight_decay=weight_decay,
             factors=factors,
-            floor=tensors["min_param_scale"] if relative else None,
+            floor=tensors.least_sizes() if relative else None,
             step_mult=1.0 if step_mult is None else step_mult,
             p_column=features.column("p") if relative and features is not None else -1,
         )

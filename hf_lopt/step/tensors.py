@@ -325,6 +325,15 @@ class TensorList:
         """(D, *shape) each."""
         return self.tensors("second_moment")
 
+    def least_sizes(self) -> Tensor:
+        """``min_param_scale`` of each tensor, (T,) or, of stacked replicas, (T R,): of its group, or its own."""
+        own = self.state.get("min_param_scale")
+        numbers = self["min_param_scale"]
+        if own is None:
+            return numbers.nan_to_num(0.0)
+        floors = [self.layout.one.new_zeros(()) if x is None else x for x in own]
+        return torch.where(numbers.isnan(), torch.stack(floors), numbers)
+
     def accumulator_versions(self) -> list[int]:
         """Version counters of momenta and second moments, which every change in place moves."""
         return [x._version for x in (*self.momenta, *self.second_moments)]
@@ -388,7 +397,9 @@ class PreparedStep:
             if places != self._places:
                 self._places, self._places_there = places, None
                 self._settings_of.clear()
-        values = [group[name] if factor == 1.0 else group[name] * factor for group in self._distinct]
+        # NaN: the tensor has its own, in its state.
+        given = [math.nan if group[name] is None else group[name] for group in self._distinct]
+        values = given if factor == 1.0 else [value * factor for value in given]
         device = self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
@@ -396,7 +407,8 @@ class PreparedStep:
             joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
                 # Reading them would wait: like a gradient that is not finite they make the device skip the step.
-                self.cache.device_settings[name] = joined.double().unsqueeze(1)
+                own = torch.tensor([value is math.nan for value in values]).to(device)
+                self.cache.device_settings[name] = joined.double().masked_fill(own, 0.0).unsqueeze(1)
             if len(numbers) == 1:
                 return joined.expand(len(groups))
             if self._places_there is None:

@@ -40,7 +40,7 @@ class Weights:
         origin: "published", "bundled" or "user".
         settings: hyperparameters that go with the weights and are not part of theta.
         finetune_lr: the lr for a pretrained model, where steps made for training from scratch are too large: a
-            multiplier, or the lr itself where the schedule is the caller's. None: the same as from scratch.
+            multiplier, or the lr itself where the schedule is the caller's. None: the rule's.
         finetune_settings: further settings that belong to `finetune_lr`.
     """
 

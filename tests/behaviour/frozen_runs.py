@@ -82,13 +82,15 @@ def loss_of(t: int) -> float:
 def settings_of(rule: str) -> dict[str, Any]:
     """The keywords that the class of a rule takes, with their defaults."""
     settings = hf_lopt.LearnedOptimizer([nn.Parameter(torch.zeros(1))], rule, weights="bundled").defaults
-    return {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    reference = {"min_param_scale": 0.0} if "min_param_scale" in settings else {}  # by default each tensor has its own
+    return {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))} | reference
 
 
 def make(rule: str, params: Sequence[Tensor], **settings: Any) -> hf_lopt.LearnedOptimizer:
     """An optimizer with embedded weights, two learning rates and a weight decay on half of the parameters."""
     known = settings_of(rule)
     settings |= {"num_training_steps": HORIZON} if "num_training_steps" in known else {}
+    settings = {key: known[key] for key in ("min_param_scale",) if key in known} | settings
     half, lr = len(params) // 2, known["lr"]
     groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.7 * lr, "weight_decay": 0.01}]
     return hf_lopt.LearnedOptimizer(groups, rule, weights="bundled", **settings)

@@ -55,10 +55,12 @@ class Model(nn.Module):
         self.unused = nn.Linear(3, 5)
         self.head = nn.Linear(6, 13, bias=False)
         self.head.weight = self.embedding.weight
+        # Zero at the start of a run, and not where a checkpoint is loaded: its least size is that of the start.
+        self.offset = nn.Parameter(0.1 * seed * torch.ones(8, 6))
         self.frozen = nn.Parameter(torch.ones(4, 6), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.embedding(x)
+        h = self.embedding(x) + self.offset
         h = self.norm(h + self.hidden(h)) * self.row + self.frozen.sum(0) * 0.01
         return self.head(h)
 

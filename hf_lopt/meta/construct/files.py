@@ -11,9 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hf_lopt import weights
+from hf_lopt import rules, weights
 from hf_lopt.meta import atomic
-from hf_lopt.meta.construct.finetune import FINETUNE
 
 
 EMBEDDED = weights.EMBEDDED
@@ -58,8 +57,8 @@ def files(rule: str, built: Construction) -> dict[str, bytes]:
         "licence": "Apache-2.0",
         "generator": GENERATOR,
         **built.provenance,
-        "finetune_lr": FINETUNE[rule].lr,
-        "finetune_settings": dict(FINETUNE[rule].settings),
+        "finetune_lr": rules.get(rule).finetune_lr,
+        "finetune_settings": dict(rules.get(rule).finetune_settings),
     }
     metadata = {"format": "pt", "rule": rule}
     return {

@@ -1,0 +1,25 @@
+"""Which living modules own some tensors: an optimizer is given tensors, and what they are stands in the modules."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def models_of(params: Iterable[Tensor]) -> list[nn.Module]:
+    """The outermost live modules that own any of ``params``, the one with most of them first.
+
+    Modules that Python's garbage collector does not list (``gc.freeze``) are not found.
+    """
+    wanted = {id(p) for p in params}
+    # type(), because asking a lazy module or a dead weak proxy for its class has effects.
+    modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and "_modules" in vars(x)]
+    children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
+    owned = [
+        (sum(id(p) in wanted for p in module.parameters()), i)
+        for i, module in enumerate(modules)
+        if id(module) not in children
+    ]
+    return [modules[i] for count, i in sorted(owned, reverse=True) if count]
