@@ -200,3 +200,15 @@ def test_lr_may_be_a_tensor_on_the_device():
         launches = count(optimizer)
     # One more call, for the decision to skip a step whose learning rate is not finite.
     assert launches.launched == collections.Counter([*EXPECTED["velo"], "_to_copy"]) and launches.copies == 0
+
+
+def test_large_matrices_and_those_of_the_transposed_shape_are_one_batch():
+    launched = {}
+    for shapes in ([(), (7,)], [(), (7,), *[(96, 800)] * 2], [(), (7,), *[(96, 800)] * 2, (800, 96)], [(300, 300)]):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        optimizer = optimizer_on_device(mode, "celo2", [(), (7,), (3, 4), *shapes], ns_dtype="auto")
+        with mode:
+            launched[len(shapes)] = count(optimizer).launched
+    alike = launched[4] - launched[2]
+    print(alike, alike.total(), launched[5]-launched[4], launched[1]-launched[2])
+    assert 0

@@ -48,7 +48,7 @@ from hf_lopt.kernels.arguments import (
     ZeroNan,
 )
 from hf_lopt.kernels.dispatch import Kind, Operator, Result
-from hf_lopt.kernels.reference import passes, scheduler, steps
+from hf_lopt.kernels.reference import newton_schulz, passes, scheduler, steps
 
 
 def _check_tensors(x: Sums | FeatureSums | AdamStep) -> None:
@@ -198,7 +198,7 @@ feature_sums = _define(FeatureSums, passes.feature_sums, _fake_feature_sums)
 apply_network = _define(ApplyNetwork, passes.apply_network, _fake_apply_network)
 adam_step = _define(AdamStep, steps.adam_step, _fake_adam_step)
 descend = _define(Descend, steps.descend, _fake_descend)
-orthogonalize = _define(Orthogonalize, steps.orthogonalize, _fake_orthogonalize)
+orthogonalize = _define(Orthogonalize, newton_schulz.orthogonalize, _fake_orthogonalize)
 advance = _define(Advance, scheduler.advance, _fake_advance)
 pool = _define(Pool, scheduler.pool, _fake_pool)
 lstm_step = _define(LstmStep, scheduler.lstm_step, _fake_lstm_step)

@@ -37,6 +37,18 @@ class StateLists(dict[str, list[Tensor | None]]):
         return found
 
 
+class PickedSettings(dict[str, Tensor]):
+    """Settings of some of the parameters, picked when they are asked for: each is a launch."""
+
+    def __init__(self, source: Mapping[str, Tensor], count: int, indices: Tensor):
+        super().__init__()
+        self.source, self.count, self.indices = source, count, indices
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self.source[name].unflatten(0, (self.count, -1)).index_select(0, self.indices).flatten()
+        return self[name]
+
+
 def local_state(states: Sequence[Mapping[str, Any]]) -> StateLists:
     """The state of several parameters as lists of local shards."""
     shards = [{name: distributed.local(value) for name, value in state.items()} for state in states]

@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_lopt import distributed, ownership
 from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import factored_axes, matrix_view, without_view
-from hf_lopt.step.held import StateLists
+from hf_lopt.step.held import PickedSettings, StateLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,18 +204,6 @@ class StepCache:
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
 
 
-class _PickedSettings(dict[str, Tensor]):
-    """Settings of some of the parameters, picked when they are asked for: each is a launch."""
-
-    def __init__(self, source: Mapping[str, Tensor], count: int, indices: Tensor):
-        super().__init__()
-        self.source, self.count, self.indices = source, count, indices
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = self.source[name].unflatten(0, (self.count, -1)).index_select(0, self.indices).flatten()
-        return self[name]
-
-
 @dataclass
 class TensorList:
     """All tensors of one step, as local shards. Lists have one entry per parameter.
@@ -274,7 +262,7 @@ class TensorList:
             params=params,
             grads=pick(self.grads),
             state=state,
-            settings=self.settings if everything else _PickedSettings(self.settings, len(self), found.indices),
+            settings=self.settings if everything else PickedSettings(self.settings, len(self), found.indices),
             labels=labels,
             root_indices=self.root_indices if everything else found.root_indices,
         )
