@@ -92,7 +92,11 @@ def spectrum(kind, rows, columns):
     if kind == "random":
         return x
     u, s, v = torch.linalg.svd(x, full_matrices=False)
-    s = torch.logspace(0, -6, len(s), dtype=torch.float64) if kind == "falling" else 1e-5 + (s > s[len(s) // 8]).double()
+    s = (
+        torch.logspace(0, -6, len(s), dtype=torch.float64)
+        if kind == "falling"
+        else 1e-5 + (s > s[len(s) // 8]).double()
+    )
     return u @ torch.diag_embed(s) @ v
 
 
