@@ -98,6 +98,7 @@ class HeldTensors:
         self._kinds = list(map(_kind, self._tensors))
         self._sharded = [x for x in self._tensors if distributed.is_dtensor(x)]
         self._shards = list(map(distributed.local, self._sharded))
+        self._grad_types, self._strides = list(map(type, self.grads)), list(map(Tensor.stride, self.grads))
         self._grad_kinds = list(map(_grad_kind, self.grads))
 
     def unchanged(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
@@ -124,7 +125,9 @@ class HeldTensors:
         if (
             all(map(operator.eq, map(_kind, self._tensors), self._kinds))
             and all(map(operator.is_, map(distributed.local, self._sharded), self._shards))
+            and all(map(operator.is_, map(type, grads), self._grad_types))  # of None, too
             and all(map(operator.eq, map(_grad_kind, grads), self._grad_kinds))
+            and all(map(operator.eq, map(Tensor.stride, grads), self._strides))
             and not any(p.grad is not None for p in self._without)
         ):
             self.grads = grads
@@ -148,14 +151,9 @@ class HeldTensors:
 
 # One look at a tensor: with many of them, most of the time goes into bringing each into the cache.
 _kind = operator.attrgetter("shape", "dtype", "device")
+_grad_kind = operator.attrgetter("layout", "shape", "dtype", "device")
 _requires_grad, _values = operator.attrgetter("requires_grad"), operator.methodcaller("values")
 _flat = itertools.chain.from_iterable
-
-
-def _grad_kind(grad: Tensor | None) -> tuple[Any, ...] | None:
-    if grad is None or grad.is_sparse:
-        return None  # unlike all others
-    return type(grad), grad.dtype, grad.shape, grad.device, grad.stride()
 
 
 def _same(xs: Collection[Any], ys: Collection[Any]) -> bool:
