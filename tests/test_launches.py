@@ -20,7 +20,7 @@ from benchmarks.step import random_weights
 from hf_lopt import rules
 from hf_lopt.kernels.dispatch import Operator, supports
 from hf_lopt.rules import small_fc
-from hf_lopt.step import tensors
+from hf_lopt.step import prepared
 
 
 SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
@@ -77,7 +77,7 @@ def host_memory(monkeypatch):
         return call(operator, arguments) if supports(arguments, "cuda") else operator.reference(arguments)
 
     monkeypatch.setattr(Operator, "__call__", call_on_device)
-    monkeypatch.setattr(tensors, "on_host", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+    monkeypatch.setattr(prepared, "on_host", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
 
 
 def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settings) -> hf_lopt.LearnedOptimizer:

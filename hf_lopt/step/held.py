@@ -20,13 +20,14 @@ class StateLists(dict[str, list[Tensor | None]]):
     """Name -> this rank's shard of that state of each parameter, None where a parameter has none.
 
     Attributes:
-        picked: lists of some of the parameters, by what they were picked for.
+        picked: by what they were picked for: the parameters that were picked from, and of those that were their list,
+            state and words.
     """
 
     def __init__(self, lists: Mapping[str, list[Any]]):
         super().__init__(lists)
         self._filled: dict[str, list[Tensor]] = {}
-        self.picked: dict[Any, tuple[list[Tensor], StateLists, dict[str, list[str]]]] = {}
+        self.picked: dict[Any, tuple[list[Tensor], list[Tensor], StateLists, dict[str, list[str]]]] = {}
 
     def filled(self, key: str, empty: Tensor, count: int) -> list[Tensor]:
         """The list ``key`` of ``count`` parameters with ``empty`` for None. The same object each time."""
