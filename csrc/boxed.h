@@ -12,17 +12,34 @@ namespace hf_lopt {
         Tensors rows, Tensors cols, Tensors row_factors, Tensors col_factors, Ints row_axes, Ints col_axes,    \
         Ints slice_axes, Floats momentum_decays, Floats second_decays, Floats factored_decays, double clip,    \
         double second_eps, double diagonal_eps
-#define HF_LOPT_COMMON_ARGUMENTS                                                                           \
-    {features,      params,          grads,       momenta,    second_moments, diagonals,  rows,            \
-     cols,          row_factors,     col_factors, row_axes,   col_axes,       slice_axes, momentum_decays, \
-     second_decays, factored_decays, clip,        second_eps, diagonal_eps}
+#define HF_LOPT_COMMON_ARGUMENTS \
+    {std::move(features),        \
+     std::move(params),          \
+     std::move(grads),           \
+     std::move(momenta),         \
+     std::move(second_moments),  \
+     std::move(diagonals),       \
+     std::move(rows),            \
+     std::move(cols),            \
+     std::move(row_factors),     \
+     std::move(col_factors),     \
+     std::move(row_axes),        \
+     std::move(col_axes),        \
+     std::move(slice_axes),      \
+     std::move(momentum_decays), \
+     std::move(second_decays),   \
+     std::move(factored_decays), \
+     clip,                       \
+     second_eps,                 \
+     diagonal_eps}
 
 inline Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sums(HF_LOPT_COMMON_ARGUMENTS); }
 
 inline std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
                                                       Tensor scale, Tensor decay, double exp_mult, Tensor skip,
                                                       Tensors out) {
-    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out});
+    return apply_network(HF_LOPT_COMMON_ARGUMENTS,
+                         {std::move(weights), std::move(biases), scale, decay, exp_mult, skip, std::move(out)});
 }
 
 #undef HF_LOPT_COMMON_PARAMETERS

@@ -20,7 +20,7 @@ from hf_lopt.saved_state import check_saved_state, keep_float32
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
-from hf_lopt.step.tensors import PreparedStep, TensorList, to_device
+from hf_lopt.step.prepared import PreparedStep, to_device
 from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
 
@@ -296,16 +296,8 @@ class LearnedOptimizer(GivenSettings):
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             grads = ready_gradients(held, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
-            tensors = TensorList(
-                layout=self._prepared.layout,
-                cache=self._prepared.cache,
-                root=self._prepared.cache,
-                params=self._prepared.in_view(held.local_params),
-                grads=self._prepared.in_view(grads, copy=True),
-                state=held.state,
-                settings=self._prepared.settings(self._inputs.numbers, held.groups, self._run_state.length_multiplier),
-                labels=held.labels,
-            )
+            factor = self._run_state.length_multiplier
+            tensors = self._prepared.tensors(held, grads, self._inputs.numbers, factor)
             loss = None if loss is None else to_device(loss, torch.float32, device)
             self._run_state.first_losses(run, loss)
             settings = first | {"num_training_steps": self._run_state.num_updates}

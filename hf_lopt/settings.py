@@ -23,7 +23,7 @@ _NON_NEGATIVE = (
     *("adam_lr_mult", "max_grad_norm"),
 )
 # What the Newton-Schulz iteration may run in.
-NS_DTYPES = ("float32", "bfloat16")
+NS_DTYPES = ("float32", "tf32", "bfloat16", "auto")
 # Where the weights were found may differ from machine to machine; their content may not.
 _MAY_DIFFER = ("weights_source", "weights_origin")
 

@@ -146,7 +146,7 @@ def _call(operator: Operator, arguments: Arguments) -> Any:
     if not (dispatch.enabled() and dispatch.supports(arguments, "cuda")):
         return operator.reference(arguments)
     if operator._written:
-        torch.autograd.graph.increment_version(operator._changed(arguments))
+        operator.count_changes(arguments)
     return getattr(torch.ops.hf_lopt_emulated, operator.name).default(**vars(arguments))
 
 

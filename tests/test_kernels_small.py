@@ -14,7 +14,7 @@ import torch
 
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Assign, Orthogonalize, SpecializeNetworks, ZeroNan
-from hf_lopt.kernels.reference import steps as reference
+from hf_lopt.kernels.reference import newton_schulz
 from kernel_backends import BACKENDS, CPU_BACKENDS, CUDA_BACKENDS, Backend, threads
 from kernel_cases import strided
 from kernel_comparisons import equal, outcome, plain_outcome
@@ -86,6 +86,54 @@ def test_orthogonalize_is_its_polynomial(cpu, shape, norm_eps):
     assert (got - want).abs().max() <= min(1e-4, 5 * float(error) + 1e-5), (error, (got - want).abs().max())
 
 
+def spectrum(kind, rows, columns):
+    """A matrix (rows, columns) float64: random, of singular values down to a millionth, or almost of low rank."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    if kind == "random":
+        return x
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = (
+        torch.logspace(0, -6, len(s), dtype=torch.float64)
+        if kind == "falling"
+        else 1e-5 + (s > s[len(s) // 8]).double()
+    )
+    return u @ torch.diag_embed(s) @ v
+
+
+@pytest.mark.parametrize("kind", ["random", "falling", "low rank"])
+@pytest.mark.parametrize("shape", [(130, 130), (150, 140), (130, 300), (300, 130), (64, 2000)])
+def test_large_matrices_are_as_exact_as_in_the_plain_form(shape, kind):
+    """Symmetric products and the iteration of A, against float64; 5e-5 of the norm, one at a time and in a batch."""
+    x = spectrum(kind, *shape)
+    want = exact(x, None)
+    arguments = Orthogonalize(x.float(), torch.float32, COEFFICIENTS, 5, 1e-8, None)
+    error = (want - newton_schulz.orthogonalize(arguments)[0]).norm() / want.norm()
+    plain = newton_schulz._by_three_products(x.float().unsqueeze(0), arguments)[0]
+    assert error < 4 * (want - plain).norm() / want.norm() + 2e-6 and error < 5e-5
+    batch = newton_schulz._normalised(x.float().expand(2, *shape), 1e-8)
+    for y in newton_schulz._iterate(batch, COEFFICIENTS, 5):
+        assert (want - y).norm() / want.norm() < 5e-5
+
+
+def test_factors_of_ten_bits_are_enough_for_long_matrices(monkeypatch):
+    """TF32, by rounding what a product is made of: closer than the plain form in bfloat16."""
+
+    def rounded(x):
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    matmul = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b, out: out.copy_(matmul(rounded(a), rounded(b))))
+    for kind in ("random", "falling", "low rank"):
+        x = spectrum(kind, 96, 288)
+        want = exact(x, None)
+        y = newton_schulz._iterate(newton_schulz._normalised(x.float().unsqueeze(0), 1e-8), COEFFICIENTS, 5)[0]
+        half = newton_schulz._by_three_products(
+            x.float().unsqueeze(0), Orthogonalize(x.float(), torch.bfloat16, COEFFICIENTS, 5, 1e-8, None)
+        )
+        error = (want - y).norm() / want.norm()
+        assert 1e-4 < error < 4e-2 and error < (want - half).norm() / want.norm()
+
+
 def test_orthogonalize_takes_stacks_zeros_and_any_strides(cpu):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, 20, 12, generator=generator)
@@ -115,7 +163,7 @@ def test_what_the_plain_kernel_keeps():
     assert not supports(x[:8], torch.bfloat16) and not supports(x[:8], device="cuda")
     half, _ = orthogonalize(x[:8], dtype=torch.bfloat16)
     arguments = Orthogonalize(x[:8], torch.bfloat16, COEFFICIENTS, 5, 1e-8, 1e-9)
-    assert half.dtype == torch.float32 and torch.equal(half, reference.orthogonalize(arguments)[0])
+    assert half.dtype == torch.float32 and torch.equal(half, newton_schulz.orthogonalize(arguments)[0])
 
 
 # ---- the networks of a step --------------------

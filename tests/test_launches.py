@@ -20,7 +20,7 @@ from benchmarks.step import random_weights
 from hf_lopt import rules
 from hf_lopt.kernels.dispatch import Operator, supports
 from hf_lopt.rules import small_fc
-from hf_lopt.step import tensors
+from hf_lopt.step import prepared
 
 
 SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
@@ -77,7 +77,7 @@ def host_memory(monkeypatch):
         return call(operator, arguments) if supports(arguments, "cuda") else operator.reference(arguments)
 
     monkeypatch.setattr(Operator, "__call__", call_on_device)
-    monkeypatch.setattr(tensors, "on_host", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
+    monkeypatch.setattr(prepared, "on_host", lambda values, dtype, device: torch.tensor(values, dtype=dtype))
 
 
 def optimizer_on_device(mode: FakeTensorMode, rule: str, shapes=SHAPES, **settings) -> hf_lopt.LearnedOptimizer:
@@ -171,9 +171,8 @@ def test_orthogonalisation_counts_by_shapes_of_matrices(rule, dtype):
         expected = collections.Counter(CELO2 + (CLIP if rule == "elo_celo2" else []))
         for _ in matrices:
             expected.update(NEWTON_SCHULZ + (["_to_copy"] * 2 if dtype == "bfloat16" else []))
-        # Stacks go back to their own order of axes; several tensors of one shape are brought together.
+        # Stacks go back to their own order of axes; several tensors of one shape lie together already.
         expected["clone"] += 1 + (copies > 1)
-        expected["stack"] += len(matrices) * (copies > 1)
         assert launches.launched == expected and launches.copies == 0
 
 
@@ -200,3 +199,16 @@ def test_lr_may_be_a_tensor_on_the_device():
         launches = count(optimizer)
     # One more call, for the decision to skip a step whose learning rate is not finite.
     assert launches.launched == collections.Counter([*EXPECTED["velo"], "_to_copy"]) and launches.copies == 0
+
+
+def test_large_matrices_and_those_of_the_transposed_shape_are_one_batch():
+    """Long ones: A twice, five squares, six products for the next A, three for Q, and two with X."""
+    found = {}
+    for more in ((), ((96, 800),) * 2, ((96, 800), (800, 96))):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        optimizer = optimizer_on_device(mode, "celo2", [(), (7,), (3, 4), *more], ns_dtype="auto")
+        with mode:
+            found[more] = count(optimizer).launched
+    none, alike, both = found.values()
+    assert (alike - none)["bmm"] == 18 and (alike - none).total() == 41
+    assert both - alike == collections.Counter(["cat", "clone"]) and not alike - both

@@ -244,8 +244,61 @@ def test_newton_schulz_in_bfloat16_is_close():
     error = torch.linalg.matrix_norm(half - whole) / torch.linalg.matrix_norm(whole)
     assert 1e-4 < error.min() and error.max() < 0.1  # eight bits; a bound that float32 would miss below
     params = make_params()
-    with pytest.raises(ValueError, match="ns_dtype.*float32, bfloat16.*'float16'"):
+    with pytest.raises(ValueError, match="ns_dtype.*float32, tf32, bfloat16, auto.*'float16'"):
         make("celo2", params, ns_dtype="float16")
+
+
+def test_what_the_iteration_runs_in():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for setting, dtype, device, kind in (
+        ("auto", torch.float32, cuda, "tf32"),
+        ("auto", torch.float16, cuda, "tf32"),
+        ("auto", torch.bfloat16, cuda, "bfloat16"),
+        ("auto", torch.bfloat16, cpu, "float32"),
+        ("tf32", torch.bfloat16, cuda, "tf32"),
+        ("tf32", torch.float32, cpu, "float32"),
+        ("bfloat16", torch.float32, cpu, "bfloat16"),
+        ("float32", torch.bfloat16, cuda, "float32"),
+    ):
+        assert orthogonal.precision(setting, dtype, device) == kind
+    before = torch.backends.cuda.matmul.fp32_precision
+    with orthogonal._products_in("tf32"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_outputs_of_one_shape_are_a_stack_without_a_copy():
+    shapes = [(3, 4), (5,), (3, 4), (4, 3), (3, 4)]
+    out = orthogonal.new_stacks([torch.empty(s, dtype=torch.bfloat16) for s in shapes])
+    assert [tuple(x.shape) for x in out] == shapes and all(x.dtype == torch.float32 for x in out)
+    for i, x in enumerate(out):
+        x.fill_(i)
+    same = [out[0], out[2], out[4]]
+    assert orthogonal._joined(same).data_ptr() == out[0].data_ptr()
+    assert orthogonal._joined(same[1:]).data_ptr() == out[2].data_ptr()
+    for some in (same, same[1:], same[::-1], same[::2], [same[0], torch.ones(3, 4)], [x.mT for x in same]):
+        assert torch.equal(orthogonal._joined(some), torch.stack(some))
+
+
+def test_matrices_of_transposed_shapes_go_together(monkeypatch):
+    """As on a GPU: the batch has both, and each comes back as it was."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [torch.randn(shape, generator=generator) for shape in ((6, 9), (9, 6), (6, 9), (9, 6), (4, 4))]
+    pairs, kinds = [(0, 1)] * len(steps), ["float32"] * len(steps)
+    alone, _ = orthogonal._orthogonalize(pairs, kinds, steps, 1e-9)
+    shapes, call = [], orthogonal.orthogonal
+
+    def record(x, *args):
+        shapes.append(tuple(x.shape))
+        return call(x, *args)
+
+    monkeypatch.setattr(orthogonal, "orthogonal", record)
+    monkeypatch.setattr(orthogonal, "_ALONE", frozenset())
+    together, _ = orthogonal._orthogonalize(pairs, kinds, steps, 1e-9)
+    assert shapes == [(4, 6, 9), (1, 4, 4)]
+    for one, other in zip(alone, together, strict=True):
+        assert other.is_contiguous()
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["celo2", "celo2_base", "elo_celo2"])

@@ -37,6 +37,12 @@ void row_factors(const float* row, const RowAccumulator& s, double total, const 
     }
 }
 
+Ints shape_of(const Tensor& x) {
+    Ints shape;
+    for (int64_t i = 0; i < x.dim(); i++) shape.push_back(x.size(i));
+    return shape;
+}
+
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
@@ -50,7 +56,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     const int64_t depth = (int64_t)decays.size();
     std::vector<float> keeps(depth), adds(depth);
     set_decays(decays, keeps.data(), adds.data());
-    Tensors new_rows, new_cols, new_row_factors, new_col_factors;
+    ResultPieces results;  // of each tensor the new row and column accumulators and their factors
     std::vector<float*> data[4];
     for (size_t t = 0; t < count; t++) {
         const bool factored = row_axes[t] >= 0;
@@ -59,13 +65,13 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
                 if (!(*list)[t].is_contiguous()) (*list)[t] = torch::stable::contiguous((*list)[t]);
             }
         }
-        Tensors* out[] = {&new_rows, &new_cols, &new_row_factors, &new_col_factors};
-        for (int i = 0; i < 4; i++) {
-            const Tensor& like = i % 2 ? cols[t] : rows[t];
-            out[i]->push_back(factored ? torch::stable::empty_like(like)
-                                       : torch::stable::new_empty(row_sums[t], {(int64_t)0}));
-            data[i].push_back(static_cast<float*>(out[i]->back().data_ptr()));
-        }
+        for (int i = 0; i < 4; i++) results.add(factored ? shape_of(i % 2 ? cols[t] : rows[t]) : Ints{0});
+    }
+    results.allocate(row_sums[0]);
+    Tensors out[4];
+    for (size_t k = 0; k < 4 * count; k++) {
+        out[k % 4].push_back(results.tensor(k));
+        data[k % 4].push_back(results.data(k));
     }
     torch::stable::parallel_for(0, (int64_t)count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
@@ -86,7 +92,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
             }
         }
     });
-    return {new_rows, new_cols, new_row_factors, new_col_factors};
+    return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3])};
 }
 
 }  // namespace hf_lopt

@@ -4,6 +4,12 @@
 
 namespace hf_lopt {
 
+namespace {
+
+constexpr int64_t kPieceAlignment = 16;  // numbers, of 64 bytes
+
+}  // namespace
+
 int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
     const int64_t* axes = slice_of(slice_axes, t);
     const Tensor& p = params[t];
@@ -44,6 +50,31 @@ PassOperands::PassOperands(const CommonArguments& x)
         o.vector = row_is_line ? col : row;
         o.line_factor = row_is_line ? row_factor : col_factor;
         o.vector_factor = row_is_line ? col_factor : row_factor;
+    }
+}
+
+void ResultPieces::add(std::vector<int64_t> shape) { shapes_.push_back(std::move(shape)); }
+
+void ResultPieces::allocate(const Tensor& like) {
+    std::vector<int64_t> starts, strides;
+    int64_t total = 0;
+    for (const auto& shape : shapes_) {
+        starts.push_back(total);
+        int64_t numel = 1;
+        for (int64_t n : shape) numel *= n;
+        total += (numel + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+    }
+    const Tensor whole = torch::stable::new_empty(like, {&total, 1}, ScalarType::Float);
+    float* first = float_data(whole);
+    for (size_t i = 0; i < shapes_.size(); i++) {
+        const auto& shape = shapes_[i];
+        strides.assign(shape.size(), 1);
+        for (size_t k = shape.size(); k-- > 1;) strides[k - 1] = strides[k] * shape[k];
+        AtenTensorHandle view;
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), (int64_t)shape.size(), shape.data(),
+                                                                     strides.data(), starts[i], &view));
+        tensors_.emplace_back(view);
+        data_.push_back(first + starts[i]);
     }
 }
 

@@ -39,6 +39,22 @@ class PassOperands {
     ContiguousCopies copies_;
 };
 
+// Contiguous float32 results of many shapes in one piece of memory, as views that the dispatcher has no part in.
+class ResultPieces {
+  public:
+    // Room for a tensor of that shape.
+    void add(std::vector<int64_t> shape);
+    // Once all have been added: the tensors in that order, and where each begins.
+    void allocate(const Tensor& like);
+    const Tensor& tensor(size_t i) const { return tensors_[i]; }
+    float* data(size_t i) const { return data_[i]; }
+
+  private:
+    std::vector<std::vector<int64_t>> shapes_;
+    Tensors tensors_;
+    std::vector<float*> data_;
+};
+
 // Memory of one thread for one row at a time.
 class Buffers {
   public:

@@ -8,12 +8,13 @@ namespace hf_lopt {
 
 namespace {
 
-Tensor new_float(const Tensor& like, int64_t without) {
+std::vector<int64_t> shape_without(const Tensor& like, int64_t axis) {
+    if (axis < 0) return {0};
     std::vector<int64_t> shape;
     for (int64_t i = 0; i < like.dim(); i++) {
-        if (i != without) shape.push_back(like.size(i));
+        if (i != axis) shape.push_back(like.size(i));
     }
-    return torch::stable::new_empty(like, {shape.data(), shape.size()}, torch::headeronly::ScalarType::Float);
+    return shape;
 }
 
 // A tensor of the list. With moments also the parameter, the momenta and the second moments.
@@ -68,8 +69,11 @@ class Sums {
                 o.m = float_data(copies_.readable(momenta[t]));
                 o.v = float_data(copies_.readable(second_moments[t]));
             }
-            add_results(grads[t], row_axes[t], col_axes[t]);
+            results_.add(shape_without(grads[t], row_axes[t]));
+            results_.add(shape_without(grads[t], col_axes[t]));
         }
+        results_.allocate(params[0]);
+        for (size_t t = 0; t < grads.size(); t++) place_results(t);
         tiles_ = make_tiles(shapes_);
         place_parts();
     }
@@ -94,22 +98,17 @@ class Sums {
     }
 
   private:
-    // Allocates the row and column sums of the tensor that was added last.
-    void add_results(const Tensor& g, int64_t row_axis, int64_t col_axis) {
-        const int64_t zero = 0;
-        for (auto [out, axis] : {std::pair(&rows_, row_axis), std::pair(&cols_, col_axis)}) {
-            out->push_back(axis >= 0 ? new_float(g, axis)
-                                     : torch::stable::new_empty(g, {&zero, 1}, ScalarType::Float));
-        }
-        const Shape& shape = shapes_.back();
-        Tensor& line = shape.row_is_line ? rows_.back() : cols_.back();
-        Tensor& vector = shape.row_is_line ? cols_.back() : rows_.back();
-        SumsOperand& o = operands_[shapes_.size() - 1];
-        o.line_out = float_data(line);
-        o.vector_out = float_data(vector);
+    void place_results(size_t t) {
+        const Shape& shape = shapes_[t];
+        const size_t line = shape.row_is_line ? 2 * t : 2 * t + 1, vector = shape.row_is_line ? 2 * t + 1 : 2 * t;
+        SumsOperand& o = operands_[t];
+        o.line_out = results_.data(line);
+        o.vector_out = results_.data(vector);
+        rows_.push_back(results_.tensor(2 * t));
+        cols_.push_back(results_.tensor(2 * t + 1));
         if (shape.numel == 0) {
-            std::fill_n(o.line_out, line.numel(), 0.0f);
-            std::fill_n(o.vector_out, vector.numel(), 0.0f);
+            std::fill_n(o.line_out, results_.tensor(line).numel(), 0.0f);
+            std::fill_n(o.vector_out, results_.tensor(vector).numel(), 0.0f);
         }
     }
 
@@ -215,6 +214,7 @@ class Sums {
     std::vector<Shape> shapes_;
     std::vector<SumsOperand> operands_;
     std::vector<Tile> tiles_;
+    ResultPieces results_;  // of each tensor the row and the column sums
     Tensors rows_, cols_;
     std::vector<int64_t> vector_part_, line_part_;  // places in `parts_`, -1 for none
     int64_t part_count_ = 0;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -156,17 +157,21 @@ class Operator(Generic[Kind, Result]):
         if not (_choice.enabled and (device != "cuda" or cards.runs(place)) and supports(arguments, device)):
             return self.reference(arguments)
         if self._written:
-            torch.autograd.graph.increment_version(self._changed(arguments))
+            self.count_changes(arguments)
         return self._call(arguments)
+
+    def count_changes(self, arguments: Kind) -> None:
+        """Move the version counters of what a call changes; tensors of an inference mode have none."""
+        values = (getattr(arguments, name) for name in self._written)
+        changed = [x for value in values for x in ([value] if isinstance(value, Tensor) else value)]
+        try:
+            torch.autograd.graph.increment_version(changed)
+        except RuntimeError:  # asking each of them would cost more than the call
+            torch.autograd.graph.increment_version([x for x in changed if not x.is_inference()])
 
     def _call(self, arguments: Kind) -> Result:
         result: Result = self._overload(**vars(arguments))
         return result
-
-    def _changed(self, arguments: Kind) -> list[Tensor]:
-        values = (getattr(arguments, name) for name in self._written)
-        lists = ([x] if isinstance(x, Tensor) else x for x in values)
-        return [x for xs in lists for x in xs if not x.is_inference()]
 
 
 # ---- what the compiled kernels support ------------------------------------------------------------------------------
@@ -178,19 +183,22 @@ def supports(arguments: Arguments, device: str) -> bool:
     return kind not in (_ONLY_CPU if device == "cuda" else _ONLY_CUDA) and _SUPPORTS[kind](arguments, device)
 
 
-def _are_floating(tensors: Sequence[Tensor]) -> bool:
-    return _DTYPES.issuperset([x.dtype for x in tensors])
+_dtype = operator.attrgetter("dtype")
+
+
+def _are_floating(*lists: Sequence[Tensor]) -> bool:
+    return all(_DTYPES.issuperset(map(_dtype, tensors)) for tensors in lists)
 
 
 def _supports_pairs(x: Sums | AdamStep, device: str) -> bool:
-    return _are_floating([*x.params, *x.grads])
+    return _are_floating(x.params, x.grads)
 
 
 def _supports_factored(x: UpdateFactored, device: str) -> bool:
     if device == "cuda" and len(x.decays) != 3:
         return False
     lists = (x.rows, x.cols, x.row_sums, x.col_sums, x.row_means)
-    return bool(x.rows) and all(y.dtype == torch.float32 for ys in lists for y in ys)
+    return bool(x.rows) and all({torch.float32}.issuperset(map(_dtype, tensors)) for tensors in lists)
 
 
 def _supports_features(x: FeatureSums, device: str) -> bool:
@@ -198,7 +206,7 @@ def _supports_features(x: FeatureSums, device: str) -> bool:
     return (
         _FEATURES.issuperset(x.features)
         and decays == _DECAYS
-        and _are_floating([*x.params, *x.grads])
+        and _are_floating(x.params, x.grads)
         and _supports_slices(x.params, x.row_axes, x.col_axes, x.slice_axes, device)
     )
 
@@ -234,7 +242,7 @@ def _supports_network(x: ApplyNetwork, device: str) -> bool:
 
 def _supports_descend(x: Descend, device: str) -> bool:
     none = [-1] * len(x.params)
-    return _are_floating([*x.params, *x.steps]) and _supports_slices(x.params, none, none, x.slice_axes, device)
+    return _are_floating(x.params, x.steps) and _supports_slices(x.params, none, none, x.slice_axes, device)
 
 
 def _supports_matrices(x: Orthogonalize, device: str) -> bool:

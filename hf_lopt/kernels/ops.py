@@ -24,6 +24,8 @@ plain kernel of the same name in :mod:`hf_lopt.kernels.reference` specifies what
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +50,7 @@ from hf_lopt.kernels.arguments import (
     ZeroNan,
 )
 from hf_lopt.kernels.dispatch import Kind, Operator, Result
-from hf_lopt.kernels.reference import passes, scheduler, steps
+from hf_lopt.kernels.reference import newton_schulz, passes, scheduler, steps
 
 
 def _check_tensors(x: Sums | FeatureSums | AdamStep) -> None:
@@ -75,25 +77,31 @@ def _width(x: FeatureSums) -> int:
     return sum(FEATURES[name].columns(*counts) for name in x.features)
 
 
+def _pieces(like: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Float32 results in one piece of memory, as compiled kernels make them, each from a multiple of 64 bytes on."""
+    sizes = [math.prod(shape) for shape in shapes]
+    starts = list(itertools.accumulate((-(-n // 16) * 16 for n in sizes), initial=0))
+    whole = like.new_empty(starts.pop(), dtype=torch.float32)
+    return [whole.narrow(0, a, n).view(tuple(s)) for a, n, s in zip(starts, sizes, shapes, strict=True)]
+
+
 def _fake_sums(x: Sums) -> tuple[list[Tensor], list[Tensor], Tensor]:
     _check_tensors(x)
     width = passes.stat_width(x.momenta, x.second_moments)
 
-    def without(g: Tensor, axis: int) -> Tensor:
-        shape = [n for i, n in enumerate(g.shape) if i != axis] if axis >= 0 else [0]
-        return g.new_empty(shape, dtype=torch.float32)
+    def without(g: Tensor, axis: int) -> list[int]:
+        return [n for i, n in enumerate(g.shape) if i != axis] if axis >= 0 else [0]
 
-    rows = [without(g, axis) for g, axis in zip(x.grads, x.row_axes, strict=True)]
-    cols = [without(g, axis) for g, axis in zip(x.grads, x.col_axes, strict=True)]
-    return rows, cols, x.params[0].new_empty(len(x.params), width, dtype=torch.float64)
+    pairs = zip(x.grads, x.row_axes, x.col_axes, strict=True)
+    pieces = _pieces(x.params[0], [without(g, axis) for g, *axes in pairs for axis in axes])
+    return pieces[::2], pieces[1::2], x.params[0].new_empty(len(x.params), width, dtype=torch.float64)
 
 
 def _fake_update_factored(x: UpdateFactored) -> tuple[list[Tensor], ...]:
-    pairs = zip(x.row_axes, x.rows, x.cols, x.row_sums, strict=True)
-    new = [
-        (torch.empty_like(r), torch.empty_like(c)) if axis >= 0 else (s.new_empty(0),) * 2 for axis, r, c, s in pairs
-    ]
-    return tuple([torch.empty_like(pair[k]) for pair in new] for k in (0, 1, 0, 1))
+    pairs = [(r, c) if axis >= 0 else (None, None) for axis, r, c in zip(x.row_axes, x.rows, x.cols, strict=True)]
+    shapes = [(0,) if y is None else y.shape for pair in pairs for y in (*pair, *pair)]
+    pieces = _pieces(x.row_sums[0], shapes)
+    return tuple(pieces[k::4] for k in range(4))
 
 
 def _fake_feature_sums(x: FeatureSums) -> Tensor:
@@ -198,7 +206,7 @@ feature_sums = _define(FeatureSums, passes.feature_sums, _fake_feature_sums)
 apply_network = _define(ApplyNetwork, passes.apply_network, _fake_apply_network)
 adam_step = _define(AdamStep, steps.adam_step, _fake_adam_step)
 descend = _define(Descend, steps.descend, _fake_descend)
-orthogonalize = _define(Orthogonalize, steps.orthogonalize, _fake_orthogonalize)
+orthogonalize = _define(Orthogonalize, newton_schulz.orthogonalize, _fake_orthogonalize)
 advance = _define(Advance, scheduler.advance, _fake_advance)
 pool = _define(Pool, scheduler.pool, _fake_pool)
 lstm_step = _define(LstmStep, scheduler.lstm_step, _fake_lstm_step)

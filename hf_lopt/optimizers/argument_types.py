@@ -14,4 +14,4 @@ _Path = str | os.PathLike[str]
 WeightsSource = _Path | Sequence[_Path] | Mapping[str, Any] | Weights
 AxisOrder = Literal["torch", "jax", "torch_transposed", "torch_stacked", "torch_merged", "jax_merged"]
 Branch = Literal["auto", "network", "adam"]
-NewtonSchulzDtype = Literal["float32", "bfloat16"]
+NewtonSchulzDtype = Literal["float32", "tf32", "bfloat16", "auto"]

@@ -27,7 +27,8 @@ class Celo2(LearnedOptimizer):
         axis_order: how the axes of a tensor lie, which decides what the matrices are, per group. Default "torch",
             (out, in, *kernel).
         orthogonalize: whether the step of a matrix gets equal singular values, by Newton-Schulz. Default True.
-        ns_dtype: dtype of that iteration, "float32" (default) or "bfloat16".
+        ns_dtype: what that iteration runs in, "float32" (default), "tf32", "bfloat16" or "auto": on CUDA "tf32", or
+            "bfloat16" for parameters of that dtype. Elsewhere "tf32" and "auto" are "float32".
         branch: "network", "adam" or "auto" (Adam for tensors of rank < 2), per group. Default "auto".
         adam_lr_mult: the Adam branch's step size in units of lr. Default 20.0.
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default False.
@@ -87,7 +88,8 @@ class Celo2Base(Celo2):
         axis_order: how the axes of a tensor lie, which decides what the matrices are, per group. Default "torch",
             (out, in, *kernel).
         orthogonalize: whether the step of a matrix gets equal singular values, by Newton-Schulz. Default False.
-        ns_dtype: dtype of that iteration, "float32" (default) or "bfloat16".
+        ns_dtype: what that iteration runs in, "float32" (default), "tf32", "bfloat16" or "auto": on CUDA "tf32", or
+            "bfloat16" for parameters of that dtype. Elsewhere "tf32" and "auto" are "float32".
         branch: "network", "adam" or "auto" (Adam for tensors of rank < 2), per group. Default "network".
         adam_lr_mult: the Adam branch's step size in units of lr. Default 20.0.
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default False.
@@ -146,7 +148,8 @@ class ELOCelo2(LearnedOptimizer):
         axis_order: how the axes of a tensor lie, which decides what the matrices are, per group. Default "torch",
             (out, in, *kernel).
         orthogonalize: whether the step of a matrix gets equal singular values, by Newton-Schulz. Default True.
-        ns_dtype: dtype of that iteration, "float32" (default) or "bfloat16".
+        ns_dtype: what that iteration runs in, "float32" (default), "tf32", "bfloat16" or "auto": on CUDA "tf32", or
+            "bfloat16" for parameters of that dtype. Elsewhere "tf32" and "auto" are "float32".
         branch: "network", "adam" or "auto" (Adam for tensors of rank < 2), per group. Default "auto".
         adam_lr_mult: the Adam branch's step size in units of lr. Default 20.0.
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default True.

@@ -183,9 +183,8 @@ def _finish(
     orthogonal = [i for i, part in enumerate(parts) if part.orthogonalize]
     other = [i for i, part in enumerate(parts) if not part.orthogonalize]
     if orthogonal:
-        dtype = getattr(torch, settings["ns_dtype"])
         lists = [parts[i].tensors for i in orthogonal]
-        found = orthogonalize_steps(lists, [steps[i] for i in orthogonal], CELO2.norm_eps, dtype)
+        found = orthogonalize_steps(lists, [steps[i] for i in orthogonal], CELO2.norm_eps, settings["ns_dtype"])
         for i, result in zip(orthogonal, found, strict=True):
             steps[i], whole_squares[i], squares[i] = result.steps, None, result.squares
     if other and any(part.tensors.layout.sharded for part in parts):

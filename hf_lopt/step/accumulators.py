@@ -163,11 +163,11 @@ def update_factored(
     """
     shardings = shardings or [None] * len(row_axes)
     row_means: dict[int, Tensor] = {}
-    if any(sharding is not None for sharding in shardings):
+    if list(shardings).count(None) < len(shardings):
         row_sums, col_sums, row_means = _sum_over_shards(
             rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, shardings
         )
-    if not any(a >= 0 for a in row_axes):
+    if max(row_axes) < 0:
         return Factors(*(list(row_sums) for _ in range(4)))
     empty = row_sums[0].new_empty(0)
 
@@ -181,7 +181,9 @@ def update_factored(
                 cols=cols,
                 row_sums=row_sums,
                 col_sums=col_sums,
-                row_means=[row_means.get(i, empty) for i in range(len(row_axes))],
+                row_means=[row_means.get(i, empty) for i in range(len(row_axes))]
+                if row_means
+                else [empty] * len(rows),
                 row_sizes=sizes(row_axes),
                 col_sizes=sizes(col_axes),
                 row_axes=row_axes,

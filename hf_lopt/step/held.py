@@ -20,13 +20,14 @@ class StateLists(dict[str, list[Tensor | None]]):
     """Name -> this rank's shard of that state of each parameter, None where a parameter has none.
 
     Attributes:
-        picked: lists of some of the parameters, by what they were picked for.
+        picked: by what they were picked for: the parameters that were picked from, and of those that were their list,
+            state and words.
     """
 
     def __init__(self, lists: Mapping[str, list[Any]]):
         super().__init__(lists)
         self._filled: dict[str, list[Tensor]] = {}
-        self.picked: dict[Any, tuple[list[Tensor], StateLists, dict[str, list[str]]]] = {}
+        self.picked: dict[Any, tuple[list[Tensor], list[Tensor], StateLists, dict[str, list[str]]]] = {}
 
     def filled(self, key: str, empty: Tensor, count: int) -> list[Tensor]:
         """The list ``key`` of ``count`` parameters with ``empty`` for None. The same object each time."""
@@ -35,6 +36,18 @@ class StateLists(dict[str, list[Tensor | None]]):
             values = self.get(key, [None] * count)
             found = self._filled[key] = [empty if x is None else x for x in values]
         return found
+
+
+class PickedSettings(dict[str, Tensor]):
+    """Settings of some of the parameters, picked when they are asked for: each is a launch."""
+
+    def __init__(self, source: Mapping[str, Tensor], count: int, indices: Tensor):
+        super().__init__()
+        self.source, self.count, self.indices = source, count, indices
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = self.source[name].unflatten(0, (self.count, -1)).index_select(0, self.indices).flatten()
+        return self[name]
 
 
 def local_state(states: Sequence[Mapping[str, Any]]) -> StateLists:
@@ -86,6 +99,7 @@ class HeldTensors:
         self._kinds = list(map(_kind, self._tensors))
         self._sharded = [x for x in self._tensors if distributed.is_dtensor(x)]
         self._shards = list(map(distributed.local, self._sharded))
+        self._grad_types, self._strides = list(map(type, self.grads)), list(map(Tensor.stride, self.grads))
         self._grad_kinds = list(map(_grad_kind, self.grads))
 
     def unchanged(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
@@ -112,7 +126,9 @@ class HeldTensors:
         if (
             all(map(operator.eq, map(_kind, self._tensors), self._kinds))
             and all(map(operator.is_, map(distributed.local, self._sharded), self._shards))
+            and all(map(operator.is_, map(type, grads), self._grad_types))  # of None, too
             and all(map(operator.eq, map(_grad_kind, grads), self._grad_kinds))
+            and all(map(operator.eq, map(Tensor.stride, grads), self._strides))
             and not any(p.grad is not None for p in self._without)
         ):
             self.grads = grads
@@ -136,14 +152,9 @@ class HeldTensors:
 
 # One look at a tensor: with many of them, most of the time goes into bringing each into the cache.
 _kind = operator.attrgetter("shape", "dtype", "device")
+_grad_kind = operator.attrgetter("layout", "shape", "dtype", "device")
 _requires_grad, _values = operator.attrgetter("requires_grad"), operator.methodcaller("values")
 _flat = itertools.chain.from_iterable
-
-
-def _grad_kind(grad: Tensor | None) -> tuple[Any, ...] | None:
-    if grad is None or grad.is_sparse:
-        return None  # unlike all others
-    return type(grad), grad.dtype, grad.shape, grad.device, grad.stride()
 
 
 def _same(xs: Collection[Any], ys: Collection[Any]) -> bool:

@@ -20,6 +20,7 @@ from hf_lopt.kernels.arguments import ApplyNetwork, Assign, Descend, ZeroNan
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.measure import Measurements, feature_arguments
 from hf_lopt.step.networks import TensorNetworks, specialize_networks
+from hf_lopt.step.orthogonal import new_stacks
 from hf_lopt.step.tensors import TensorList
 
 
@@ -73,7 +74,7 @@ def network_outputs(
     """
     factors = measurements.factors
     network = specialize_networks(tensors, features, measurements, networks, sizes, step_mult=None)
-    out = [torch.empty_like(p, dtype=torch.float32, memory_format=torch.contiguous_format) for p in tensors.params]
+    out = new_stacks(tensors.params)
     weights, biases = network.layers()
     one = tensors.layout.one.expand(len(network.scale))
     sums, _ = ops.apply_network(

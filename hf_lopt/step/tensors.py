@@ -1,7 +1,7 @@
 """What a step works on: lists of tensors with their state, and what about them stays the same from step to step.
 
 `Layout` is what is fixed about a list, `StepCache` what one step leaves for the next, `TensorList` the tensors of one
-step, `PreparedStep` all that is kept for as long as the same parameters are trained.
+step; :mod:`hf_lopt.step.prepared` makes it.
 
 Axes: T tensors, M results (one for each tensor, or for each of its slices), R replicas.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hf_lopt import distributed, ownership
 from hf_lopt.step import accumulators
-from hf_lopt.step.accumulators import factored_axes, matrix_view, without_view
-from hf_lopt.step.held import StateLists
+from hf_lopt.step.accumulators import factored_axes
+from hf_lopt.step.held import PickedSettings, StateLists
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,18 +204,6 @@ class StepCache:
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
 
 
-class _PickedSettings(dict[str, Tensor]):
-    """Settings of some of the parameters, picked when they are asked for: each is a launch."""
-
-    def __init__(self, source: Mapping[str, Tensor], count: int, indices: Tensor):
-        super().__init__()
-        self.source, self.count, self.indices = source, count, indices
-
-    def __missing__(self, name: str) -> Tensor:
-        self[name] = self.source[name].unflatten(0, (self.count, -1)).index_select(0, self.indices).flatten()
-        return self[name]
-
-
 @dataclass
 class TensorList:
     """All tensors of one step, as local shards. Lists have one entry per parameter.
@@ -262,11 +250,12 @@ class TensorList:
         def pick(xs: Sequence[Any]) -> list[Any]:
             return [xs[i] for i in indices]
 
-        if name not in self._lists.picked:
+        picked = self._lists.picked.get(name)
+        if picked is None or picked[0] is not self.params:  # views of parameters are others in each step
             lists = StateLists({key: pick(xs) for key, xs in self.state.items()})
             labels = {key: pick(xs) for key, xs in self.labels.items()}
-            self._lists.picked[name] = pick(self.params), lists, labels
-        params, state, labels = self._lists.picked[name]
+            picked = self._lists.picked[name] = self.params, pick(self.params), lists, labels
+        _, params, state, labels = picked
         return TensorList(
             layout=found.layout,
             cache=found.cache,
@@ -274,7 +263,7 @@ class TensorList:
             params=params,
             grads=pick(self.grads),
             state=state,
-            settings=self.settings if everything else _PickedSettings(self.settings, len(self), found.indices),
+            settings=self.settings if everything else PickedSettings(self.settings, len(self), found.indices),
             labels=labels,
             root_indices=self.root_indices if everything else found.root_indices,
         )
@@ -337,103 +326,3 @@ class TensorList:
     def accumulator_versions(self) -> list[int]:
         """Version counters of momenta and second moments, which every change in place moves."""
         return [x._version for x in (*self.momenta, *self.second_moments)]
-
-
-class PreparedStep:
-    """What a step needs and need not be rebuilt while the list of parameters stays the same. Derived, never saved."""
-
-    def __init__(
-        self,
-        key: tuple[Hashable, ...],
-        params: Sequence[Tensor],
-        groups: Sequence[Mapping[str, Any]],
-        rule: Any,
-        theta: Mapping[str, Tensor],
-    ):
-        devices = sorted({str(p.device) for p in params})
-        if len(devices) > 1:
-            raise ValueError(
-                f"parameters are on several devices ({', '.join(devices)}): the scheduler couples all of them. "
-                "Put the model on one device, or give each device's parameters an optimizer of its own."
-            )
-        self.key = key
-        # From here on a step sees matrices: tensors in the shape that their axis order gives them.
-        orders = [group["axis_order"] for group in groups]
-        seen = [matrix_view(p, order) for p, order in zip(params, orders, strict=True)]
-        self._shapes = {i: distributed.local(x).shape for i, x in enumerate(seen) if x is not params[i]}
-        self.layout = make_layout(seen, [without_view(order) for order in orders])
-        self.cache = StepCache()
-        self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
-        self._settings: dict[str, Tensor] = {}
-        self._settings_of: dict[str, list[Any]] = {}  # the numbers in them, of each group
-        # Of many tensors few are in groups of their own: the groups, the place of each parameter's group among them.
-        self._given: Sequence[Mapping[str, Any]] = ()
-        self._distinct: list[Mapping[str, Any]] = []
-        self._places: list[int] = []
-        self._places_there: Tensor | None = None
-
-    def in_view(self, tensors: list[Tensor], copy: bool = False) -> list[Tensor]:
-        """Local shards in the shapes that the step sees, in their own memory; with ``copy`` in another if need be."""
-        if not self._shapes:
-            return tensors
-        views = list(tensors)
-        for i, shape in self._shapes.items():
-            views[i] = tensors[i].reshape(shape) if copy else tensors[i].view(shape)
-        return views
-
-    def settings(
-        self, names: Sequence[str], groups: Sequence[Mapping[str, Any]], lr_factor: float
-    ) -> dict[str, Tensor]:
-        """The settings of each parameter's group by name, (T,) each, with the lr times ``lr_factor``."""
-        return {name: self.setting(name, groups, lr_factor if name == "lr" else 1.0) for name in names}
-
-    def setting(self, name: str, groups: Sequence[Mapping[str, Any]], factor: float = 1.0) -> Tensor:
-        """Setting ``name`` of each parameter's group, times ``factor``, as a float32 tensor (T,), copied only when it
-        has changed."""
-        if groups is not self._given:
-            self._given, self._distinct = groups, list({id(group): group for group in groups}.values())
-            numbered = {id(group): i for i, group in enumerate(self._distinct)}
-            places = [numbered[id(group)] for group in groups]
-            if places != self._places:
-                self._places, self._places_there = places, None
-                self._settings_of.clear()
-        # NaN: the tensor has its own, in its state.
-        given = [math.nan if group[name] is None else group[name] for group in self._distinct]
-        values = given if factor == 1.0 else [value * factor for value in given]
-        device = self.layout.device
-        self.cache.device_settings.pop(name, None)
-        if any(isinstance(value, Tensor) for value in values):
-            numbers = [torch.as_tensor(v, dtype=torch.float32, device=device).reshape(1) for v in values]
-            joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
-            if device.type != "cpu":
-                # Reading them would wait: like a gradient that is not finite they make the device skip the step.
-                own = torch.tensor([value is math.nan for value in values]).to(device)
-                self.cache.device_settings[name] = joined.double().masked_fill(own, 0.0).unsqueeze(1)
-            if len(numbers) == 1:
-                return joined.expand(len(groups))
-            if self._places_there is None:
-                self._places_there = to_device(self._places, torch.int64, device)
-            return joined[self._places_there]
-        if self._settings_of.get(name) != values:
-            self._settings_of[name] = values
-            of_all = [values[i] for i in self._places]
-            if name not in self._settings:
-                self._settings[name] = to_device(of_all, torch.float32, device)
-            else:  # in place, where a graph that has been captured reads it
-                self._settings[name].copy_(on_host(of_all, torch.float32, device), non_blocking=True)
-        return self._settings[name]
-
-
-def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor on the host that can be copied to the device without waiting."""
-    host = torch.tensor(values, dtype=dtype)
-    return host.pin_memory() if device.type == "cuda" else host
-
-
-def to_device(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number, a list or a tensor on the device, without waiting for it."""
-    if isinstance(values, Tensor):
-        return values.to(device, dtype, non_blocking=True)
-    if isinstance(values, (int, float)):
-        return torch.full((), values, dtype=dtype, device=device)
-    return on_host(values, dtype, device).to(device, non_blocking=True)

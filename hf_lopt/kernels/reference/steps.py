@@ -1,4 +1,4 @@
-"""The operators beside the three passes, in plain PyTorch: whole steps, and Newton-Schulz orthogonalisation."""
+"""The operators beside the three passes, in plain PyTorch: whole steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_lopt.kernels.arguments import AdamStep, Descend, Orthogonalize
+from hf_lopt.kernels.arguments import AdamStep, Descend
 from hf_lopt.kernels.reference.passes import (
     block_indices,
     block_of,
@@ -48,30 +48,6 @@ def descend(arguments: Descend) -> None:
         for index in block_indices(p.shape, block_size(p)):
             value = p[index].float()
             store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
-
-
-def orthogonalize(arguments: Orthogonalize) -> tuple[Tensor, Tensor]:
-    """Matrices (..., R, C) with their singular values moved to about 1, float32, by a quintic iteration in ``dtype``.
-
-    x <- x / (|x| + eps), and ``steps`` times x <- c0 x + (c1 A + c2 A²) x with A = x x^T, of the shorter side: three
-    batched matrix products and a sum. At the end each matrix gets a mean square of 1 (``norm_eps`` is added to what it
-    was), unless ``norm_eps`` is None. Returns the matrices, contiguous, and what their mean squares were, (...).
-    """
-    x, shape = arguments.x, arguments.x.shape
-    transposed = shape[-2] > shape[-1]
-    x = x.reshape(-1, *shape[-2:])
-    x = x.mT if transposed else x
-    x = (x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + arguments.eps)).to(arguments.dtype)
-    c0, c1, c2 = arguments.coefficients
-    for _ in range(arguments.steps):
-        a = x @ x.mT
-        x = torch.baddbmm(x, torch.add(a @ a, a, alpha=c1 / c2), x, beta=c0, alpha=c2)
-    x = x.float()
-    mean_squares = x.square().mean((1, 2))
-    if arguments.norm_eps is not None:
-        x = x * (mean_squares + arguments.norm_eps).rsqrt().view(-1, 1, 1)
-    x = (x.mT if transposed else x).reshape(shape)
-    return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format), mean_squares.view(shape[:-2])
 
 
 def _slice_numbers(values: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:

@@ -1,0 +1,102 @@
+"""What a step costs beside its arithmetic: many small tensors, and one matrix, beside ``AdamW(foreach=True)``.
+
+    python -m benchmarks.host                            # writes benchmarks/results/host.*
+    python -m benchmarks.host --rules velo --sets 448
+
+Both optimizers step in turns in one process, on one thread, each on parameters of its own; the time is that of the
+process on the CPU, and a ratio the median over pairs. Tensors have so few elements that a step is checks, lists and
+calls. The weights are the bundled ones: VeLO's published LSTM of 512 units alone is 4 MFLOP for a tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import warnings
+from typing import Any
+
+import torch
+
+import hf_lopt
+from benchmarks.step import RESULTS, gpt2, machine, parameters
+from hf_lopt import rules
+
+
+# Numbers of tensors as in a GPT-2 of 124M and of 355M, and in LoRA adapters of a model of 1.5B; one matrix.
+SETS: dict[str, list[tuple[int, ...]]] = {
+    "148": gpt2(16, 12, 40, context=24),
+    "292": gpt2(16, 24, 40, context=24),
+    "448": [(4, 32), (32, 4)] * 224,
+    "128x512": [(128, 512)],
+}
+
+
+def measure(rule: str, name: str, seconds: float) -> dict[str, Any]:
+    """One row of the table."""
+    ours, theirs = parameters(SETS[name]), parameters(SETS[name])
+    settings = {"num_training_steps": 1_000_000} if rules.get(rule).needs_horizon else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = hf_lopt.LearnedOptimizer(ours, rule, weights="bundled", **settings)
+    adamw = torch.optim.AdamW(theirs, foreach=True)
+    pairs: list[tuple[float, float]] = []
+    stop = time.perf_counter() + seconds
+    while len(pairs) < 15 or time.perf_counter() < stop:
+        start = time.process_time()
+        adamw.step()
+        between = time.process_time()
+        optimizer.step(1.0)
+        pairs.append((between - start, time.process_time() - between))
+    pairs = pairs[3:]
+    row = {"rule": rule, "tensors": name, "pairs": len(pairs)}
+    row |= {key: 1e3 * statistics.median(pair[i] for pair in pairs) for i, key in enumerate(("adamw_ms", "step_ms"))}
+    row |= {key: 1e3 * min(pair[i] for pair in pairs) for i, key in enumerate(("adamw_least_ms", "step_least_ms"))}
+    return row | {"ratio": statistics.median(step / reference for reference, step in pairs)}
+
+
+def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The results as a table."""
+    lines = [
+        f"Process time of an `optimizer.step()`, {about['processor']} ({about['kernels']} kernels), "
+        f"{about['setting']}; "
+        f"hf_lopt {about['hf_lopt']}, torch {about['torch']}, Python {about['python']}, {about['date']}. "
+        "`python -m benchmarks.host`; milliseconds, medians of interleaved pairs, and the least.",
+        "",
+        "| rule | tensors | AdamW foreach | step | ratio | AdamW, least | step, least |",
+        "| --- " * 7 + "|",
+    ]
+    for r in rows:
+        cells = [r["rule"], r["tensors"], *(f"{r[key]:.2f}" for key in ("adamw_ms", "step_ms", "ratio"))]
+        cells += [f"{r[key]:.2f}" for key in ("adamw_least_ms", "step_least_ms")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [name for name in rules.names() if name != "rnn_mlp"]
+    parser.add_argument("--rules", nargs="+", default=names, choices=rules.names())
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--seconds", type=float, default=3.0, help="for one row")
+    parser.add_argument("--name", default="host", help="of the result files")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+    about = machine() | {
+        "setting": f"one thread, bundled weights, load average {load:.0f} on {os.cpu_count()} processors"
+    }
+    rows = []
+    for name in options.sets:
+        for rule in options.rules:
+            rows.append(measure(rule, name, options.seconds))
+            print({key: round(x, 3) if isinstance(x, float) else x for key, x in rows[-1].items()}, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{options.name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{options.name}.md").write_text(markdown(about, rows))
+
+
+if __name__ == "__main__":
+    main()
