@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(name, found[name], flush=True)
     write("loss_guard", {"steps": args.steps, "seeds": args.seeds, "tasks": found}, "", "loss_guard")
     lines = [f"Final loss with the guard relative to that without, {args.steps} steps, {args.seeds} seeds, ± two"]
-    lines[0] += f" standard errors. `python -m benchmarks.loss_guard`, {table.machine()}."
+    lines[0] += (
+        f" standard errors. `python -m benchmarks.loss_guard`, {', '.join(map(str, table.machine().values()))}."
+    )
     lines += ["", f"| task | {' | '.join(EVENTS)} |", f"| :--- |{' ---: |' * len(EVENTS)}"]
     for name, rows in found.items():
         cells = [f"{row['ratio']:.4f} ± {row['two errors']:.4f}" for row in rows.values()]

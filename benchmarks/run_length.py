@@ -166,7 +166,8 @@ def fit() -> None:
         "Validation tasks: held-out loss at the end relative to that at multiplier 1, geometric mean over tasks; in",
         "brackets the number of tasks of which this multiplier is the best. A run that failed counts 1,000 times.",
         f"{record['seeds']} seeds. Multipliers of fine-tuning count times {record['finetune']:g}.",
-        f"`python -m benchmarks.run_length sweep RULE ...`, then `fit`; {', '.join(map(str, record['machine'].values()))}",
+        "`python -m benchmarks.run_length sweep RULE ...`, then `fit`; "
+        + ", ".join(map(str, record["machine"].values())),
         "",
     ]
     points: dict[str, list[tuple[int, float]]] = {}
