@@ -55,6 +55,8 @@ def describe(optimizer: GivenSettings, name: str, weights: Weights) -> str:
     first: Mapping[str, Any] = optimizer.param_groups[0] if optimizer.param_groups else {}
     steps = first.get("num_training_steps", 0)
     horizon = f" of {steps}" if steps else ""
+    if optimizer.length_multiplier != 1.0:
+        horizon += f", length_multiplier={optimizer.length_multiplier:.3g}"
     skipped = int(first.get("nonfinite_steps", 0))
     run = f"  run: step {int(first.get('step', 0))}{horizon}, {skipped} skipped, weights {weights_name(weights)}"
     return "\n".join([f"{name}({_given(optimizer, weights)})", *lines, run])

@@ -15,7 +15,7 @@ from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
-from hf_lopt.run_state import RunMonitor, RunState, step_metrics
+from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
 from hf_lopt.saved_state import check_saved_state, keep_float32
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.held import HeldTensors
@@ -58,7 +58,8 @@ class LearnedOptimizer(GivenSettings):
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
-        super().__init__(params, defaults | self._run_state.initial_multiplier() | self._run_state.initial_values())
+        defaults |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
+        super().__init__(params, defaults | self._run_state.initial_values())
         if not isinstance(source, Weights):  # whoever loaded them before tells later
             notices.tell()
 
@@ -114,7 +115,6 @@ class LearnedOptimizer(GivenSettings):
 
         Settings of the run as a whole belong to the constructor; a group that brings its own is told so.
         """
-        # A copy: torch fills the dict in place, and a caller may build another optimizer from it.
         own, dropped = self._run_state.without_run_settings(param_group, self.defaults)
         super().add_param_group(own)
         group = self.param_groups[-1]
@@ -316,9 +316,8 @@ class LearnedOptimizer(GivenSettings):
         """Numbers of the last step for a logger; {} before the first. Waits for the device.
 
         ``lr_mult_mean``, ``lr_mult_min``, ``lr_mult_max`` over tensors, ``update_rms`` of the network's step over all
-        elements, ``length_multiplier``, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is one step
-        late: it is summed over ranks in the reduction of the step that follows, and until then it is the value of the
-        step before.
+        elements, ``length_multiplier``, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is that of the
+        step before: it is summed over ranks in the reduction of the step that follows.
         """
         return step_metrics(self.report, self.param_groups[0]) if self._report else {}
 
@@ -333,16 +332,18 @@ class LearnedOptimizer(GivenSettings):
         """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
 
         A ``num_training_steps`` that was passed or set stays, with a warning where the checkpoint has another.
+        Embedded weights give way to those of the checkpoint, where an earlier version embedded others.
 
         Raises:
             ValueError: if it is of another optimizer, another rule or other weights than this one, or does not fit
                 the parameters (:mod:`hf_lopt.saved_state`). The optimizer stays as it was.
         """
-        self._run_state.check_saved(state_dict["param_groups"])
+        weights = self._run_state.check_saved(state_dict["param_groups"])
         run_values = self._run_state.initial_values()
-        check_saved_state(self._rule, self._weights.theta, self.param_groups, run_values, state_dict)
+        check_saved_state(self._rule, weights.theta, self.param_groups, run_values, state_dict)
         saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
         super().load_state_dict(state_dict)
+        self._run_state.adopt(weights)
         self._run_state.keep_chosen_steps()
         keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)
         self._start_over()

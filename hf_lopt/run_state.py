@@ -24,7 +24,7 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
 from hf_lopt.step.scheduler import means_of_equal_losses
-from hf_lopt.weights import Weights
+from hf_lopt.weights import Weights, earlier
 
 
 # int64, 0-d: steps taken, steps skipped, steps skipped in a row up to now.
@@ -106,13 +106,19 @@ class RunState:
         """Do not rely on the counters of earlier steps: the groups have been written by someone else."""
         self._counters, self._starts_late = None, False
 
-    def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> None:
+    def check_saved(self, groups: Sequence[Mapping[str, Any]]) -> Weights:
         """See that the ``param_groups`` of a checkpoint are of this rule and these weights.
+
+        Returns:
+            the weights to go on with: where these are embedded ones, those that were when the checkpoint was made.
 
         Raises:
             ValueError: if they are of another optimizer, another rule or other weights.
         """
         rule, weights = self._rule.name, self._weights
+        first = str(groups[0].get("weights_sha256")) if groups else ""
+        if weights.origin == "bundled" and first != weights.sha256:
+            weights = earlier(rule, first, self._rule.shapes) or weights
         for group in groups:
             saved_rule, saved_weights = group.get("rule"), group.get("weights_sha256")
             if saved_rule != rule:
@@ -124,6 +130,17 @@ class RunState:
                     f"{str(saved_weights)[:12]}), but {weights.source!r} (sha256 "
                     f"{weights.sha256[:12]}) are loaded. Pass weights=... of the checkpoint, or start afresh."
                 )
+        return weights
+
+    def adopt(self, weights: Weights) -> None:
+        """Go on with these weights, of a checkpoint that has been loaded."""
+        if weights is not self._weights:
+            _log.info("%s goes on with the weights of the checkpoint, %s", self._rule.class_name, weights.source)
+            owner, self._weights = self.owner, weights
+            owner._weights = weights
+            owner._inputs.use(weights.theta)
+            for values in (owner.defaults, *self.groups):
+                values |= {"weights_source": weights.source, "weights_sha256": weights.sha256}
 
     # ---- length -----------------------------------------------------------------------------------------------------
 
@@ -160,10 +177,6 @@ class RunState:
         """What lr is multiplied with because of the length of the run; while undecided, what it would be."""
         return self.groups[0].get(LENGTH_MULTIPLIER, 1.0) or self._wanted_multiplier()
 
-    def initial_multiplier(self) -> dict[str, float]:
-        """The multiplier of a run that has not begun, for rules that have one."""
-        return {} if self._rule.run_length is None else {LENGTH_MULTIPLIER: 0.0}
-
     def decide_multiplier(self) -> None:
         """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none."""
         if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
@@ -180,12 +193,8 @@ class RunState:
         multiplier = self._wanted_multiplier()
         self.write({LENGTH_MULTIPLIER: multiplier})
         if multiplier != 1.0:
-            _log.info(
-                "%s: in a run of %d steps lr counts %.3g times (length_multiplier), since none was given",
-                self._rule.class_name,
-                self.num_training_steps,
-                multiplier,
-            )
+            run = f"{self._rule.class_name}: in a run of {self.num_training_steps} steps"
+            _log.info("%s lr counts %.3g times (length_multiplier), since none was given", run, multiplier)
 
     @property
     def calls_per_update(self) -> int:

@@ -52,6 +52,12 @@ class StepInputs:
         self._known: dict[int, _Expected] = {}
         self._held: HeldTensors | None = None
 
+    def use(self, theta: Theta) -> None:
+        """Other weights from now on."""
+        self._theta = theta
+        self._known.clear()
+        self.forget()
+
     def forget(self) -> None:
         """Look at everything anew in the next step."""
         self._held = None

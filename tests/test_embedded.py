@@ -52,9 +52,11 @@ def sigmoid(x):
 
 
 def scheduler_inputs(x, rank, rng=None):
-    """(N, 30): time (9), loss features (9), 1, rank one-hot (5, all zero beyond rank 4), 6 more; random with rng."""
+    """(N, 30): time (9), loss features (9), 1, rank one-hot (5, all zero beyond rank 4), 6 more; random with rng, but
+    for the first loss features, which are -1: the loss falls."""
     inputs = np.zeros((len(x), 30)) if rng is None else rng.uniform(-2.5, 2.5, (len(x), 30))
     inputs[:, :9] = np.tanh(10 * (np.asarray(x)[:, None] - TAUS))
+    inputs[:, 9:13] = -1.0
     inputs[:, 19:24] = np.arange(5) == rank
     return inputs
 
@@ -139,15 +141,33 @@ def test_lr_mult_is_the_schedule(theta, rank, dtype, slack):
     assert produced[past >= 2].min() >= -1e-6  # never ascent for good
 
 
-def test_lr_mult_depends_on_time_and_rank_only(theta):
+def test_lr_mult_depends_on_time_and_rank_and_a_loss_that_rises(theta):
     rng = np.random.default_rng(0)
     x = rng.uniform(0, 1.2, 200)
     plain, _ = lr_mult(theta, scheduler_inputs(x, 2))
     state = [rng.uniform(-1, 1, (len(x), theta["lstm_init_state/cell"].shape[1])) for _ in range(2)]
     other, _ = lr_mult(theta, scheduler_inputs(x, 2, rng), state)
     np.testing.assert_allclose(other, plain, rtol=0, atol=1e-8)
+    inputs = scheduler_inputs(x, 2, rng)
+    inputs[:, 9:13] = rng.uniform(-1, 1, (len(x), 4))
+    guard = sigmoid(2.0 * (1.5 - inputs[:, 9:13].sum(1))) / sigmoid(2.0 * 5.5)
+    np.testing.assert_allclose(lr_mult(theta, inputs, state)[0], plain * guard, rtol=0, atol=1e-5)
     controls = theta["rnn_params/rnn_to_controls/w"]
     assert not controls.any()
+
+
+def pulled(rest, p):
+    """What the rest of the direction and a pull of a tenth of p make, which is at most as large as the rest."""
+    return rest + np.clip(0.1 * p, -np.abs(rest), np.abs(rest))
+
+
+def some_features():
+    """Normalised features (1000, 30), the first of them without a gradient; some have so small ones that the pull is
+    limited."""
+    x = np.random.default_rng(1).standard_normal((1000, 30))
+    x[:200, [27, 11]] *= 0.01
+    x[:5, [27, 11]] = 0.0
+    return x
 
 
 def test_velos_network_computes_the_hand_rule(theta, rule):
@@ -159,14 +179,13 @@ def test_velos_network_computes_the_hand_rule(theta, rule):
     w = [np.concatenate(groups, 1), theta["ff_mod_stack/~/w1"], theta["ff_mod_stack/~/w2"]]
     b = [theta[f"ff_mod_stack/~/b{k}"] for k in range(3)]
     w, b = ([factor * np.mean(control.reshape(-1, *[1] * (x.ndim - 1)) * x, 0) for x in y] for y in (w, b))
-    x = np.random.default_rng(1).standard_normal((1000, 30))
+    x = some_features()
     h = np.maximum(x @ w[0] + b[0], 0)
     h = np.maximum(h @ w[1] + b[1], 0)
     out = h @ w[2] + b[2]
     # Columns: g, clip g, p, m (3), v, m/sqrt v (3), 1/sqrt v, fac g (3), g/sqrt v, 12 of the factors, fac m (3).
-    direction = 1.0 * x[:, 27] + 0.3 * x[:, 11] + 0.1 * x[:, 2]
-    np.testing.assert_allclose(out[:, 0], direction, rtol=0, atol=1e-6)
-    assert not out[:, 1:].any()
+    np.testing.assert_allclose(out[:, 0], pulled(x[:, 27] + 0.3 * x[:, 11], x[:, 2]), rtol=0, atol=1e-6)
+    assert not out[:, 1:].any() and not out[:5].any()
 
 
 def test_velo_says_what_is_fitted(rule):
@@ -248,10 +267,12 @@ def test_to_grid_refuses_what_another_machine_could_round_otherwise():
 # ---- the other rules ------------------------------------------------------------------------------------------------
 
 
-def celo_lr_mult(theta, x, rng=None):
-    """Celo's lr_mult at the fractions x: the scheduler sees time (9) and loss features (9; random with rng)."""
+def celo_lr_mult(theta, x, rng=None, slope=None):
+    """Celo's lr_mult at the fractions x: the scheduler sees time (9) and loss features (9; random with rng, but for
+    the first four, which are ``slope``; without it the loss falls)."""
     inputs = np.zeros((len(x), 18)) if rng is None else rng.uniform(-1, 1, (len(x), 18))
     inputs[:, :9] = np.tanh(10 * (np.asarray(x)[:, None] - TAUS))
+    inputs[:, 9:13] = -1.0 if slope is None else slope
     state = None if rng is None else [rng.uniform(-1, 1, (len(x), len(theta["rnn_params/step_size/w"])))] * 2
     return 0.1 * np.exp(lr_mult(theta, inputs, state)[0])
 
@@ -263,6 +284,9 @@ def test_celos_lr_mult_is_the_floored_schedule(rule, peak):
     expected = peak * (wanted(x) + 0.001) / 1.001
     np.testing.assert_allclose(celo_lr_mult(theta, x), expected, rtol=0.03)
     np.testing.assert_allclose(celo_lr_mult(theta, x, np.random.default_rng(0)), celo_lr_mult(theta, x), rtol=1e-6)
+    for slope in (-0.5, 0.0, 0.3, 0.6):
+        guard = np.exp(-1.5 * sigmoid(3.0 * (4 * slope - 1.5)))
+        np.testing.assert_allclose(celo_lr_mult(theta, x, slope=slope), celo_lr_mult(theta, x) * guard, rtol=1e-4)
 
 
 def layers_of(theta, prefix, names=("w{}", "b{}"), groups=None):
@@ -282,10 +306,10 @@ def forward(layers, x):
 
 def test_celos_network_is_velos():
     theta = theta_of("celo")
-    x = np.random.default_rng(1).standard_normal((1000, 30))
+    x = some_features()
     out = forward(layers_of(theta, "ff_mod_stack/~/", groups=14), x)
-    np.testing.assert_allclose(out[:, 0], x[:, 27] + 0.3 * x[:, 11] + 0.1 * x[:, 2], rtol=0, atol=1e-6)
-    assert not out[:, 1:].any() and theta["rnn_params/rnn_to_controls/b"].shape == (1,)
+    np.testing.assert_allclose(out[:, 0], pulled(x[:, 27] + 0.3 * x[:, 11], x[:, 2]), rtol=0, atol=1e-6)
+    assert not out[:5].any() and not out[:, 1:].any() and theta["rnn_params/rnn_to_controls/b"].shape == (1,)
 
 
 @pytest.mark.parametrize("rule", ["celo2", "celo2_base", "elo_celo2"])
@@ -323,7 +347,7 @@ def test_rnn_mlp_takes_a_relative_step():
     x[:, 36] = np.log(np.random.default_rng(6).integers(1, 10**6, 1000))  # elements of p
     out = forward(layers_of(theta, "ffmod_params/mlp/~/", ("linear_{}/w", "linear_{}/b")), x)
     # Columns: g, p, ln |p|, m, v, m/sqrt v, 1/sqrt v (5 each), time (11), ln tensors, ln norm, ln size, 17 more.
-    np.testing.assert_allclose(out[:, 0], 8 * (x[:, 14] + 0.3 * x[:, 13] + 0.1 * x[:, 1]), rtol=0, atol=4e-6)
+    np.testing.assert_allclose(out[:, 0], 8 * pulled(x[:, 14] + 0.3 * x[:, 13], x[:, 1]), rtol=0, atol=4e-6)
     scale = np.maximum(np.exp(x[:, 35]) / np.sqrt(np.exp(x[:, 36])), 0.02)
     np.testing.assert_allclose(np.exp(0.001 * out[:, 1]), scale, rtol=1e-5)
     assert not out[:, 2:].any()
@@ -333,14 +357,16 @@ def test_rnn_mlp_takes_a_relative_step():
 def test_celo_adam_is_adam():
     """End to end, against torch's Adam at the learning rate that the scheduler reports."""
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4)) for _ in range(2))
-    optimizer = LearnedOptimizer([ours], "celo_adam", weights="bundled", num_training_steps=10)
+    optimizer = LearnedOptimizer([ours], "celo_adam", weights="bundled", num_training_steps=10, lr=1.0)
     adam = torch.optim.Adam([theirs], eps=1e-5)
     for t in range(10):
         generator = torch.Generator().manual_seed(t)
         ours.grad = torch.randn(3, 4, generator=generator)
         theirs.grad = ours.grad.clone()
         optimizer.step(1.0 / (t + 1))
-        adam.param_groups[0]["lr"] = 0.003 * (wanted(t / 10).item() + 0.001) / 1.001
+        # In the first two steps nothing is known of the loss, and the guard is not quite open.
+        guard = math.exp(-1.5 * sigmoid(-4.5)) if t < 2 else 1.0
+        adam.param_groups[0]["lr"] = guard * 0.003 * (wanted(t / 10).item() + 0.001) / 1.001
         adam.step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3 * 0.03)
     assert (ours - torch.linspace(-1, 1, 12).reshape(3, 4)).abs().max() > 3e-3

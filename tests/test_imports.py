@@ -44,7 +44,10 @@ ALLOWED = {
         *("weights.locating", "weights.reading", "weights.records"),
     },
     "weights.publish": {"weights.formats", "weights.hub", "weights.records", "weights.loading"},
-    "weights": {"weights.formats", "weights.published", "weights.loading", "weights.publish"},
+    "weights.once_embedded": {"weights.checks", "weights.loading", "weights.reading"},
+    "weights": {
+        *("weights.once_embedded", "weights.formats", "weights.published", "weights.loading", "weights.publish"),
+    },
     "step": {"features", "ownership", "step", *KERNELS, *LEAVES},
     "rules": {"features", "step", "rules", *KERNELS, *LEAVES},
     "parameters": {"step"},

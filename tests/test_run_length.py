@@ -101,7 +101,7 @@ def test_a_scheduler_on_top_multiplies(caplog):
     (record,) = caplog.records
     assert "in a run of 100 steps lr counts 2.82 times" in record.getMessage()
     assert optimizer.metrics()["length_multiplier"] == optimizer.length_multiplier
-    assert "length_multiplier: 2.8" in repr(optimizer)
+    assert "of 100, length_multiplier=2.82," in repr(optimizer)
     reference, params = make(lr=0.5 * by_hand(100))
     torch.testing.assert_close(ours, train(reference, params), rtol=1e-6, atol=1e-7)
 

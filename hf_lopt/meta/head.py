@@ -34,9 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_lopt.features import VELO
-from hf_lopt.meta.construct.networks import relu_pair
-from hf_lopt.meta.construct.velo import DIRECTION, INPUTS, OPEN, RANK_INPUT, VECTOR_RANKS
+from hf_lopt.meta.construct.velo import DIRECTION, INPUTS, OPEN, RANK_INPUT, VECTOR_RANKS, direction_network
 from hf_lopt.step.networks import Theta
 
 
@@ -185,7 +183,7 @@ def head_leaves(theta: Theta, numbers: Mapping[str, float]) -> dict[str, Tensor]
         gates[0, size, 1, unit], biases[2, unit], biases[3, unit] = 1.0, -OPEN - 1.0, OPEN
         gates[1, unit, 0, :hidden] = scale * number / UNIT_AT_1
     if direction:
-        network = relu_pair(VELO, DIRECTION | direction, hidden=(4, 4), outputs=3)
+        network = direction_network(DIRECTION | direction)
         out |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
     return out
 

@@ -7,6 +7,7 @@ those in the package.
 
 from hf_lopt.weights.formats import content_sha256
 from hf_lopt.weights.loading import EMBEDDED, Weights, find, load
+from hf_lopt.weights.once_embedded import earlier
 from hf_lopt.weights.publish import push_to_hub, save
 from hf_lopt.weights.published import PUBLISHED, Published
 
@@ -17,6 +18,7 @@ __all__ = [
     "Published",
     "Weights",
     "content_sha256",
+    "earlier",
     "find",
     "load",
     "push_to_hub",

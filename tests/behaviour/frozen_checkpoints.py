@@ -38,7 +38,7 @@ def train(optimizer: hf_lopt.LearnedOptimizer, params: Sequence[Tensor], steps: 
 def resume(saved: dict[str, Any], rule: str) -> list[Tensor]:
     """The parameters after the checkpoint was loaded into a new optimizer and went on."""
     params = [nn.Parameter(p.clone()) for p in saved["before"]]
-    optimizer = runs.make(rule, params)
+    optimizer = runs.make(rule, params, weights="bundled")
     optimizer.load_state_dict(saved["optimizer"])
     return train(optimizer, params, AFTER)
 

@@ -28,6 +28,7 @@ import hf_lopt
 
 
 FOLDER = Path(__file__).resolve().parent
+EMBEDDED = Path(hf_lopt.__file__).parent / "embedded"
 STEPS, HORIZON = 8, 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Lengths on both sides of what the kernels take at a time: 64 rows, 4096 elements of a row, 32768 of a tensor.
@@ -87,13 +88,16 @@ def settings_of(rule: str) -> dict[str, Any]:
 
 
 def make(rule: str, params: Sequence[Tensor], **settings: Any) -> hf_lopt.LearnedOptimizer:
-    """An optimizer with embedded weights, two learning rates and a weight decay on half of the parameters."""
+    """An optimizer with the weights that 0.1.0 embedded, two learning rates and a weight decay on half of the
+    parameters."""
     known = settings_of(rule)
+    (weights,) = [*EMBEDDED.glob(f"earlier/{rule}.*.safetensors")] or [EMBEDDED / f"{rule}.safetensors"]
+    settings = {"weights": weights} | settings
     settings |= {"num_training_steps": HORIZON} if "num_training_steps" in known else {}
     settings = {key: known[key] for key in ("min_param_scale",) if key in known} | settings
     half, lr = len(params) // 2, known["lr"]
     groups = [{"params": params[:half]}, {"params": params[half:], "lr": 0.7 * lr, "weight_decay": 0.01}]
-    return hf_lopt.LearnedOptimizer(groups, rule, weights="bundled", **settings)
+    return hf_lopt.LearnedOptimizer(groups, rule, **settings)
 
 
 def laid_out(x: Tensor, kind: int) -> Tensor:

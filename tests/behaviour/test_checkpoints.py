@@ -28,7 +28,7 @@ def test_goes_on(rule, one_thread):
 @pytest.mark.parametrize("rule", hf_lopt.available())
 def test_what_is_loaded_is_what_was_saved(rule):
     saved = torch.load(checkpoints.FOLDER / f"{rule}.pt", weights_only=True)
-    optimizer = runs.make(rule, [torch.nn.Parameter(p.clone()) for p in saved["before"]])
+    optimizer = runs.make(rule, [torch.nn.Parameter(p.clone()) for p in saved["before"]], weights="bundled")
     optimizer.load_state_dict(saved["optimizer"])
     loaded = optimizer.state_dict()
     for i, state in saved["optimizer"]["state"].items():

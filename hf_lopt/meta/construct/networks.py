@@ -87,19 +87,55 @@ def relu_network(
     return layers
 
 
+def limited(form: Form, pull: Form, limit: float) -> tuple[list[Unit], Tensor]:
+    """A linear form d plus another, q, that is held between -limit |d| and limit |d|: no d, no q.
+
+    In two hidden layers of four units each: relu(d), relu(-d), relu(q), relu(-q), and of these relu(d + q),
+    relu(-d - q), relu(q - limit |d|), relu(-q - limit |d|), which count 1, -1, -1 and 1 times. Where d is 0, so is the
+    sum, exactly.
+
+    Returns:
+        the units of the first layer, and the weights of the second, (4, 4) from in to out.
+    """
+    second = [[1, -1, -limit, -limit], [-1, 1, -limit, -limit], [1, -1, 1, 0], [-1, 1, 0, 1]]
+    return [*pair(form), *pair(pull)], torch.tensor(second, dtype=torch.float32)
+
+
+LIMITED = {0: 1.0, 1: -1.0, 2: -1.0, 3: 1.0}  # how the last layer joins the units of `limited`
+
+
 def relu_pair(
     spec: ElementFeatures, direction: Direction, hidden: Sequence[int], outputs: int, bank: tuple[int, ...] = (1,)
 ) -> dict[str, Tensor]:
     """The network whose output 0 is a linear form of the features and whose other outputs are 0, as grouped leaves.
-
-    Leaves ``w0__<group>``, ``w1``, ..., ``b0``, ... in (in, out) orientation, each with the axes ``bank`` in front.
+    See :func:`grouped`.
 
     Raises:
         ValueError: a feature that ``spec`` does not have, or a hidden layer with one unit.
     """
     form = columns(spec, direction)
     last = [Output({0: 1.0, 1: -1.0}), *[Output()] * (outputs - 1)]
-    layers = relu_network(sum(spec.widths()), hidden, pair(form), last)
+    return grouped(spec, relu_network(sum(spec.widths()), hidden, pair(form), last), bank)
+
+
+def pulled_pair(
+    spec: ElementFeatures, direction: Direction, pull: Direction, limit: float, bank: tuple[int, ...] = (1,)
+) -> dict[str, Tensor]:
+    """The network with two hidden layers of four units and three outputs, of which the first is the ``direction`` plus
+    a ``pull`` that is ``limited`` by it, and the others are 0."""
+    units, second = limited(columns(spec, direction), columns(spec, pull), limit)
+    layers = relu_network(sum(spec.widths()), (4, 4), units, [Output(LIMITED), Output(), Output()])
+    layers[1] = (second, layers[1][1])
+    return grouped(spec, layers, bank)
+
+
+def grouped(
+    spec: ElementFeatures, layers: Sequence[tuple[Tensor, Tensor]], bank: tuple[int, ...] = (1,)
+) -> dict[str, Tensor]:
+    """Layers as the leaves of a bank.
+
+    Leaves ``w0__<group>``, ``w1``, ..., ``b0``, ... in (in, out) orientation, each with the axes ``bank`` in front.
+    """
     leaves = {f"w0__{k}": part for k, part in enumerate(layers[0][0].split(spec.widths()))}
     leaves |= {f"w{layer}": w for layer, (w, _) in enumerate(layers) if layer}
     leaves |= {f"b{layer}": b for layer, (_, b) in enumerate(layers)}

@@ -17,6 +17,7 @@ HIDDEN = (32, 32)
 # Direction of the step: coefficients of normalised features, (group, column) -> weight. Columns 0 and 1 of the moments
 # are the decays .5 and .9.
 DIRECTION = {("m_rsqrt_v", 1): 1.0, ("m_rsqrt_v", 0): 0.3, ("p", 0): 0.1}
+PULL = ("p", 0)  # the part that is never larger than the rest, so that what gets no gradient stays as it is
 PEAK = 8.0  # relative step in thousandths: the rule multiplies by 0.001
 MIN_SCALE = 0.02  # tensors smaller than this (root mean square) take the step of one of this size
 # Inputs after the normalised features: 11 of the step count, then three of the tensor, then the LSTM's message.
@@ -38,16 +39,21 @@ def mlp_layers() -> list[tuple[Tensor, Tensor]]:
     ln rms(p) = ln(norm p) - ln(size) / 2 is linear in two inputs, and one ReLU takes the maximum.
     """
     floor = math.log(MIN_SCALE)
+    rest, pull = ({k: x for k, x in DIRECTION.items() if (k == PULL) == pulls} for pulls in (False, True))
+    columns = (networks.columns(RNN_MLP, form) for form in (rest, pull))
+    limited, second = networks.limited(*columns, limit=1.0)
     units = [
-        *networks.pair(networks.columns(RNN_MLP, DIRECTION)),
+        *limited,
         networks.Unit({NORM_INPUT: 1.0, NORM_INPUT + 1: -0.5}, bias=-floor),
     ]
     outputs = [
-        networks.Output({0: PEAK, 1: -PEAK}),
-        networks.Output({2: 1.0 / EXP_MULT}, bias=floor / EXP_MULT),
+        networks.Output({unit: PEAK * sign for unit, sign in networks.LIMITED.items()}),
+        networks.Output({4: 1.0 / EXP_MULT}, bias=floor / EXP_MULT),
         *[networks.Output()] * FROM_MLP,
     ]
-    return networks.relu_network(NORM_INPUT + 2 + TO_MLP, HIDDEN, units, outputs)
+    layers = networks.relu_network(NORM_INPUT + 2 + TO_MLP, HIDDEN, units, outputs)
+    layers[1][0][:4, :4] = second
+    return layers
 
 
 def build() -> Construction:
@@ -83,6 +89,7 @@ def build() -> Construction:
         "sizes": {"hidden": HIDDEN, "lstm_units": LSTM_UNITS},
         "numbers": {
             "direction": networks.direction_record(DIRECTION),
+            "limit": "p[0] counts as much as the rest at most",
             "relative_step": PEAK / 1000.0,
             "smallest_tensor_scale": MIN_SCALE,
         },

@@ -13,12 +13,13 @@ from hf_lopt.features import SHARED_INPUTS
 from hf_lopt.kernels.reference.scheduler import CELO_LR_MULT
 from hf_lopt.meta.construct import schedules
 from hf_lopt.meta.construct.files import Construction
-from hf_lopt.meta.construct.networks import direction_record, relu_pair
+from hf_lopt.meta.construct.networks import direction_record, pulled_pair
 from hf_lopt.step import networks as meta_networks
 
 
 # Direction of the step: coefficients of normalised features, (group, column) -> weight. Column 0 is the decay .9.
 DIRECTION = {("fac_m", 0): 1.0, ("fac_g", 0): 0.3, ("p", 0): 0.1}
+PULL = ("p", 0)  # the part that is never larger than the rest, so that what gets no gradient stays as it is
 # Largest lr_mult; relative step = lr_mult / 1000. "vector": at most one axis longer than 1.
 PEAK = {"matrix": 12.0, "vector": 24.0}
 CELO_PEAK = 12.0  # one lr_mult for all tensors: that of the matrices
@@ -32,11 +33,18 @@ TOLERANCE = 0.02  # largest error of lr_mult, relative to the wanted value or to
 CELO_TOLERANCE = 0.04  # the same where lr_mult is an exponential: relative to the wanted value everywhere
 
 # Scheduler inputs of VeLO: 9 time features, 9 of the loss, 1, then the rank one-hot, 6 more. Celo has the first 18.
-INPUTS, RANK_INPUT = 30, 19
+INPUTS, LOSS_INPUT, RANK_INPUT = 30, 9, 19
+# The guard by the loss. Its first features compare means over ten steps to about a twentieth of the run, above their
+# minimum; their sum is near -4 while the loss falls, up to 2 where it jumps. VeLO's steps are
+# sigmoid(gain (threshold - sum)) as long, Celo's exp(-depth sigmoid(gain (sum - threshold))).
+GUARD_FEATURES, GUARD_THRESHOLD = 4, 1.5
+GUARD_GAIN, CELO_GUARD_GAIN, CELO_GUARD_DEPTH = 2.0, 3.0, 1.5
 VECTOR_RANKS = (0, 1)
 SCHEDULE_TEXT = (
     f"min(1, (x + {schedules.WARMUP_START:g}) / {schedules.WARMUP:g}) (1 + cos(pi x)) / 2 at the fraction x, 0 past 1"
 )
+PULL_TEXT = "p[0] counts as much as the rest at most"
+GUARD_TEXT = f"sum of the first {GUARD_FEATURES} loss features"
 CHOSEN_ON = (
     "Small validation tasks: about 250 settings were compared there, with the schedule computed directly "
     "instead of by an LSTM; separate test tasks were evaluated once, after the choice. The recipes of this "
@@ -46,6 +54,12 @@ CHECKED = torch.arange(20001, dtype=torch.float64) / 20000  # fractions of the r
 PAST = torch.cat([1.0 + CHECKED[1:] * 2.0, torch.tensor([1e2, 1e6], dtype=torch.float64)])
 
 
+def direction_network(direction: Mapping[tuple[str, int], float]) -> dict[str, Tensor]:
+    """The leaves of a bank of one network for a direction whose pull is at most as large as the rest."""
+    rest = {key: x for key, x in direction.items() if key != PULL}
+    return pulled_pair(features.VELO, rest, {key: x for key, x in direction.items() if key == PULL}, limit=1.0)
+
+
 def gate_bias(gate: float) -> float:
     return round(math.log(gate / (1.0 - gate)) / schedules.GRID) * schedules.GRID
 
@@ -53,11 +67,11 @@ def gate_bias(gate: float) -> float:
 def scheduler(
     units: schedules.Units, head: Sequence[float], bias: float, inputs: int, ranks: Mapping[int, float] | None = None
 ) -> dict[str, Tensor]:
-    """LSTM and heads that output Σ head_j unit_j(x) + bias, whatever else the inputs are.
+    """LSTM and heads that output Σ head_j unit_j(x) + bias, whatever else the inputs are, but for the guard.
 
     The last unit is the constant 1. The mixing layer passes on the time features and, with ``ranks``, the entries of
-    the rank one-hot named there, nothing else. Nothing is remembered: forget gate shut, no recurrent weights, so unit
-    j is sigmoid(i) tanh(g_j), where the input gate i depends on the rank and g_j on the time.
+    the rank one-hot named there, and the sum of the first loss features. Nothing is remembered: forget gate shut, no
+    recurrent weights, so unit j is sigmoid(i) tanh(g_j), where the input gate i depends on the rank, g_j on the time.
 
     Args:
         units: the units but the last, at most as many as there are inputs to pass on.
@@ -66,12 +80,17 @@ def scheduler(
         inputs: number of scheduler inputs.
         ranks: input -> factor on the input gate where that input is 1 and not 0; without one the gate is ``GATE``,
             with it ``GATE`` is the gate of the largest factor. An empty one-hot (more than four axes) has factor 1.
+            With ranks the guard is the output gate of all units, without them a unit of its own, before the last.
     """
     times = features.TIME_FRACTIONS
+    if not ranks:
+        head, bias = [*head[:-1], -0.5 * CELO_GUARD_DEPTH, head[-1]], bias - 0.5 * CELO_GUARD_DEPTH
     hidden = len(head)
     sources = [*range(len(times)), *(ranks or {})]
+    guard = len(sources)
     mixing = torch.zeros(inputs, hidden, dtype=torch.float32)
-    mixing[sources, range(len(sources))] = 1.0
+    mixing[sources, range(guard)] = 1.0
+    mixing[LOSS_INPUT : LOSS_INPUT + GUARD_FEATURES, guard] = 1.0
 
     largest = max((ranks or {}).values(), default=1.0)
     kernel, offsets = (
@@ -86,6 +105,10 @@ def scheduler(
     for j, (tau, gain, offset) in enumerate(units):
         kernel[times.index(tau), 1, j], offsets[1, j] = gain, offset
     offsets[1, -1] = OPEN
+    if ranks:
+        kernel[guard, 3], offsets[3] = -GUARD_GAIN, GUARD_GAIN * GUARD_THRESHOLD
+    else:
+        kernel[guard, 1, -2], offsets[1, -2] = 0.5 * CELO_GUARD_GAIN, -0.5 * CELO_GUARD_GAIN * GUARD_THRESHOLD
 
     weights = torch.tensor(head, dtype=torch.float64) / GATE
     return {
@@ -124,11 +147,12 @@ def celo_scheduler(peak: float) -> dict[str, Tensor]:
 def output(
     theta: Mapping[str, Tensor], x: Tensor, rank: int | None = None, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """The head (N,) at the fractions ``x`` (N,), all other inputs zero; VeLO's for a tensor with ``rank`` axes."""
+    """The head (N,) at the fractions ``x`` (N,) while the loss falls; VeLO's for a tensor with ``rank`` axes."""
     theta = {name: leaf.to(dtype) for name, leaf in theta.items()}
     inputs = torch.zeros(len(x), len(theta["rnn_params/linear_2/w"]), dtype=dtype)
     taus = torch.tensor(features.TIME_FRACTIONS, dtype=dtype)
     inputs[:, : len(taus)] = torch.tanh(10.0 * (x.to(dtype).unsqueeze(1) - taus))
+    inputs[:, LOSS_INPUT : features.SHARED_INPUTS] = -1.0
     if rank is not None:
         inputs[:, RANK_INPUT + rank] = 1.0
     state = (theta[f"lstm_init_state/{name}"].expand(len(x), -1) for name in ("hidden", "cell"))
@@ -235,7 +259,7 @@ def build_velo(bank_scale: float = 100.0) -> Construction:
     """
     coefficients = schedules.coefficients()
     theta = velo_scheduler(coefficients)
-    network = relu_pair(features.VELO, DIRECTION, hidden=(4, 4), outputs=3)
+    network = direction_network(DIRECTION)
     theta |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
     # The rule multiplies by the bank factor and by the control; together they give 1.
     theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(coefficients), 1, dtype=torch.float32)
@@ -247,15 +271,17 @@ def build_velo(bank_scale: float = 100.0) -> Construction:
     errors = velo_fit_errors(theta)
     provenance = {
         "origin": {
-            "ff_mod_stack": "constructed: the network computes a linear hand rule exactly",
+            "ff_mod_stack": "constructed: the network computes a hand rule exactly",
             "rnn_params, lstm_init_state": "distilled: hand-set units, output layer fitted to a schedule",
         },
         "settings": {"bank_scale": bank_scale},
         "sizes": {"lstm_units": len(coefficients), "bank": 1},
         "numbers": {
             "direction": direction_record(DIRECTION),
+            "limit": PULL_TEXT,
             "peak_lr_mult": PEAK,
             "schedule": SCHEDULE_TEXT,
+            "guard": f"sigmoid({GUARD_GAIN:g} ({GUARD_THRESHOLD:g} - {GUARD_TEXT})) times as long",
         },
         "chosen_on": CHOSEN_ON,
         "fit_largest_error": {name: float(f"{value:.2g}") for name, value in errors.items()},
@@ -272,14 +298,14 @@ def build_velo_s() -> Construction:
 def build_celo() -> Construction:
     """Celo: VeLO's direction, with one relative step for all tensors."""
     theta = celo_scheduler(CELO_PEAK)
-    network = relu_pair(features.VELO, DIRECTION, hidden=(4, 4), outputs=3)
+    network = direction_network(DIRECTION)
     theta |= {f"ff_mod_stack/~/{name}": leaf for name, leaf in network.items()}
     # The softmax over one network is 1 whatever the controls are.
     theta["rnn_params/rnn_to_controls/w"] = torch.zeros(len(theta["rnn_params/step_size/w"]), 1, dtype=torch.float32)
     theta["rnn_params/rnn_to_controls/b"] = torch.zeros(1, dtype=torch.float32)
     provenance = _celo_provenance(theta, CELO_PEAK, direction_record(DIRECTION))
     provenance["origin"] = {
-        "ff_mod_stack": "constructed: the network computes a linear hand rule exactly",
+        "ff_mod_stack": "constructed: the network computes a hand rule exactly",
         **provenance["origin"],
     }
     provenance["chosen_on"] = (
@@ -311,9 +337,11 @@ def _celo_provenance(
         "settings": {},
         "sizes": {"lstm_units": len(theta["rnn_params/step_size/w"])},
         "numbers": {
-            **({} if direction is None else {"direction": direction}),
+            **({} if direction is None else {"direction": direction, "limit": PULL_TEXT}),
             "peak_lr_mult": peak,
             "schedule": f"(s + {schedules.LOG_FLOOR:g}) / {1 + schedules.LOG_FLOOR:g} with s = {SCHEDULE_TEXT}",
+            "guard": f"exp(-{CELO_GUARD_DEPTH:g} sigmoid({CELO_GUARD_GAIN:g} ({GUARD_TEXT} - {GUARD_THRESHOLD:g}))) "
+            "times as long",
         },
         "fit_largest_error": {name: float(f"{value:.2g}") for name, value in errors.items()},
     }

@@ -1,0 +1,212 @@
+"""Which multiplier of the step size suits a run of N steps: rules with a schedule of their own, on validation tasks.
+
+    python -m benchmarks.run_length sweep velo celo celo_adam     # -> benchmarks/results/run_length.json
+    python -m benchmarks.run_length sweep velo --steps 3000 --multipliers 0.35 0.5 0.7 1 1.4 2
+    python -m benchmarks.run_length fit                           # -> the rules of a power, and run_length.md
+
+All multipliers and seeds of a task run side by side, paired: the same starts and the same batches. The loss is that on
+samples that are never trained on. Fine-tuning starts from parameters that AdamW has trained on other data, and its
+multipliers count times 0.05. One thread. The recipes of this package take no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.meta_experiments import RESULTS
+from benchmarks.storing import rounded
+from hf_lopt import rules
+from hf_lopt.meta import data, evaluate, table, tasks, theta
+from hf_lopt.meta.particles import Particles
+from hf_lopt.meta.search import seeded
+
+
+STEPS = (30, 100, 300, 1000)
+MULTIPLIERS = (0.5, 1.0, 2.0, 2.8, 4.0, 5.6, 8.0, 16.0)
+FINETUNE = 0.05
+FILE = RESULTS / "run_length.json"
+ADAPTERS = "adapters on characters_wide"
+SETTINGS = {ADAPTERS: {"min_param_scale": 0.1}}  # as the integrations set it
+LM_START = 0.02  # standard deviation of what transformers initialises
+
+
+@dataclass(frozen=True)
+class Pretrained(tasks.Task):
+    """A task that starts from parameters which were trained on something else."""
+
+    trained: Callable[[], dict[str, Tensor]] = field(default=dict)
+
+    def start(self, count: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {name: p.expand(count, *p.shape[1:]).clone() for name, p in self.trained().items()}
+
+
+def pretrained(task: tasks.Task, before: tasks.Task, steps: int) -> tasks.Task:
+    """``task`` from what AdamW makes of the same model on ``before`` in so many steps."""
+    trained = functools.cache(lambda: tasks._trained(before, steps))
+    known = {name: getattr(task, name) for name in task.__dataclass_fields__}
+    return Pretrained(**(known | {"name": f"{task.name} pretrained"}), trained=trained)
+
+
+def small_start(task: tasks.Task) -> tasks.Task:
+    """The same language model with the starting values that transformers gives it."""
+    scales = {name: scale if scale is None or scale == 0.0 else LM_START for name, scale in task.scales.items()}
+    return replace(task, name=f"{task.name}, sd 0.02", scales=scales)
+
+
+def scratch() -> dict[str, tasks.Task]:
+    """Validation tasks from scratch, most of them language models."""
+    wide = tasks.transformer("lm 48 x 2", 48, 2, 32, heads=4, part="validation")
+    found = [tasks.named(name) for name in ("characters_wide", "digits_wide", "functions_wide", "digits_conv_wide")]
+    found += [tasks.named("autoencoder_relu"), small_start(tasks.named("characters_wide")), small_start(wide)]
+    narrow, capitals = tasks.named("characters_wide"), partial(data.text, window=24, capitals=True)
+    found.append(replace(tasks.lora(ADAPTERS, narrow, capitals, rank=4), part="validation"))
+    return {task.name: task for task in found}
+
+
+def finetuning() -> dict[str, tasks.Task]:
+    """Pretrained models on what they do not know: capitals only, far from it; and other samples of the same, close."""
+    lm = tasks.transformer("lm 48 x 2", 48, 2, 32, heads=4, part="validation")
+    capitals = replace(lm, data=partial(data.text, window=32, capitals=True), name="capitals")
+    digits = tasks.named("digits_wide")
+    found = [
+        pretrained(capitals, lm, 1500),
+        pretrained(lm, replace(lm, part="train"), 1500),
+        pretrained(digits, replace(digits, part="train"), 300),
+    ]
+    return {task.name: task for task in found}
+
+
+def finals(task: tasks.Task, rule: str, steps: int, seeds: int, multipliers: Sequence[float]) -> Tensor:
+    """Loss on fresh samples at the end of every run, (multipliers, seeds); inf where one has failed."""
+    count = seeds * len(multipliers)
+    settings = {key: x for key, x in SETTINGS.get(task.name, {}).items() if key in rules.get(rule).defaults}
+    particles = Particles(rule, task.shapes, count, settings)
+    weights = theta.starting_weights(rule, "constructed")
+    particles.set_weights({name: leaf.expand(count, *leaf.shape) for name, leaf in weights.items()})
+    samples, generator = task.samples(), seeded("run length", task.name)
+    start = task.start(seeds, generator)
+    repeated = {name: p.repeat(len(multipliers), *[1] * (p.dim() - 1)) for name, p in start.items()}
+    particles.restart(range(count), repeated)
+    rates = torch.tensor(multipliers, dtype=torch.float32).repeat_interleave(seeds)
+    horizons = torch.full((count,), steps, dtype=torch.int64)
+    for _ in range(steps):
+        leaves = {name: p.detach().requires_grad_() for name, p in particles.params.items()}
+        now = task.losses(leaves, samples.batch(seeds, task.batch, generator))
+        gradients = torch.autograd.grad(now.sum(), list(leaves.values()))
+        particles.update(dict(zip(leaves, gradients, strict=True)), now.detach(), rates, horizons)
+    with torch.no_grad():
+        batches = [samples.batch(seeds, task.batch, generator, fresh=True) for _ in range(evaluate.FRESH_BATCHES)]
+        losses = torch.stack([task.losses(particles.params, batch) for batch in batches]).mean(0)
+    losses[particles.failed | ~losses.isfinite()] = math.inf
+    return losses.view(len(multipliers), seeds)
+
+
+def sweep(names: Sequence[str], lengths: Sequence[int], multipliers: Sequence[float], seeds: int, only: Sequence[str]):
+    """Run everything that the file does not have yet."""
+    record = json.loads(FILE.read_text()) if FILE.is_file() else {"runs": {}}
+    for kind, found in (("from scratch", scratch()), ("fine-tuning", finetuning())):
+        for rule in names:
+            for steps in lengths:
+                for name, task in found.items():
+                    if only and name not in only:
+                        continue
+                    key = f"{rule} | {kind} | {name} | {steps}"
+                    done = record["runs"].setdefault(key, {})
+                    missing = [m for m in multipliers if f"{m:g}" not in done]
+                    if not missing:
+                        continue
+                    begin = time.perf_counter()
+                    scale = FINETUNE if kind == "fine-tuning" else 1.0
+                    rows = finals(task, rule, steps, seeds, [m * scale for m in missing])
+                    for m, row in zip(missing, rows.tolist(), strict=True):
+                        done[f"{m:g}"] = [x if math.isfinite(x) else None for x in row]
+                    shown = {m: f"{row.mean():.3f}" for m, row in zip(missing, rows, strict=True)}
+                    print(f"{time.perf_counter() - begin:5.0f} s  {key}  {shown}", flush=True)
+                    record |= {"machine": table.machine(), "seeds": seeds, "finetune": FINETUNE}
+                    FILE.write_text(json.dumps(rounded(record), indent=1) + "\n")
+
+
+def relative(record: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, dict[float, float]]]:
+    """(rule, kind, steps) -> task -> multiplier -> geometric mean of the loss relative to that at 1; a run that failed
+    counts as a thousand times the loss."""
+    found: dict[tuple[str, str, int], dict[str, dict[float, float]]] = {}
+    for key, runs in record["runs"].items():
+        rule, kind, task, steps = key.split(" | ")
+        logs = {float(m): [math.log(x or 1e3 * runs["1"][i]) for i, x in enumerate(row)] for m, row in runs.items()}
+        mean = {m: math.exp(sum(row) / len(row) - sum(logs[1.0]) / len(row)) for m, row in logs.items()}
+        found.setdefault((rule, kind, int(steps)), {})[task] = dict(sorted(mean.items()))
+    return found
+
+
+def power(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The N of multiplier 1 and the power of the least-squares line through the logarithms of (N, best multiplier)."""
+    logs = [(math.log(n), math.log(m)) for n, m in points]
+    mean_n, mean_m = (sum(column) / len(logs) for column in zip(*logs, strict=True))
+    slope = sum((n - mean_n) * (m - mean_m) for n, m in logs) / sum((n - mean_n) ** 2 for n, _ in logs)
+    return math.exp(mean_n - mean_m / slope) if slope else math.inf, -slope
+
+
+def fit() -> None:
+    """The table of what has been swept, and the line through the best multipliers of each rule from scratch."""
+    record = json.loads(FILE.read_text())
+    lines = [
+        "# Multiplier of the step size by length of the run",
+        "",
+        "Validation tasks: held-out loss at the end relative to that at multiplier 1, geometric mean over tasks; in",
+        "brackets the number of tasks of which this multiplier is the best. A run that failed counts 1,000 times.",
+        f"{record['seeds']} seeds. Multipliers of fine-tuning count times {record['finetune']:g}.",
+        "`python -m benchmarks.run_length sweep RULE ...`, then `fit`; "
+        + ", ".join(map(str, record["machine"].values())),
+        "",
+    ]
+    points: dict[str, list[tuple[int, float]]] = {}
+    for (rule, kind, steps), by_task in sorted(relative(record).items()):
+        best = {task: min(row, key=lambda m: row[m]) for task, row in by_task.items()}
+        common = sorted(set.intersection(*(set(row) for row in by_task.values())))
+        cells = []
+        for m in common:
+            mean = math.exp(sum(math.log(row[m]) for row in by_task.values()) / len(by_task))
+            cells.append(
+                f"x{m:g}: {mean:.3f} ({sum(b == m for b in best.values())})" if mean < 10 else f"x{m:g}: failed"
+            )
+        lines.append(f"- {rule}, {kind}, {steps} steps, {len(by_task)} tasks: {'; '.join(cells)}")
+        if kind == "from scratch":
+            points.setdefault(rule, []).extend((steps, b) for b in best.values())
+    lines.append("")
+    for rule, own in points.items():
+        if len({n for n, _ in own}) > 1:
+            start, slope = power(own)
+            lines.append(f"{rule}: the best multipliers lie about ({start:,.0f} / N)^{slope:.2f}.\n")
+    (RESULTS / "run_length.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sweep", "fit"))
+    parser.add_argument("rules", nargs="*")
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS)
+    parser.add_argument("--multipliers", type=float, nargs="+", default=MULTIPLIERS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", default=(), help="of these names; default: all")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.what == "sweep":
+        sweep(args.rules, args.steps, args.multipliers, args.seeds, args.tasks)
+    else:
+        fit()
+
+
+if __name__ == "__main__":
+    main()
