@@ -52,8 +52,8 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
     ends it says so if the run was much shorter than that, or longer. With every row of training logs it adds
     ``lopt/lr_mult_mean``, ``lopt/lr_mult_min``, ``lopt/lr_mult_max`` and ``lopt/update_rms``;
     ``lopt/nonfinite_steps`` once there are any; and in the first row what does not change:
-    ``lopt/length_multiplier``, where the rule has one, and ``lopt/weights``, a text, which goes to trackers only if
-    all of them take texts. Only then does it read from the device.
+    ``lopt/length_multiplier``, where the rule has one, and ``lopt/weights``, a text, which goes to trackers only if all
+    of them take texts. Only then does it read from the device.
 
     ``optim_args="log_layers=true"`` adds ``lopt/lr_mult/NAME`` and ``lopt/update_ratio/NAME`` of every tensor
     (:mod:`hf_lopt.hf.layers`), which ``python -m hf_lopt.plot`` draws.

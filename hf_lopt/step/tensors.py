@@ -397,9 +397,8 @@ class PreparedStep:
             if places != self._places:
                 self._places, self._places_there = places, None
                 self._settings_of.clear()
-        # NaN: the tensor has its own, in its state.
-        given = [math.nan if group[name] is None else group[name] for group in self._distinct]
-        values = given if factor == 1.0 else [value * factor for value in given]
+        values = [group[name] if factor == 1.0 else group[name] * factor for group in self._distinct]
+        values = [math.nan if value is None else value for value in values]  # the tensor has its own, in its state
         device = self.layout.device
         self.cache.device_settings.pop(name, None)
         if any(isinstance(value, Tensor) for value in values):
