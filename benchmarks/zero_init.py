@@ -303,12 +303,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "setting": f"{STEPS} steps of batches of {BATCH}, {options.seeds} seeds, held-out loss by floor",
     }
     if options.what == "sweep":
-        for kind in options.kinds:
-            found = floors(kind, *SWEEP[kind], options.seeds, contenders)
-            record.setdefault("kinds", {})[getattr(least_sizes, kind).name] = found
+        todo = [("kinds", getattr(least_sizes, kind).name, kind, *SWEEP[kind]) for kind in options.kinds]
     else:
-        record["biases"] = {name: floors("BIAS", name, BIASES, options.seeds, contenders) for name in PLAIN}
-    file.write_text(json.dumps(rounded(record, 4), indent=1) + "\n", encoding="utf-8")
+        todo = [("biases", name, "BIAS", name, BIASES) for name in PLAIN]
+    for part, key, *what in todo:
+        record.setdefault(part, {})[key] = floors(*what, options.seeds, contenders)
+        file.write_text(json.dumps(rounded(record, 4), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

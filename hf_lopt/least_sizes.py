@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hf_lopt import distributed
+from hf_lopt import distributed, notices
 from hf_lopt.live_modules import models_of
 from hf_lopt.parameters import Parameter, describe
 
@@ -55,8 +54,8 @@ ONE_PLUS = Kind("norms stored as 1 + w", 1.0)
 NORM = Kind("scales of norms", 0.1)
 TABLE = Kind("tables", 0.05)
 PROJECTION = Kind("projections", 0.02)
-SCALE = Kind("layer scales", 0.1)
-GATE = Kind("gates", 0.1)
+SCALE = Kind("layer scales", 0.3)
+GATE = Kind("gates", 1.0)
 BIAS = Kind("biases", 0.0)
 VECTOR = Kind("vectors of zeros", 0.0)
 # At 0.01, LoRA on a 135M language model learned a third as much in as many steps.
@@ -100,11 +99,8 @@ def decide(pairs: Iterable[tuple[Tensor, Mapping[str, Any]]], state: MutableMapp
         told[kind] += floor > 0
     parts = ", ".join(f"{count} {kind.name} ({kind.floor:g})" for kind, count in told.items() if count)
     if parts and distributed.rank() == 0:
-        warnings.warn(
-            f"{KEY}: {parts}: {name}'s step is relative to the size of a tensor, and these count as at least that "
-            f"large. {KEY}=0 leaves it out.",
-            stacklevel=5,
-        )
+        full = f"{name}'s step is relative to the size of a tensor, and these count as at least that large"
+        notices.note(f"{KEY}: {parts}", f"{KEY}: {parts}: {full}. {KEY}=0 leaves it out.")
 
 
 def described(state: Mapping[Tensor, Mapping[str, Any]]) -> str:
@@ -146,13 +142,15 @@ def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[_S
         id(p): _by_name(p, size, names[id(p)]) if id(p) in names else _by_value(p, size)
         for (p, _), size in zip(pairs, sizes, strict=True)
     }
+    if all(size.rms >= NEAR_ZERO for size in sizes):  # adapters have tensors of zeros, too
+        return found
     by_id = {id(p): size for (p, _), size in zip(pairs, sizes, strict=True)}
-    for model in models_of(p for p, _ in pairs):
+    for model in reversed(models_of(p for p, _ in pairs)):  # the one that owns most of them decides
         adapters = tuple(_adapters(model))
         for parameter in describe(model):
             size = by_id.get(id(parameter.tensor))
             if size is not None:
-                found[id(parameter.tensor)] = _by_module(model, parameter, size, adapters)
+                found[id(parameter.tensor)] = _by_module(parameter, size, adapters)
     return found
 
 
@@ -164,22 +162,28 @@ def _adapters(model: nn.Module) -> Iterable[tuple[str, str]]:
             yield prefix, f"{prefix}base_layer."
 
 
-def _by_module(model: nn.Module, parameter: Parameter, size: _Size, adapters: Sequence[tuple[str, str]]) -> Kind:
-    name, p, role = parameter.name, parameter.tensor, parameter.role
+def _by_module(parameter: Parameter, size: _Size, adapters: Sequence[tuple[str, str]]) -> Kind:
+    name, p, role, leaf = parameter.name, parameter.tensor, parameter.role, parameter.leaf
     if any(name.startswith(own) and not name.startswith(inside) for own, inside in adapters):
         return ADAPTER
-    path, _, leaf = name.rpartition(".")
     if role == "norm":
         if "bias" in leaf:
             return BIAS
-        return NORM if isinstance(_submodule(model, path), _TORCH_NORMS) else ONE_PLUS
-    if role == "bias":  # those of positions, with a row for each
-        return TABLE if _long_axes(p) > 1 else BIAS
+        return NORM if isinstance(parameter.owner, _TORCH_NORMS) else ONE_PLUS
+    if role == "bias":
+        return _bias(p, leaf)
     if role in ("embedding", "table"):
-        return TABLE
+        of_layer = parameter.in_layer and not isinstance(parameter.owner, (nn.Embedding, nn.EmbeddingBag))
+        return PROJECTION if of_layer else TABLE
     if parameter.in_layer:
         return PROJECTION
     return _bare(p, size, leaf)
+
+
+def _bias(p: Tensor, leaf: str) -> Kind:
+    """Those of positions are tables with a row for each."""
+    is_table = _long_axes(p) > 1 and (_TABLE_NAME.search(leaf) or "attention" in leaf)
+    return TABLE if is_table else BIAS
 
 
 def _bare(p: Tensor, size: _Size, leaf: str) -> Kind:
@@ -196,7 +200,7 @@ def _by_name(p: Tensor, size: _Size, name: str) -> Kind:
     if _ADAPTER_NAME.search(name):
         return ADAPTER
     if "bias" in leaf:
-        return TABLE if _long_axes(p) > 1 else BIAS
+        return _bias(p, leaf)
     if leaf != "weight":
         return _bare(p, size, leaf)
     if _long_axes(p) > 1:
@@ -217,10 +221,3 @@ def _by_value(p: Tensor, size: _Size) -> Kind:
 
 def _long_axes(p: Tensor) -> int:
     return sum(n > 1 for n in p.shape)
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:  # tensors of torch.nn.utils.parametrize
-        return None

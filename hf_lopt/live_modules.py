@@ -14,8 +14,10 @@ def models_of(params: Iterable[Tensor]) -> list[nn.Module]:
     Modules that Python's garbage collector does not list (``gc.freeze``) are not found.
     """
     wanted = {id(p) for p in params}
-    # type(), because asking a lazy module or a dead weak proxy for its class has effects.
-    modules = [x for x in gc.get_objects() if issubclass(type(x), nn.Module) and "_modules" in vars(x)]
+    # type(), because asking a lazy module or a dead weak proxy for its class has effects; a set, because there are
+    # many objects.
+    classes = _with_subclasses(nn.Module)
+    modules = [x for x in gc.get_objects() if type(x) in classes and "_modules" in vars(x)]
     children = {id(child) for module in modules for child in vars(module)["_modules"].values()}
     owned = [
         (sum(id(p) in wanted for p in module.parameters()), i)
@@ -23,3 +25,12 @@ def models_of(params: Iterable[Tensor]) -> list[nn.Module]:
         if id(module) not in children
     ]
     return [modules[i] for count, i in sorted(owned, reverse=True) if count]
+
+
+def _with_subclasses(cls: type) -> set[type]:
+    found, todo = {cls}, [cls]
+    while todo:
+        new = set(type.__subclasses__(todo.pop())) - found
+        found |= new
+        todo += new
+    return found

@@ -6,10 +6,9 @@ of rank 8; one or two minutes on two CPU cores. The model needs: pip install --n
   python recipes/lora.py --compare adamw_torch=1e-3
   python recipes/lora.py --model meta-llama/Llama-3.2-1B --text_file book.txt --target_modules all-linear --rank 16
 
-The B matrix of an adapter starts at zero. VeLO and Celo scale every step by the size of the tensor, so that B would
-hardly leave zero in a short run. --min_param_scale sets the least size that they assume for a tensor; this recipe uses
-0.1, as Trainer does by itself for adapters with the embedded weights. 0 is the published rule, for models whose
-tensors all start away from zero.
+The B matrix of an adapter starts at zero. VeLO and Celo scale every step by the size of the tensor, and count the
+tensors of adapters as at least 0.1 large, without which B would hardly leave zero in a short run. --min_param_scale
+sets another least size, for all tensors; 0 is the published rule.
 """
 
 from collections.abc import Sequence
@@ -52,11 +51,11 @@ class Arguments(RecipeArguments):
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={"help": "Layers that get an adapter, by the end of their names; all-linear for every linear one."},
     )
-    min_param_scale: float = field(
-        default=0.1,
+    min_param_scale: float | None = field(
+        default=None,
         metadata={
             "help": "Least size of a tensor that VeLO and Celo assume when they scale its step; see above. 0: as "
-            "published."
+            "published. Default: theirs."
         },
     )
     max_steps: int = field(
@@ -74,7 +73,7 @@ class Arguments(RecipeArguments):
         self._require_positive("block_size", "eval_blocks", "rank", "alpha")
         if not 0 <= self.dropout < 1:
             raise InputError(f"--dropout is {self.dropout}; it must be at least 0 and less than 1")
-        if self.min_param_scale < 0:
+        if self.min_param_scale is not None and self.min_param_scale < 0:
             raise InputError(f"--min_param_scale is {self.min_param_scale}; it must be 0 or greater")
 
     def own_optim_args(self, optim: str) -> str | None:
@@ -84,6 +83,8 @@ class Arguments(RecipeArguments):
             and "min_param_scale" in learned_optimizer(optim, weights="bundled").rule.defaults
         )
         given = optim == self.optim and "min_param_scale" in (self.optim_args or "")
+        if self.min_param_scale is None:
+            return None
         return f"min_param_scale={self.min_param_scale:g}" if takes and not given else None
 
 

@@ -53,7 +53,7 @@ ALLOWED = {
     "parameters": {"step"},
     "param_groups": {"parameters", "step", "rules"},
     "live_modules": set(),
-    "least_sizes": {"live_modules", "parameters", "distributed"},
+    "least_sizes": {"live_modules", "parameters", "distributed", "notices"},
     "settings": {"arguments_given", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "rules"},

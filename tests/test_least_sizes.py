@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+import golden
 import hf_lopt
 from hf_lopt import least_sizes
 
@@ -208,9 +209,7 @@ def test_adapters():
 
 
 def test_published_weights_get_the_same():
-    from pathlib import Path
-
-    file = Path(__file__).resolve().parents[2] / "shared" / "golden" / "weights" / "celo.theta.state"
+    file = golden.OUTSIDE / "weights" / "celo.theta.state"
     if not file.is_file():
         pytest.skip("the published weights of Celo are not part of the repository")
     model = Zeros()

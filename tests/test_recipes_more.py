@@ -200,11 +200,14 @@ def test_lora_trains_only_adapters_and_sets_the_least_scale(tmp_path, small_llam
 
 
 def test_lora_gives_the_least_scale_to_those_that_take_it():
-    args = lora.Arguments(model="x")
+    assert lora.Arguments(model="x").own_optim_args("velo") is None
+    args = lora.Arguments(model="x", min_param_scale=0.1)
     assert args.own_optim_args("velo") == args.own_optim_args("celo") == "min_param_scale=0.1"
     assert all(args.own_optim_args(name) is None for name in ("adamw_torch", "celo2", "small_fc_lopt"))
     assert lora.Arguments(model="x", min_param_scale=0).own_optim_args("velo") == "min_param_scale=0"
-    assert lora.Arguments(model="x", optim_args="min_param_scale=0.2").own_optim_args("velo") is None
+    assert (
+        lora.Arguments(model="x", min_param_scale=0.1, optim_args="min_param_scale=0.2").own_optim_args("velo") is None
+    )
 
 
 @pytest.mark.parametrize(
