@@ -16,7 +16,7 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_saved_state, keep_float32
+from hf_lopt.saved_state import check_form, check_saved_state, keep_float32, own_memory
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
@@ -338,6 +338,7 @@ class LearnedOptimizer(GivenSettings):
             ValueError: if it is of another optimizer, another rule or other weights than this one, or does not fit
                 the parameters (:mod:`hf_lopt.saved_state`). The optimizer stays as it was.
         """
+        check_form(state_dict)
         weights = self._run_state.check_saved(state_dict["param_groups"])
         run_values = self._run_state.initial_values()
         check_saved_state(self._rule, weights.theta, self.param_groups, run_values, state_dict)
@@ -346,4 +347,5 @@ class LearnedOptimizer(GivenSettings):
         self._run_state.adopt(weights)
         self._run_state.keep_chosen_steps()
         keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)
+        own_memory(self.state)
         self._start_over()

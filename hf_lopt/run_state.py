@@ -121,10 +121,14 @@ class RunState:
             weights = earlier(rule, first, self._rule.shapes) or weights
         for group in groups:
             saved_rule, saved_weights = group.get("rule"), group.get("weights_sha256")
-            if saved_rule != rule:
-                got = f"the rule {saved_rule!r}" if saved_rule else "another optimizer, which names no rule"
+            if not isinstance(saved_rule, str) or saved_rule != rule:
+                got = (
+                    f"the rule {saved_rule!r}"
+                    if isinstance(saved_rule, str)
+                    else "another optimizer, which names no rule"
+                )
                 raise ValueError(f"this checkpoint is of {got}; this optimizer is {rule!r}. Use the same one.")
-            if saved_weights != weights.sha256:
+            if not isinstance(saved_weights, str) or saved_weights != weights.sha256:
                 raise ValueError(
                     f"this checkpoint was made with the weights {group.get('weights_source')!r} (sha256 "
                     f"{str(saved_weights)[:12]}), but {weights.source!r} (sha256 "

@@ -10,14 +10,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
-from hf_lopt.settings import check_settings
+from hf_lopt.settings import MOST_STEPS, check_settings
 from hf_lopt.step.networks import Theta
 
 
@@ -29,6 +30,9 @@ _NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "fac
 _GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
 # Kept where a group leaves it to the optimizer. Checkpoints from before that have a number in every group.
 _OWN_FLOOR = "min_param_scale"
+# What such an update has so far. With a number in it that is not finite it is skipped as a whole and forgotten, so a
+# checkpoint from the middle of it is as good as any other.
+_GATHERED = (_GRADIENT_SUM, "accumulated_loss")
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -41,6 +45,70 @@ _OTHER_ROUTES = (
 )
 
 
+def check_form(state_dict: Any) -> None:
+    """See that something is a state dict at all, whatever it is the state of.
+
+    Raises:
+        ValueError: if it has not the form of ``torch.optim.Optimizer.state_dict``.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        _refuse_form(f"got {_describe(state_dict)}")
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, Mapping):
+        _refuse_form(f"its state is {_describe(state)}")
+    if not isinstance(groups, (list, tuple)):
+        _refuse_form(f"its param_groups are {_describe(groups)}")
+    seen: set[Any] = set()
+    for g, group in enumerate(groups):
+        ids = group.get("params") if isinstance(group, Mapping) else None
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, str)) for i in ids):
+            _refuse_form(f"its group {g} has no list of parameters")
+        twice = next((i for k, i in enumerate(ids) if i in seen or i in ids[:k]), None)
+        if twice is not None:
+            _refuse_form(f"its groups list the parameter {twice!r} twice")
+        seen.update(ids)
+    for i, values in state.items():
+        if not isinstance(values, Mapping):
+            _refuse_form(f"its state of the parameter {i!r} is {_describe(values)}")
+
+
+def _refuse_form(problem: str) -> NoReturn:
+    raise ValueError(f"this is not the state dict of an optimizer: {problem}. {_WAY_OUT}")
+
+
+@dataclass
+class _Values:
+    """Numbers of saved tensors that are still to be looked at, all together: an accelerator is waited for once.
+
+    One pass over memory without temporaries per tensor: what is NaN or infinite shows in the extremes.
+    """
+
+    names: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    extremes: list[Tensor] = field(default_factory=list)
+
+    def add(self, name: str, key: str, values: Tensor) -> None:
+        """``values`` (…) float32 of the state ``key``."""
+        self.names.append(name)
+        self.keys.append(key)
+        self.extremes += torch.aminmax(values.detach())
+
+    def differences(self) -> Iterable[str]:
+        """What is wrong with the numbers of the tensors that were added."""
+        by_device: dict[torch.device, list[int]] = {}
+        for place, extreme in enumerate(self.extremes):
+            by_device.setdefault(extreme.device, []).append(place)
+        found = [0.0] * len(self.extremes)
+        for places in by_device.values():
+            for place, value in zip(places, torch.stack([self.extremes[k] for k in places]).tolist(), strict=True):
+                found[place] = value
+        for name, key, low, high in zip(self.names, self.keys, found[::2], found[1::2], strict=True):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                yield f"{name}: has values that are NaN or infinite"
+            elif key in _NON_NEGATIVE and low < 0.0:
+                yield f"{name}: averages of squares cannot be negative, got {low:.3g}"
+
+
 def check_saved_state(
     rule: Rule,
     theta: Theta,
@@ -51,7 +119,7 @@ def check_saved_state(
     """Compare a state dict with the optimizer that is to take it.
 
     Args:
-        rule: the optimizer's rule; that the state dict is of the same one has been checked.
+        rule: the optimizer's rule; that the state dict has the form of one and is of the same rule has been checked.
         theta: its weights.
         groups: its ``param_groups``.
         run_values: the values of a run that has not begun: counters and tensors of the run, by name.
@@ -68,16 +136,19 @@ def check_saved_state(
             f"(got {_routes(rule, saved_groups)}; this has {_routes(rule, groups)})"
         )
     known: set[Any] = set()
+    values = _Values()
     wanted = functools.cache(functools.partial(_wanted_of_words, rule, theta))
     for g, (ours, theirs) in enumerate(zip(groups, saved_groups, strict=False)):
         differences += _group_differences(rule, f"group {g}", ours, theirs, run_values)
+        differences += _other_run(f"group {g}", saved_groups[0], theirs, run_values)
         params, ids = ours["params"], theirs["params"]
         known |= set(ids)
         if len(params) != len(ids):
             differences.append(f"group {g}: got {len(ids)} parameters, this optimizer has {len(params)}")
         for i, p in zip(ids, params, strict=False):
             name = f"parameter {i} of shape {tuple(p.shape)}"
-            differences += _state_differences(rule, wanted, name, p, theirs, saved.get(i, {}), bool(saved))
+            differences += _state_differences(rule, wanted, name, p, theirs, saved.get(i, {}), values, bool(saved))
+    differences += values.differences()
     differences += [f"state of parameter {i!r}, which is in no group" for i in saved if i not in known]
     if differences:
         more = len(differences) - _LISTED
@@ -100,17 +171,37 @@ def _group_differences(
     except ValueError as error:
         yield f"{name}: {error}"
     if rule.needs_horizon and not _is_count(theirs.get("num_training_steps", 0)):
-        yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r}"
+        yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r:.40}"
     multiplier = theirs.get("length_multiplier", 1.0)  # old checkpoints have none
     if not isinstance(multiplier, (int, float)) or not (math.isfinite(multiplier) and multiplier >= 0.0):
         yield f"{name}: length_multiplier must be a finite number >= 0, got {multiplier!r}"
     for key, wanted in run_values.items():
         if key in theirs:
-            yield from _run_differences(f"{name}, {key}", wanted, theirs[key])
+            yield from _run_differences(f"{name}, {key}", wanted, theirs[key], key in _GATHERED)
 
 
-def _run_differences(name: str, wanted: Any, got: Any) -> Iterable[str]:
-    """What is wrong with a value of the run: a number of calls, a counter, or a tensor of the rule."""
+def _other_run(
+    name: str, first: Mapping[str, Any], group: Mapping[str, Any], run_values: Mapping[str, Any]
+) -> Iterable[str]:
+    """What of the run has one value in the first group and another in this one."""
+    for key in (*run_values, "num_training_steps"):
+        a, b = first.get(key), group.get(key)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if (
+                a.shape == b.shape
+                and a.dtype == b.dtype
+                and not torch.equal(a.nan_to_num(), b.to(a.device).nan_to_num())
+            ):
+                yield f"{name}, {key}: is not that of group 0"
+        elif isinstance(a, (int, float)) and isinstance(b, (int, float)) and a != b:
+            yield f"{name}, {key}: got {b!r}, group 0 has {a!r}"
+
+
+def _run_differences(name: str, wanted: Any, got: Any, any_number: bool) -> Iterable[str]:
+    """What is wrong with a value of the run: a number of calls, a counter, or a tensor of the rule.
+
+    ``any_number``: whether it may be one that is not finite.
+    """
     if not isinstance(wanted, Tensor):
         if not _is_count(got):
             yield f"{name}: got {got!r}, wanted a whole number >= 0"
@@ -120,7 +211,7 @@ def _run_differences(name: str, wanted: Any, got: Any) -> Iterable[str]:
     elif not wanted.is_floating_point():
         if int(got) < 0:
             yield f"{name}: got {int(got)}, wanted a count >= 0"
-    elif not torch.isfinite(got).all():
+    elif not any_number and not torch.isfinite(got).all():
         yield f"{name}: has values that are NaN or infinite"
 
 
@@ -131,17 +222,21 @@ def _state_differences(
     p: Tensor,
     group: Mapping[str, Any],
     saved: Mapping[str, Any],
+    values: _Values,
     any_state: bool,
 ) -> Iterable[str]:
-    """What is wrong with the state of one parameter. ``any_state``: the state dict has state of some parameter."""
-    if not saved:
-        if any_state and p.numel() and p.requires_grad:
-            yield f"{name}: no state"
-        return
+    """What is wrong with the state of one parameter, but for its numbers, which ``values`` takes.
+
+    ``any_state``: the state dict has state of some parameter.
+    """
     try:
         wanted = wanted_of(tuple(p.shape), p.dtype, **{name: group[name] for name in rule.words})
     except (ValueError, TypeError, KeyError) as error:  # a group's axis order or branch that means nothing
         yield f"{name}: {error}"
+        return
+    if not saved:
+        if any_state and p.numel() and p.requires_grad:
+            yield f"{name}: no state"
         return
     optional = {_GRADIENT_SUM, _GRADIENTS_SUMMED} if "max_training_steps" in rule.defaults else set()
     if _OWN_FLOOR in rule.per_group:
@@ -150,7 +245,7 @@ def _state_differences(
         wanted = {**wanted, **floor}
     if missing := sorted(wanted.keys() - saved.keys() - optional):
         yield f"{name}: lacks {', '.join(missing)}"
-    if extra := sorted(saved.keys() - wanted.keys() - optional):
+    if extra := sorted(map(str, saved.keys() - wanted.keys() - optional)):
         yield f"{name}: has {', '.join(extra)}, which {rule.class_name} does not keep for it"
     wanted = {**wanted, _GRADIENT_SUM: torch.empty(p.shape, dtype=torch.float32, device="meta")}
     for key, got in saved.items():
@@ -158,7 +253,7 @@ def _state_differences(
             if not _is_count(got):
                 yield f"{name}, {key}: got {got!r}, wanted a whole number >= 0"
         elif key in wanted:
-            yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, distributed.is_dtensor(p))
+            yield from _tensor_differences(f"{name}, {key}", key, wanted[key], got, p, values)
 
 
 def _wanted_of_words(
@@ -176,24 +271,20 @@ def wanted_state(
     return rule.init_state(torch.empty(shape, dtype=dtype, device="meta"), settings, theta)
 
 
-def _tensor_differences(name: str, key: str, wanted: Tensor, got: Any, sharded: bool) -> Iterable[str]:
-    """What is wrong with one tensor of the state; ``wanted`` has its global shape and dtype, but no values."""
+def _tensor_differences(name: str, key: str, wanted: Tensor, got: Any, p: Tensor, values: _Values) -> Iterable[str]:
+    """What is wrong with one tensor of the state of ``p``; ``wanted`` has its global shape and dtype, no values."""
     if not isinstance(got, Tensor) or got.shape != wanted.shape or got.dtype != wanted.dtype:
         yield f"{name}: got {_describe(got)}, wanted {_describe(wanted)}"
         return
     # The scheduler's vectors belong to no axis of the parameter and are the same on all ranks.
-    if wanted.dim() > 1 and sharded and not distributed.is_dtensor(got):
+    if wanted.dim() > 1 and distributed.is_dtensor(p) and not distributed.is_dtensor(got):
         yield f"{name}: got an ordinary tensor, wanted a DTensor like its parameter"
         return
-    values = distributed.local(got)
-    if not values.numel() or values.device.type == "meta":
-        return
-    # One pass over memory, without temporaries: NaN and infinities show in the extremes.
-    low, high = (x.item() for x in torch.aminmax(values))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        yield f"{name}: has values that are NaN or infinite"
-    elif key in _NON_NEGATIVE and low < 0.0:
-        yield f"{name}: averages of squares cannot be negative, got {low:.3g}"
+    local = distributed.local(got)
+    if local.layout != torch.strided or local.is_quantized or (local.is_meta and not distributed.local(p).is_meta):
+        yield f"{name}: got a tensor that is sparse, quantized or without memory, wanted an ordinary one"
+    elif local.numel() and not local.is_meta and key not in _GATHERED:
+        values.add(name, key, local)
 
 
 def _routes(rule: Rule, groups: Sequence[Mapping[str, Any]]) -> str:
@@ -208,13 +299,31 @@ def _number(value: Any) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST_STEPS
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def own_memory(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Give memory of its own to each tensor whose numbers lie in that of another one, or of one another.
+
+    Steps write in place. A tensor that was expanded or is there twice would have what was written for another.
+    """
+    seen: set[int] = set()
+    for values in state.values():
+        for key, value in values.items():
+            if not isinstance(value, Tensor) or distributed.local(value).is_meta:
+                continue
+            local = distributed.local(value)
+            storage = local.untyped_storage().data_ptr()
+            expanded = any(stride == 0 and n > 1 for stride, n in zip(local.stride(), local.shape, strict=True))
+            if expanded or (storage in seen and local.numel()):
+                values[key] = value.clone(memory_format=torch.contiguous_format)
+            seen.add(storage)
 
 
 def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:

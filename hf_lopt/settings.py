@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,10 +21,19 @@ _NON_NEGATIVE = (
     *("lr", "weight_decay", "min_param_scale", "bank_scale", "step_mult", "exp_mult", "step_scale"),
     *("adam_lr_mult", "max_grad_norm"),
 )
+_MOST = torch.finfo(torch.float32).max
+# More than any run; the step counts in int64 and computes in float64.
+MOST_STEPS = 2**53
+_SWITCHES = ("orthogonalize", "adam_bias_correction")
 # What the Newton-Schulz iteration may run in.
 NS_DTYPES = ("float32", "tf32", "bfloat16", "auto")
 # Where the weights were found may differ from machine to machine; their content may not.
 _MAY_DIFFER = ("weights_source", "weights_origin")
+
+
+def is_rate(value: float) -> bool:
+    """Whether a number is finite, also in the float32 of the step, and not negative."""
+    return 0.0 <= value <= _MOST
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -34,8 +42,9 @@ def positive_int(name: str, value: Any) -> int:
         number = operator.index(value)
     except TypeError:
         number = int(value) if isinstance(value, float) and value.is_integer() else 0
-    if number <= 0 or isinstance(value, bool):
-        raise ValueError(f"{name} must be a whole number of optimizer steps above 0, got {value!r}")
+    if not 0 < number <= MOST_STEPS or isinstance(value, bool):
+        limit = f" and at most {MOST_STEPS}" if number > 0 else ""
+        raise ValueError(f"{name} must be a whole number of optimizer steps above 0{limit}, got {value!r:.40}")
     return number
 
 
@@ -67,13 +76,18 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         value = settings.get(name, 0.0)
         if value is None and name == "min_param_scale":  # each tensor has its own
             continue
-        if isinstance(value, Tensor):  # a schedule on the device; reading it would synchronise
+        # A schedule on the device; reading it would synchronise.
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_rate(value):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     check_axis_order(settings.get("axis_order", "torch"))
-    if settings.get("ns_dtype", "float32") not in NS_DTYPES:
-        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {settings['ns_dtype']!r}")
+    word = settings.get("ns_dtype", "float32")
+    if not isinstance(word, str) or word not in NS_DTYPES:
+        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {word!r}")
+    for name in _SWITCHES:
+        if not isinstance(settings.get(name, True), bool):
+            raise ValueError(f"{name} must be True or False, got {settings[name]!r}")
     longest = settings.get("max_training_steps", 0)
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
         raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")

@@ -7,7 +7,6 @@ beginning.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
 from hf_lopt.saved_state import wanted_state
-from hf_lopt.settings import DTYPES, check_gradient
+from hf_lopt.settings import DTYPES, check_gradient, is_rate
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.networks import Theta
 
@@ -109,7 +108,7 @@ class StepInputs:
             # A step whose settings lie on an accelerator is skipped there, see `PreparedStep.setting`.
             if value is None or (isinstance(value, Tensor) and value.device.type != "cpu"):
                 continue
-            if not (math.isfinite(value) and value >= 0.0):
+            if not is_rate(value):
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
     def _check_parameter(self, p: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -136,6 +136,12 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "losses": (setting("loss_means", torch.zeros(9)), r"loss_means: got float32 \(9,\), wanted float32 \(10,\)"),
     "losses nan": (setting("loss_means", torch.full((10,), float("nan"))), r"loss_means: has values"),
     "accumulated": (setting("accumulated", -1), r"accumulated: got -1"),
+    "no memory": (put("momentum", torch.zeros(3, 16, 12, device="meta")), r"momentum: got a tensor that is sparse"),
+    "sparse": (put("momentum", torch.zeros(3, 16, 12).to_sparse()), r"momentum: got a tensor that is sparse"),
+    "lr that no float holds": (setting("lr", 10**400), r"lr must be a finite number >= 0"),
+    "horizon that no count holds": (setting("num_training_steps", 2**60), r"num_training_steps must be"),
+    "lr of two numbers": (setting("lr", torch.ones(2)), r"lr must be"),
+    "axis order, a list": (setting("axis_order", ["torch"]), r"axis_order must be one of"),
 }
 
 
@@ -229,3 +235,64 @@ def test_accumulated_gradients_are_loaded_and_checked():
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(bad)
     assert everything(optimizer) == before
+
+
+def test_a_checkpoint_within_an_update_that_will_be_skipped_goes_on():
+    """A NaN in the first of two calls skips the update; between them the sum has it, and a checkpoint is taken."""
+    optimizer = make(max_training_steps=10)
+    params = optimizer.param_groups[0]["params"]
+    for p in params:
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step(1.0)
+    fresh = make(max_training_steps=10)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    before = [p.detach().clone() for p in fresh.param_groups[0]["params"]]
+    with pytest.warns(RuntimeWarning, match="skipped a step"):
+        step(fresh)
+    assert fresh.steps_done == 0
+    assert all(torch.equal(p, q) for p, q in zip(fresh.param_groups[0]["params"], before, strict=True))
+    step(fresh)
+    step(fresh)
+    assert fresh.steps_done == 1
+
+
+# What is no state dict, and what the message has to say about it.
+FORMS: dict[str, tuple[Callable[[State], Any], str]] = {
+    "none": (lambda saved: None, "got NoneType None"),
+    "list": (lambda saved: [], r"got list \[\]"),
+    "no groups": (lambda saved: {"state": saved["state"]}, "got dict"),
+    "state": (lambda saved: saved | {"state": torch.zeros(1)}, "its state is float32"),
+    "groups": (lambda saved: saved | {"param_groups": 1}, "its param_groups are int 1"),
+    "group": (lambda saved: saved | {"param_groups": [1]}, "group 0 has no list of parameters"),
+    "ids": (lambda saved: saved | {"param_groups": [{"params": 1}]}, "group 0 has no list of parameters"),
+    "lists as ids": (lambda saved: saved | {"param_groups": [{"params": [[0]]}]}, "group 0 has no list"),
+    "twice": (lambda saved: saved | {"param_groups": [{"params": [0, 1, 0]}]}, "the parameter 0 twice"),
+    "state of one": (lambda saved: saved | {"state": {0: torch.zeros(2)}}, "state of the parameter 0 is float32"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_state_dict_is_a_value_error(form: str):
+    optimizer = stepped()
+    before, saved = everything(optimizer), copy.deepcopy(optimizer.state_dict())
+    change, message = FORMS[form]
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(change(saved))
+    assert everything(optimizer) == before
+
+
+def test_tensors_that_share_memory_get_their_own():
+    """Of one parameter with itself, where it was expanded, and of two: steps write in place."""
+    optimizer, twin = make(), make()
+    saved = copy.deepcopy(stepped().state_dict())
+    state = saved["state"]
+    state[0]["momentum"] = torch.full((1, 1, 1), 0.25).expand(state[0]["momentum"].shape)
+    state[0]["lstm_hidden"] = state[1]["lstm_hidden"] = state[2]["lstm_hidden"]
+    twin.load_state_dict(copy.deepcopy(saved))
+    for values in twin.state.values():
+        for key, value in values.items():
+            values[key] = value.clone(memory_format=torch.contiguous_format)
+    optimizer.load_state_dict(saved)
+    step(optimizer)
+    step(twin)
+    assert everything(optimizer) == everything(twin)

@@ -55,6 +55,12 @@ class ConstantSchedule(LRScheduler):
         self.__dict__.update({key: state_dict[key] for key in ("last_epoch", "_step_count") if key in state_dict})
 
 
+def _accumulated_batches() -> int:
+    """Batches of one optimizer step, as far as Accelerate knows; 1 where it is not in use."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    return int(state().num_steps) if state is not None and state._shared_state else 1
+
+
 @dataclass
 class Run:
     """What is known of the run of one optimizer that took the place of another.
@@ -167,7 +173,10 @@ class Run:
         optimizer.num_training_steps = -(-self.total // scheduler_steps)
         pace = f", which moves {scheduler_steps} times in each" if scheduler_steps > 1 else ""
         length = f"{self.rule.class_name} trains for {optimizer.num_training_steps} steps"
-        messages.say(f"{length}, as the script told its scheduler{pace}; --steps N says otherwise")
+        window = _accumulated_batches()
+        hint = f" (it accumulates {window} batches: if it counted those, --steps {-(-self.total // window)})"
+        hint = hint if window > 1 and scheduler_steps == 1 else ""
+        messages.say(f"{length}, as the script told its scheduler{pace}; --steps N says otherwise{hint}")
 
     def _check_pace(self, optimizer: LearnedOptimizer) -> None:
         """The scheduler's steps are the optimizer's only if the script moves both together."""

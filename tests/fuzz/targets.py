@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from . import concurrent_files, optim_args, weight_files
+from . import concurrent_files, operations, optim_args, state_dicts, weight_files
 from .outcomes import Result
 
 
@@ -35,5 +35,7 @@ TARGETS = {
         Target("weight_files", weight_files.run),
         Target("concurrent_files", concurrent_files.run, isolated=True, seconds=10.0),
         Target("optim_args", optim_args.run, seconds=5.0),
+        Target("state_dicts", state_dicts.run, isolated=True, seconds=10.0),
+        Target("operations", operations.run, isolated=True, seconds=20.0),
     )
 }
