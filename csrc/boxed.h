@@ -21,8 +21,8 @@ inline Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sum
 
 inline std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
                                                       Tensor scale, Tensor decay, double exp_mult, Tensor skip,
-                                                      Tensors out) {
-    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out});
+                                                      Tensors out, bool tf32) {
+    return apply_network(HF_LOPT_COMMON_ARGUMENTS, {weights, biases, scale, decay, exp_mult, skip, out, tf32});
 }
 
 #undef HF_LOPT_COMMON_PARAMETERS

@@ -29,6 +29,8 @@ _NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "fac
 _GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
 # Kept where a group leaves it to the optimizer. Checkpoints from before that have a number in every group.
 _OWN_FLOOR = "min_param_scale"
+# Settings that rules have not always had: an older state dict lacks them, and leaves them as they are.
+_LATER = frozenset(("precision",))
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -92,7 +94,9 @@ def _group_differences(
     rule: Rule, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run_values: Mapping[str, Any]
 ) -> Iterable[str]:
     """What is wrong with the settings and the run of one group."""
-    missing = [key for key in ours if key not in theirs and key in {*rule.defaults, *run_values} - {"weights"}]
+    missing = [
+        key for key in ours if key not in theirs and key in {*rule.defaults, *run_values} - {"weights", *_LATER}
+    ]
     if missing:
         yield f"{name} lacks {', '.join(missing)}"
     try:
@@ -215,6 +219,13 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r:.40}"
+
+
+def with_later_settings(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state dict, with those of the ``groups`` for settings that it is too old to have."""
+    pairs = zip(state_dict["param_groups"], groups, strict=True)
+    completed = [{key: ours[key] for key in _LATER & ours.keys()} | theirs for theirs, ours in pairs]
+    return state_dict | {"param_groups": completed}
 
 
 def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:

@@ -24,6 +24,8 @@ _NON_NEGATIVE = (
 )
 # What the Newton-Schulz iteration may run in.
 NS_DTYPES = ("float32", "bfloat16")
+# How the network of small_fc_lopt is evaluated on a GPU.
+PRECISIONS = ("exact", "tf32")
 # Where the weights were found may differ from machine to machine; their content may not.
 _MAY_DIFFER = ("weights_source", "weights_origin")
 
@@ -74,6 +76,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     check_axis_order(settings.get("axis_order", "torch"))
     if settings.get("ns_dtype", "float32") not in NS_DTYPES:
         raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {settings['ns_dtype']!r}")
+    if settings.get("precision", "exact") not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {settings['precision']!r}")
     longest = settings.get("max_training_steps", 0)
     if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
         raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")

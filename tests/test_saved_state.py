@@ -229,3 +229,13 @@ def test_accumulated_gradients_are_loaded_and_checked():
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(bad)
     assert everything(optimizer) == before
+
+
+def test_a_state_dict_from_before_a_setting_leaves_it_as_it_is():
+    saved = stepped("small_fc_lopt").state_dict()
+    for group in saved["param_groups"]:
+        del group["precision"]
+    optimizer = make("small_fc_lopt", precision="tf32")
+    optimizer.load_state_dict(saved)
+    assert [group["precision"] for group in optimizer.param_groups] == ["tf32"] and optimizer.steps_done == 1
+    step(optimizer)
