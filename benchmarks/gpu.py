@@ -56,7 +56,12 @@ from hf_lopt.kernels import dispatch
 
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"sizes": ["355M"], "rules": ["velo", "small_fc_lopt", "celo2"], "seconds": 1.5, "limit": 150.0}
+QUICK = {
+    "sizes": ["355M"],
+    "rules": ["velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo2"],
+    "seconds": 1.5,
+    "limit": 150.0,
+}
 THOROUGH = {"sizes": list(SIZES), "rules": list(RULES), "seconds": 6.0, "limit": 570.0}
 NO_TIME = {"result": "not run: time"}
 

@@ -23,7 +23,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of the floor per parameter where there are three passes: gradient three times, parameter read twice and written
 # once, the state likewise.
 FLOOR = {"fp32": 72, "bf16": 60}
-THREE_PASSES = ("velo", "small_fc_lopt")
+THREE_PASSES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32")
 SMALL_SHAPES = [(), (7,), (600,), (33, 70), (300, 130), (130, 300), (8, 4, 3, 3), (6, 3, 7, 7), (3, 20, 36)]
 
 
@@ -37,14 +37,23 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
     return params
 
 
+def optimizer_of(name: str, params: list[torch.nn.Parameter]) -> Any:
+    """Of a rule, or of a rule and its precision."""
+    rule, _, precision = name.partition(":")
+    optimizer = build(rule, params)
+    for group in optimizer.param_groups if precision else ():
+        group["precision"] = precision
+    return optimizer
+
+
 def small_steps(device: str) -> None:
     """A few steps of every rule on small tensors of all kinds: what compute-sanitizer looks at."""
-    for name in rules.names():
+    for name in (*rules.names(), "small_fc_lopt:tf32"):
         if name == "rnn_mlp":  # has no kernels
             continue
         for dtype in DTYPES.values():
             params = parameters(SMALL_SHAPES, dtype, device)
-            optimizer = build(name, params)
+            optimizer = optimizer_of(name, params)
             for _ in range(2):
                 optimizer.step(torch.tensor(1.0, device=device))
             assert all(p.isfinite().all() for p in params), name
@@ -122,7 +131,7 @@ def copy_bandwidth(device: str) -> float:
 def kernels(rule: str, size: str, dtype: str, device: str, bandwidth: float | None) -> dict[str, Any]:
     """One row of the table of kernels: where the device's time of a step goes, and the host's time."""
     shapes = SIZES[size] if device == "cuda" else TINY
-    optimizer = build(rule, parameters(shapes, DTYPES[dtype], device))
+    optimizer = optimizer_of(rule, parameters(shapes, DTYPES[dtype], device))
     loss = torch.tensor(2.0, device=device)
     for _ in range(3):
         optimizer.step(loss)
@@ -164,7 +173,7 @@ def measure(
     """One row of the table of times, in about ``seconds``; ``bandwidth``: of a copy, GB/s."""
     shapes = SIZES[size] if device == "cuda" else TINY
     numel = sum(math.prod(s) for s in shapes)
-    optimizer = build(rule, parameters(shapes, DTYPES[dtype], device))
+    optimizer = optimizer_of(rule, parameters(shapes, DTYPES[dtype], device))
     loss = torch.tensor(2.0, device=device)
     adamw = torch.optim.AdamW(parameters(shapes, DTYPES[dtype], device), fused=True)
 
@@ -207,7 +216,7 @@ def time_of_graph(step: Callable[[], Any], per_round: int) -> dict[str, Any]:
 def count_launches(rule: str, layers: int, device: str) -> dict[str, Any]:
     """One row of the table of launches: a GPT-2 of so many layers."""
     shapes = gpt2(64 if device == "cuda" else 8, layers, 1000 if device == "cuda" else 16, context=4)
-    optimizer = build(rule, parameters(shapes, torch.float32, device))
+    optimizer = optimizer_of(rule, parameters(shapes, torch.float32, device))
     loss = torch.tensor(1.0, device=device)
     for _ in range(3):
         optimizer.step(loss)

@@ -12,7 +12,7 @@ from benchmarks.gpu_measure import DTYPES, SIZES, THREE_PASSES
 from benchmarks.storing import use_palette
 
 
-RULES = ("velo", "small_fc_lopt", "celo_adam", "celo2_base", "celo2")
+RULES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base", "celo2")
 # Shares of the bandwidth of a copy, measured in the same run.
 TARGETS = {
     ("velo", "355M", "fp32"): 0.85,

@@ -37,9 +37,9 @@ inline Tensor boxed_feature_sums(HF_LOPT_COMMON_PARAMETERS) { return feature_sum
 
 inline std::tuple<Tensor, Tensor> boxed_apply_network(HF_LOPT_COMMON_PARAMETERS, Tensors weights, Tensors biases,
                                                       Tensor scale, Tensor decay, double exp_mult, Tensor skip,
-                                                      Tensors out) {
+                                                      Tensors out, bool tf32) {
     return apply_network(HF_LOPT_COMMON_ARGUMENTS,
-                         {std::move(weights), std::move(biases), scale, decay, exp_mult, skip, std::move(out)});
+                         {std::move(weights), std::move(biases), scale, decay, exp_mult, skip, std::move(out), tf32});
 }
 
 #undef HF_LOPT_COMMON_PARAMETERS

@@ -33,6 +33,7 @@ struct NetworkArguments {
     double exp_mult;
     Tensor skip;
     Tensors out;
+    bool tf32;  // products of many units may be in TF32, where a device has it
 };
 
 struct AdamArguments {

@@ -16,7 +16,7 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_form, check_saved_state, keep_float32, own_memory
+from hf_lopt.saved_state import check_form, check_saved_state, keep_float32, own_memory, with_later_settings
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
@@ -343,7 +343,7 @@ class LearnedOptimizer(GivenSettings):
         run_values = self._run_state.initial_values()
         check_saved_state(self._rule, weights.theta, self.param_groups, run_values, state_dict)
         saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
-        super().load_state_dict(state_dict)
+        super().load_state_dict(with_later_settings(state_dict, self.param_groups))
         self._run_state.adopt(weights)
         self._run_state.keep_chosen_steps()
         keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)

@@ -33,6 +33,8 @@ _OWN_FLOOR = "min_param_scale"
 # What such an update has so far. With a number in it that is not finite it is skipped as a whole and forgotten, so a
 # checkpoint from the middle of it is as good as any other.
 _GATHERED = (_GRADIENT_SUM, "accumulated_loss")
+# Settings that rules have not always had: an older state dict lacks them, and leaves them as they are.
+_LATER = frozenset(("precision",))
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -163,7 +165,9 @@ def _group_differences(
     rule: Rule, name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], run_values: Mapping[str, Any]
 ) -> Iterable[str]:
     """What is wrong with the settings and the run of one group."""
-    missing = [key for key in ours if key not in theirs and key in {*rule.defaults, *run_values} - {"weights"}]
+    missing = [
+        key for key in ours if key not in theirs and key in {*rule.defaults, *run_values} - {"weights", *_LATER}
+    ]
     if missing:
         yield f"{name} lacks {', '.join(missing)}"
     try:
@@ -324,6 +328,13 @@ def own_memory(state: Mapping[Tensor, dict[str, Any]]) -> None:
             if expanded or (storage in seen and local.numel()):
                 values[key] = value.clone(memory_format=torch.contiguous_format)
             seen.add(storage)
+
+
+def with_later_settings(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The state dict, with those of the ``groups`` for settings that it is too old to have."""
+    pairs = zip(state_dict["param_groups"], groups, strict=True)
+    completed = [{key: ours[key] for key in _LATER & ours.keys()} | theirs for theirs, ours in pairs]
+    return state_dict | {"param_groups": completed}
 
 
 def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:

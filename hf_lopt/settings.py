@@ -27,6 +27,8 @@ MOST_STEPS = 2**53
 _SWITCHES = ("orthogonalize", "adam_bias_correction")
 # What the Newton-Schulz iteration may run in.
 NS_DTYPES = ("float32", "tf32", "bfloat16", "auto")
+# How the network of small_fc_lopt is evaluated on a GPU.
+PRECISIONS = ("exact", "tf32")
 # Where the weights were found may differ from machine to machine; their content may not.
 _MAY_DIFFER = ("weights_source", "weights_origin")
 
@@ -82,9 +84,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_rate(value):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     check_axis_order(settings.get("axis_order", "torch"))
-    word = settings.get("ns_dtype", "float32")
-    if not isinstance(word, str) or word not in NS_DTYPES:
-        raise ValueError(f"ns_dtype must be one of {', '.join(NS_DTYPES)}, got {word!r}")
+    for name, known in (("ns_dtype", NS_DTYPES), ("precision", PRECISIONS)):
+        word = settings.get(name, known[0])
+        if not isinstance(word, str) or word not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")
     for name in _SWITCHES:
         if not isinstance(settings.get(name, True), bool):
             raise ValueError(f"{name} must be True or False, got {settings[name]!r}")

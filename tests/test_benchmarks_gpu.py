@@ -42,7 +42,7 @@ def test_a_quick_rehearsal_within_its_budget(rehearse, tmp_path):
     found, commands = rehearse("--quick", "--budget", "600")
     assert all(row.get("step_ms", 0) > 0 for row in found["rows"] if row["size"] == "355M" and "date" in row)
     measured = {(row["rule"], row["dtype"]) for row in found["rows"] if "step_ms" in row}
-    assert measured == {(r, d) for r in ("velo", "small_fc_lopt", "celo2") for d in ("fp32", "bf16")}
+    assert measured == {(r, d) for r in gpu.QUICK["rules"] for d in ("fp32", "bf16")}
     assert [x["optimizer"] for x in found["training"] if x.get("tokens_per_s", 0) > 0] == ["adamw", "velo"]
     assert found["copy_gb_per_s"] > 0 and set(results(found)) == {"passed", "not run"}
     assert all(limit <= 150 for _, limit in commands) and len(found["about"]["_C"]) == 12

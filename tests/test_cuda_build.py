@@ -30,10 +30,12 @@ LIMITS = {
     "apply_4_kernel": (128, 352),
     "apply_8_kernel": (128, 640),
     "apply_32_kernel": (128, 384),
+    "apply_32_tf32_kernel": (128, 368),
     "adam_kernel": (80, 0),
     "descend_kernel": (64, 0),
     "assign_kernel": (48, 0),
     "zero_nan_kernel": (48, 0),
+    "probe_kernel": (16, 0),
     "advance_kernel": (64, 80),
     "pool_kernel": (32, 0),
     "lstm_kernel": (48, 0),
@@ -215,8 +217,18 @@ def test_instructions_of_a_full_tile(kernels, name, rows, wide, half):
         assert count(r"LDS\S*", way) - count(r"LDS\.128", way) <= (8 if name == "apply_8_kernel" else 0)
 
 
-def test_matrices_go_to_their_units(kernels):
-    assert count(r"HMMA\.16816\.F32\.BF16", kernels["apply_32_kernel"].code) == 72
+@pytest.mark.parametrize(
+    "name, product, products, most",
+    [
+        ("apply_32_kernel", r"HMMA\.16816\.F32\.BF16", 72, 840),
+        ("apply_32_tf32_kernel", r"HMMA\.1688\.F32\.TF32", 56, 580),
+    ],
+)
+def test_matrices_go_to_their_units(kernels, name, product, products, most):
+    """Products of a warp for 32 elements, and instructions where no rare branch is taken."""
+    assert count(product, kernels[name].code) == products
+    way = min((way for way in loops(kernels[name]) if count(product, way) == products), key=len)
+    assert len(way) <= most
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine: not run")

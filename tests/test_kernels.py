@@ -214,6 +214,26 @@ def test_as_close_to_float64_as_the_plain_kernel(backend, family):
         assert rms <= 1.2 * plain_rms and worst <= outlier * plain_worst and worst <= 1e-5 * largest
 
 
+def test_tf32_errs_by_a_thousandth_of_a_step(backend):
+    """Products of 11 bits there; on a CPU nothing changes. Two matrices of wide rows, and another."""
+    x = case([(40, 200), (60, 73), (5, 9)], "small_fc", size=0.3).to(backend.device)
+    exact = x.apply_network(into_out=True)
+    arguments, want = replace(exact, tf32=True), reference_step(x)
+    got, before = outcome(arguments), outcome(exact)
+    if backend.kind == "cpu":
+        assert equal(got.tensors(), before.tensors())
+        return
+    for t, (a, b, step) in enumerate(zip(got.arguments.out, before.arguments.out, want, strict=True)):
+        if t > 1:
+            assert torch.equal(a, b), "only whole rows of matrices go to the matrix units"
+            continue
+        error, size = a.double() - step, float(step.square().mean().sqrt())
+        assert 1e-5 * size < float(error.square().mean().sqrt()) <= 1.5e-3 * size
+        assert float(error.abs().max()) <= 1e-3 * float(step.abs().max())
+    state = zip(got.arguments.momenta, before.arguments.momenta, strict=True)
+    assert all(torch.equal(a, b) for a, b in state)
+
+
 @pytest.mark.parametrize("order", ["torch", "jax"])
 def test_factored_accumulators_follow_float64(backend, order):
     x = case([*SHAPES, (70, 333), (700, 3, 3), (5000, 2)], order=order).to(backend.device)

@@ -301,6 +301,21 @@ def test_matrices_of_transposed_shapes_go_together(monkeypatch):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["small_fc_lopt", "mulo", "elo"])
+def test_precision_is_a_word_that_changes_nothing_on_a_cpu(name):
+    ends = []
+    for precision in ("exact", "tf32"):
+        params = make_params()
+        optimizer = make(name, params, precision=precision)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        ends.append([p.detach() for p in params])
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+    with pytest.raises(ValueError, match="precision must be one of exact, tf32, got 'high'"):
+        make(name, params, precision="high")
+
+
 @pytest.mark.parametrize("name", ["celo2", "celo2_base", "elo_celo2"])
 def test_results_do_not_depend_on_what_is_finished_together(monkeypatch, name):
     runs = []

@@ -296,3 +296,13 @@ def test_tensors_that_share_memory_get_their_own():
     step(optimizer)
     step(twin)
     assert everything(optimizer) == everything(twin)
+
+
+def test_a_state_dict_from_before_a_setting_leaves_it_as_it_is():
+    saved = stepped("small_fc_lopt").state_dict()
+    for group in saved["param_groups"]:
+        del group["precision"]
+    optimizer = make("small_fc_lopt", precision="tf32")
+    optimizer.load_state_dict(saved)
+    assert [group["precision"] for group in optimizer.param_groups] == ["tf32"] and optimizer.steps_done == 1
+    step(optimizer)

@@ -6,17 +6,8 @@ namespace {
 
 HF_LOPT_KERNEL(kThreads, 2) apply_32_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     HF_LOPT_SHARED Shared<kUnits> shared;
-    HF_LOPT_SHARED Fragments fragments;
-    apply_tile<kUnits>(a, shared, [&](const Place& at, double* partial) {
-        if (at.entry->inner > 1) {
-            apply_elements<kUnits, kInner>(a, shared, partial);
-        } else if (at.entry->lanes < kWarpSize) {
-            apply_elements<kUnits, kMatrix>(a, shared, partial);
-        } else {
-            load_fragments(shared.net, fragments);
-            apply_on_tensor_cores(a, at, shared, fragments, partial);
-        }
-    });
+    HF_LOPT_SHARED Fragments<kSplitBFloat16> fragments;
+    apply_tile_of_many(a, shared, fragments);
 }
 
 }  // namespace

@@ -222,9 +222,10 @@ std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const Ne
         args.partial = double_data(partial);
         args.sums = double_data(sums);
         args.stats = double_data(stats);
-        (units == 4   ? launch_apply_4
-         : units == 8 ? launch_apply_8
-                      : launch_apply_32)(args, builder.tiles(), device.stream());
+        (units == 4     ? launch_apply_4
+         : units == 8   ? launch_apply_8
+         : network.tf32 ? launch_apply_32_tf32
+                        : launch_apply_32)(args, builder.tiles(), device.stream());
     }
     copies.store();
     return {sums, stats};

@@ -9,6 +9,13 @@
 // k + 1 has m_k, m_k/sqrt(v), and g and m_k times the factors of decay k. So lane 0 also updates p and v, and lane k +
 // 1 updates m_k; an element's numbers are never exchanged. An mma takes elements i and i + 1 of each group as its rows
 // `group` and `group + 8`.
+//
+// In TF32 (mma.m16n8k8) a number keeps 11 bits, a product is one and the last layer is one too: under half of the
+// instructions, and steps that differ by a few parts in 10^4. Which input of a product stands where is the same order
+// on both sides, so it is chosen such that what a lane has is what it hands in: inputs q and q + 4 of a product are
+// features 0 and 1, then 2 and 3, of lane q, and units 2 q and 2 q + 1 of the layer before. The matrix units cut
+// numbers off after 11 bits. Rounding all of them first would take 160 instructions of 700; instead everything that
+// goes in is larger by the mean of what is lost, kCut, which for the sums of a layer is a factor of its weights.
 #pragma once
 
 #include "apply.cuh"
@@ -29,10 +36,16 @@ HF_LOPT_DEVICE Split split(float x, float y) {
     return s;
 }
 
-// The right-hand sides of both layers as a lane of the warp wants them: high b0, b1, low b0, b1.
+// How the matrix units are used.
+enum Precision { kSplitBFloat16, kTf32 };
+
+// The right-hand sides of both layers as a lane of the warp wants them: high b0, b1, low b0, b1 of a product; in TF32
+// b0, b1 of two products. There the last layer is a product too, in which two columns of eight are used.
+template <Precision precision>
 struct Fragments {
     Word4 first[kBlocksOfUnits][kWarpSize];
     Word4 second[kUnits / kDepth][kBlocksOfUnits][kWarpSize];
+    Word4 last[precision == kTf32 ? kUnits / kDepth : 1][kWarpSize];
 };
 
 // Input of the network that lane `q` of a group has in place `i`.
@@ -46,7 +59,8 @@ HF_LOPT_DEVICE Word4 fragment(float x0, float x1, float x2, float x3) {
     return {{a.high, b.high, a.low, b.low}};
 }
 
-HF_LOPT_DEVICE void load_fragments(const Network<kUnits>& w, Fragments& f) {
+HF_LOPT_DEVICE void load_fragments(const Shared<kUnits>& s, Fragments<kSplitBFloat16>& f) {
+    const Network<kUnits>& w = s.net;
     constexpr int kFirst = kBlocksOfUnits * kWarpSize, kSecond = kUnits / kDepth * kFirst;
     for (int i = thread(); i < kFirst + kSecond; i += kThreads) {
         const int lane = i % kWarpSize, n = i / kWarpSize % kBlocksOfUnits, q = lane % 4, unit = n * 8 + lane / 4;
@@ -57,6 +71,50 @@ HF_LOPT_DEVICE void load_fragments(const Network<kUnits>& w, Fragments& f) {
             const int step = i / kFirst - 1, k = step * kDepth + 2 * q;
             f.second[step][n][lane] =
                 fragment(w.second[k][unit], w.second[k + 1][unit], w.second[k + 8][unit], w.second[k + 9][unit]);
+        }
+    }
+    barrier();
+}
+
+// Half of a unit in the last place, 2^-11, over the mean of numbers between 1 and 2 that are as frequent as in use.
+constexpr float kCut = 1.0f + 0.69314718f / 2048.0f;
+
+// Multiplies what the sums of both hidden layers are formed of with kCut.
+HF_LOPT_DEVICE void enlarge(Shared<kUnits>& s) {
+    const auto all = [](float* x, int count) {
+        for (int i = thread(); i < count; i += kThreads) x[i] *= kCut;
+    };
+    all(s.net.first[0], kInputs * kUnits);
+    all(s.net.bias, kUnits);
+    all(s.net.second[0], kUnits * kUnits);
+    all(s.net.second_bias, kUnits);
+    all(s.vectors.line[0], kFactored * kUnits);
+    all(s.vectors.rsqrt_line[0], kFactored * kUnits);
+    all(s.column_bias, kStrip * Shared<kUnits>::kColumnStride);
+    barrier();
+}
+
+HF_LOPT_DEVICE Word4 tf32_fragment(float x0, float x1, float x2, float x3) {
+    return {{to_tf32(x0), to_tf32(x1), to_tf32(x2), to_tf32(x3)}};
+}
+
+HF_LOPT_DEVICE void load_fragments(Shared<kUnits>& s, Fragments<kTf32>& f) {
+    enlarge(s);
+    const Network<kUnits>& w = s.net;
+    constexpr int kSteps = kUnits / kDepth, kFirst = kBlocksOfUnits * kWarpSize, kSecond = kSteps * kFirst;
+    for (int i = thread(); i < kFirst + kSecond + kSteps * kWarpSize; i += kThreads) {
+        const int lane = i % kWarpSize, n = i / kWarpSize % kBlocksOfUnits, q = lane % 4, unit = n * 8 + lane / 4;
+        if (i < kFirst) {
+            f.first[n][lane] = tf32_fragment(w.first[input_of(q, 0)][unit], w.first[input_of(q, 1)][unit],
+                                             w.first[input_of(q, 2)][unit], w.first[input_of(q, 3)][unit]);
+        } else if (i < kFirst + kSecond) {
+            const int step = i / kFirst - 1, k = step * kDepth + 2 * q;
+            f.second[step][n][lane] =
+                tf32_fragment(w.second[k][unit], w.second[k + 1][unit], w.second[k + 8][unit], w.second[k + 9][unit]);
+        } else {
+            const int step = (i - kFirst - kSecond) / kWarpSize, k = step * kDepth + 2 * q, output = lane / 4;
+            const auto weight = [&](int j) { return output < 2 ? w.last[j][output] : 0.0f; };
+            f.last[step][lane] = tf32_fragment(weight(k), weight(k + 1), weight(k + 8), weight(k + 9));
         }
     }
     barrier();
@@ -94,10 +152,21 @@ HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const RowPlace&
     return r;
 }
 
-// The outputs for elements e and e + 1 of every group, in all lanes of the group. x: the lane's features of both.
-HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const float (&line_bias)[kBlocksOfUnits][2],
-                             const Place& at, int e, const float (&x)[2][4], float (&direction)[2],
-                             float (&magnitude)[2]) {
+// The sums of units 2 q and 2 q + 1 of block n in elements e and e + 1 before the first layer's products.
+HF_LOPT_DEVICE void first_sums(const Shared<kUnits>& s, const float (&line_bias)[kBlocksOfUnits][2], const Place& at,
+                               int e, int n, float (&z)[4]) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float* bias = s.bias(at.column(e + r), n * 8 + 2 * (thread() % 4));
+        z[2 * r] = line_bias[n][0] + bias[0];
+        z[2 * r + 1] = line_bias[n][1] + bias[1];
+    }
+}
+
+// The outputs for elements e and e + 1 of every group, at least in its lane 0. x: the lane's features of both.
+HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kSplitBFloat16>& f,
+                             const float (&line_bias)[kBlocksOfUnits][2], const Place& at, int e,
+                             const float (&x)[2][4], float (&direction)[2], float (&magnitude)[2]) {
     const int lane = thread() % kWarpSize, q = lane % 4;
     uint32_t high[4], low[4];
 #pragma unroll
@@ -113,12 +182,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
 #pragma unroll
     for (int n = 0; n < kBlocksOfUnits; n++) {
         float z[4];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float* bias = s.bias(at.column(e + r), n * 8 + 2 * q);
-            z[2 * r] = line_bias[n][0] + bias[0];
-            z[2 * r + 1] = line_bias[n][1] + bias[1];
-        }
+        first_sums(s, line_bias, at, e, n, z);
         multiply_split(z, high, low, f.first[n][lane]);
         // The sums of two blocks of 8 units are the left-hand side of the next product.
 #pragma unroll
@@ -161,6 +225,57 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments& f, const 
     }
 }
 
+HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kTf32>& f,
+                             const float (&line_bias)[kBlocksOfUnits][2], const Place& at, int e,
+                             const float (&x)[2][4], float (&direction)[2], float (&magnitude)[2]) {
+    const int lane = thread() % kWarpSize, q = lane % 4;
+    uint32_t in[2][4], hidden[kBlocksOfUnits][4];
+#pragma unroll
+    for (int i = 0; i < 8; i++) in[i / 4][i % 4] = bits_of(x[i % 2][i / 2] * kCut);
+    // The sums of a block of 8 units are the left-hand side of a product of the next layer.
+    const auto into = [](const float (&z)[4], uint32_t (&y)[4]) {
+        y[0] = bits_of(relu(z[0]));
+        y[1] = bits_of(relu(z[2]));
+        y[2] = bits_of(relu(z[1]));
+        y[3] = bits_of(relu(z[3]));
+    };
+#pragma unroll
+    for (int n = 0; n < kBlocksOfUnits; n++) {
+        float z[4];
+        first_sums(s, line_bias, at, e, n, z);
+        const Word4 b = f.first[n][lane];
+        matrix_multiply_add_tf32(z, in[0], b.x[0], b.x[1]);
+        matrix_multiply_add_tf32(z, in[1], b.x[2], b.x[3]);
+        into(z, hidden[n]);
+    }
+    float out[4] = {};
+    if (q == 0) {
+        out[0] = out[2] = s.net.last_bias[0];
+        out[1] = out[3] = s.net.last_bias[1];
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocksOfUnits; n++) {
+        const int unit = n * 8 + 2 * q;
+        float z[4] = {s.net.second_bias[unit], s.net.second_bias[unit + 1], s.net.second_bias[unit],
+                      s.net.second_bias[unit + 1]};
+#pragma unroll
+        for (int step = 0; step < kUnits / kDepth; step++) {
+            const Word4 b = f.second[step][n][lane];
+            matrix_multiply_add_tf32(z, hidden[2 * step], b.x[0], b.x[1]);
+            matrix_multiply_add_tf32(z, hidden[2 * step + 1], b.x[2], b.x[3]);
+        }
+        uint32_t y[4];
+        into(z, y);
+        const Word4 b = f.last[n / 2][lane];
+        matrix_multiply_add_tf32(out, y, b.x[n % 2 * 2], b.x[n % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        direction[r] = out[2 * r];
+        magnitude[r] = out[2 * r + 1];
+    }
+}
+
 // Lanes 1 to 3 of a group store their momentum; lane 0 the second moment and the parameter or the step.
 HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q, Raw& r, Lane step) {
     const TensorEntry& t = *at.entry;
@@ -176,8 +291,9 @@ HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlac
     }
 }
 
+template <Precision precision>
 HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
-                                          const Fragments& f, double* out) {
+                                          const Fragments<precision>& f, double* out) {
     const TensorEntry& t = *tile.entry;
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
@@ -257,6 +373,21 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
         sums[5 + 2 * d] = q == d + 1 ? first.squares : 0.0f;
     }
     block_sums(sums, kUpdateStats, out);
+}
+
+// A tile of either kernel.
+template <Precision precision>
+HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fragments<precision>& f) {
+    apply_tile<kUnits>(a, s, [&](const Place& at, double* partial) {
+        if (at.entry->inner > 1) {
+            apply_elements<kUnits, kInner>(a, s, partial);
+        } else if (at.entry->lanes < kWarpSize) {
+            apply_elements<kUnits, kMatrix>(a, s, partial);
+        } else {
+            load_fragments(s, f);
+            apply_on_tensor_cores(a, at, s, f, partial);
+        }
+    });
 }
 
 }  // namespace hf_lopt

@@ -163,6 +163,7 @@ void launch_feature_sums(const FeatureSumsArgs& args, int tiles, void* stream);
 void launch_apply_4(const ApplyArgs& args, int tiles, void* stream);
 void launch_apply_8(const ApplyArgs& args, int tiles, void* stream);
 void launch_apply_32(const ApplyArgs& args, int tiles, void* stream);
+void launch_apply_32_tf32(const ApplyArgs& args, int tiles, void* stream);
 void launch_adam(const AdamArgs& args, int tiles, void* stream);
 void launch_descend(const DescendArgs& args, int tiles, void* stream);
 void launch_assign(const AssignArgs& args, int tiles, void* stream);

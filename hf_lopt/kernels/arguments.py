@@ -1,16 +1,14 @@
 """The arguments of the operators: one dataclass for each, whose fields are the only order that arguments have.
-Schemas are made from the fields, calls pass them by name, and plain kernels receive the object. To add an argument,
-add a field here, read it in the plain kernel, and add it in the same place to the C++ function of that name
-(``csrc/passes.h``, ``csrc/cuda/operators.h``).
+Schemas are made from the fields, calls pass them by name, plain kernels receive the object. To add one, add a field
+here, read it in the plain kernel, and add it in the same place to the C++ function (``csrc/boxed.h``).
 
 Everything is local: tensors are never DTensors but the shards of them that this process has.
 
 Axes: T tensors, D decays of a kind of accumulator, F feature columns, S statistics of a tensor, U units, P weights of
-a network, H hidden units of a scheduler, K networks in its bank, I inputs of a scheduler.
-State of a parameter of shape ``s``: momenta and second moments (D, *s); for rank >= 2 row accumulators (D, *s without
-axis A) and column accumulators (D, *s without axis B), where A and B are the largest and the second largest axis; for
-rank < 2 diagonal accumulators (D, *s) instead. A list with an entry per parameter has an empty tensor, or an axis of
--1, where a parameter has no such thing.
+a network, H hidden units of a scheduler, K networks in its bank, I inputs of a scheduler. State of a parameter of
+shape ``s``: momenta and second moments (D, *s); for rank >= 2 row accumulators (D, *s without axis A) and column
+accumulators (D, *s without axis B), where A and B are the largest and the second largest axis; for rank < 2 diagonal
+accumulators (D, *s) instead. Lists have an empty tensor, or an axis of -1, where a parameter has no such thing.
 """
 
 from __future__ import annotations
@@ -144,6 +142,7 @@ class ApplyNetwork(FeatureSums):
         exp_mult: what the second output is multiplied with under the exponential.
         skip: bool, 0-d; where it is true nothing is changed.
         out: empty, or a float32 tensor for each parameter that receives the step instead of the parameter.
+        tf32: products of networks of 32 units may be in TF32 on a GPU; elsewhere all are float32.
 
     The others are those of :class:`FeatureSums`.
     """
@@ -162,6 +161,7 @@ class ApplyNetwork(FeatureSums):
     exp_mult: Number
     skip: OneTensor
     out: WrittenTensors
+    tf32: Flag = False
 
 
 @dataclass(frozen=True)

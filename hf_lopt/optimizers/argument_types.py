@@ -15,3 +15,4 @@ WeightsSource = _Path | Sequence[_Path] | Mapping[str, Any] | Weights
 AxisOrder = Literal["torch", "jax", "torch_transposed", "torch_stacked", "torch_merged", "jax_merged"]
 Branch = Literal["auto", "network", "adam"]
 NewtonSchulzDtype = Literal["float32", "tf32", "bfloat16", "auto"]
+Precision = Literal["exact", "tf32"]

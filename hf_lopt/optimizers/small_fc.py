@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, Precision, WeightsSource
 
 
 class SmallFC(LearnedOptimizer):
@@ -25,6 +25,8 @@ class SmallFC(LearnedOptimizer):
         step_mult: factor of the network's first output, in units of the parameter. Default 0.001.
         exp_mult: factor of its second output, a log scale: the step is o0 exp(exp_mult o1) step_mult. Default 0.001.
         step_scale: multiplier of the final step, no unit, per group. Default 1.0.
+        precision: of the network on a GPU: "exact" (default), the accuracy of float32; or "tf32", faster, with matrix
+            products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
 
@@ -42,6 +44,7 @@ class SmallFC(LearnedOptimizer):
         step_mult: float = 0.001,
         exp_mult: float = 0.001,
         step_scale: float = 1.0,
+        precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
     ) -> None:
@@ -55,6 +58,7 @@ class SmallFC(LearnedOptimizer):
             step_mult=step_mult,
             exp_mult=exp_mult,
             step_scale=step_scale,
+            precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
         )
@@ -77,6 +81,8 @@ class MuLO(LearnedOptimizer):
         step_mult: factor of the network's first output, in units of the parameter. Default 0.01.
         exp_mult: factor of its second output, a log scale: the step is o0 exp(exp_mult o1) step_mult. Default 0.001.
         step_scale: multiplier of the final step, base width / width, per group. Default 1.0.
+        precision: of the network on a GPU: "exact" (default), the accuracy of float32; or "tf32", faster, with matrix
+            products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
 
@@ -94,6 +100,7 @@ class MuLO(LearnedOptimizer):
         step_mult: float = 0.01,
         exp_mult: float = 0.001,
         step_scale: float = 1.0,
+        precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
     ) -> None:
@@ -107,6 +114,7 @@ class MuLO(LearnedOptimizer):
             step_mult=step_mult,
             exp_mult=exp_mult,
             step_scale=step_scale,
+            precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
         )
@@ -127,6 +135,8 @@ class ELO(LearnedOptimizer):
         step_mult: factor of the network's first output, no unit. Default 1.0.
         exp_mult: factor of its second output, a log scale: lr o0 exp(exp_mult o1) step_mult. Default 0.001.
         step_scale: multiplier of the final step, no unit, per group. Default 1.0.
+        precision: of the network on a GPU: "exact" (default), the accuracy of float32; or "tf32", faster, with matrix
+            products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
 
@@ -144,6 +154,7 @@ class ELO(LearnedOptimizer):
         step_mult: float = 1.0,
         exp_mult: float = 0.001,
         step_scale: float = 1.0,
+        precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
     ) -> None:
@@ -157,6 +168,7 @@ class ELO(LearnedOptimizer):
             step_mult=step_mult,
             exp_mult=exp_mult,
             step_scale=step_scale,
+            precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
         )

@@ -84,7 +84,8 @@ def update(
         factors=[tensors["step_scale"]],
         step_mult=settings["step_mult"],
     )
-    sums = passes.apply_network(tensors, features, measured, network, settings["exp_mult"], decision.skip)
+    tf32 = settings["precision"] == "tf32"
+    sums = passes.apply_network(tensors, features, measured, network, settings["exp_mult"], decision.skip, tf32)
     return UpdateResult({}, decision.skip, {"update_rms": passes.update_rms(tensors, sums.select(1, 0))})
 
 
@@ -100,6 +101,7 @@ SMALL_FC_RULE = Rule(
         "step_mult": 0.001,
         "exp_mult": 0.001,
         "step_scale": 1.0,
+        "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
     },
@@ -126,6 +128,7 @@ MULO_RULE = Rule(
         "step_mult": 0.01,
         "exp_mult": 0.001,
         "step_scale": 1.0,
+        "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
     },
@@ -154,6 +157,7 @@ ELO_RULE = Rule(
         "step_mult": 1.0,
         "exp_mult": 0.001,
         "step_scale": 1.0,
+        "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
     },

@@ -31,10 +31,12 @@ def apply_network(
     network: TensorNetworks,
     exp_mult: float,
     skip: Tensor,
+    tf32: bool = False,
 ) -> Tensor:
     """Pass 2: parameters and accumulators in place. Returns sums over local shards, (T, O - 1): Σ step², Σ o2 and on.
 
-    Both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step.
+    Both terms are formed from the parameter before the step: p <- p - lr * weight_decay * p - step. ``tf32``: products
+    of networks of 32 units may be in TF32 where the device has it.
     """
     factors, cache = measurements.factors, tensors.cache
     weights, biases = network.layers()
@@ -48,6 +50,7 @@ def apply_network(
             exp_mult=exp_mult,
             skip=skip,
             out=(),
+            tf32=tf32,
         )
     )
     # The statistics of a skipped step are undefined: like the state, the old ones stay then. They are float64, and the

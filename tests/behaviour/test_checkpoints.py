@@ -11,6 +11,10 @@ import frozen_runs as runs
 import hf_lopt
 
 
+# Settings that rules have got since; a checkpoint without them leaves them as they are.
+LATER = {"precision"}
+
+
 @pytest.mark.parametrize("rule", hf_lopt.available())
 def test_goes_on(rule, one_thread):
     saved = torch.load(checkpoints.FOLDER / f"{rule}.pt", weights_only=True)
@@ -37,7 +41,7 @@ def test_what_is_loaded_is_what_was_saved(rule):
             assert loaded["state"][i][key].dtype == x.dtype and torch.equal(loaded["state"][i][key], x), key
     assert optimizer.steps_done == len(checkpoints.BEFORE)
     for got, group in zip(loaded["param_groups"], saved["optimizer"]["param_groups"], strict=True):
-        assert got.keys() == group.keys()
+        assert got.keys() - LATER == group.keys()
         assert all(torch.equal(torch.as_tensor(got[k]), torch.as_tensor(group[k])) for k in group if _number(group[k]))
 
 

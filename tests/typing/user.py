@@ -19,7 +19,7 @@ def every_optimizer() -> list[LearnedOptimizer]:
     velo = VeLO(model.parameters(), num_training_steps=100, weights="bundled", min_param_scale=0.01, bank_scale=100.0)
     celo = Celo(model.parameters(), 1.0, 100, "auto", 0.1, "torch", 0.01, 10, 150_000)
     celo_adam = CeloAdam(model.named_parameters(), num_training_steps=100, max_training_steps=2_000)
-    small_fc = SmallFC(model.parameters(), lr=torch.tensor(0.5), step_mult=0.001, exp_mult=0.001, step_scale=0.5)
+    small_fc = SmallFC(model.parameters(), lr=torch.tensor(0.5), step_mult=0.001, step_scale=0.5, precision="tf32")
     mulo = MuLO(param_groups(model, "mulo", base_width=256), max_grad_norm=1.0, weights=Path("theta.state"))
     adam: dict[str, Any] = {"params": model[0].parameters(), "branch": "adam", "lr": 3e-4}
     celo2 = Celo2(

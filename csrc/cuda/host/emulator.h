@@ -273,4 +273,43 @@ HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], u
     }
 }
 
+// Rounds to 10 bits after the first, half away from zero.
+HF_LOPT_DEVICE uint32_t to_tf32(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000u : bits;
+}
+
+HF_LOPT_DEVICE uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+HF_LOPT_DEVICE void matrix_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    struct Fragments {
+        uint32_t a[4], b[2];
+    } of_lane = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    Emulator& emulator = Emulator::get();
+    emulator.exchange(&of_lane, sizeof of_lane);
+    const int lane = thread() % Emulator::kWarp;
+    // The units read 19 bits.
+    const auto number = [](uint32_t bits) {
+        bits &= 0xffffe000u;
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    };
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) {
+            const Fragments of_a = emulator.read<Fragments>(row % 8 * 4 + k % 4);
+            const Fragments of_b = emulator.read<Fragments>(column * 4 + k % 4);
+            sum += number(of_a.a[row / 8 + 2 * (k / 4)]) * number(of_b.b[k / 4]);
+        }
+        d[i] += sum;
+    }
+}
+
 }  // namespace hf_lopt

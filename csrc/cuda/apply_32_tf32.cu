@@ -1,0 +1,19 @@
+// Pass 2 for networks of 32 hidden units, whose products are in TF32.
+#include "tensor_core.cuh"
+
+namespace hf_lopt {
+namespace {
+
+HF_LOPT_KERNEL(kThreads, 2) apply_32_tf32_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
+    HF_LOPT_SHARED Shared<kUnits> shared;
+    HF_LOPT_SHARED Fragments<kTf32> fragments;
+    apply_tile_of_many(a, shared, fragments);
+}
+
+}  // namespace
+
+void launch_apply_32_tf32(const ApplyArgs& args, int tiles, void* stream) {
+    HF_LOPT_LAUNCH(apply_32_tf32_kernel, tiles, kThreads, stream, args);
+}
+
+}  // namespace hf_lopt
