@@ -240,7 +240,7 @@ def final_loss(task: Task, seed: int, rule: str, lr: float = 1.0, weights: str =
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
     else:
         groups = hf_lopt.param_groups(model, rule)
-        optimizer = hf_lopt.LearnedOptimizer(groups, rule, weights=weights, num_training_steps=STEPS)
+        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=1.0, weights=weights, num_training_steps=STEPS)
     for _ in range(STEPS):
         loss = task.loss(model, *task.batch(BATCH, draw))
         optimizer.zero_grad()

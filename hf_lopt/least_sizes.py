@@ -51,9 +51,9 @@ class Kind:
 
 
 ONE_PLUS = Kind("norms stored as 1 + w", 1.0)
-NORM = Kind("scales of norms", 0.1)
-TABLE = Kind("tables", 0.05)
-PROJECTION = Kind("projections", 0.02)
+NORM = Kind("scales of norms", 1.0)
+TABLE = Kind("tables", 0.1)
+PROJECTION = Kind("projections", 0.1)
 SCALE = Kind("layer scales", 0.3)
 GATE = Kind("gates", 1.0)
 BIAS = Kind("biases", 0.0)

@@ -50,6 +50,7 @@ class StepInputs:
         self.numbers = ("lr", "weight_decay", *(name for name in rule.per_group if name not in rule.words))
         self._known: dict[int, _Expected] = {}
         self._held: HeldTensors | None = None
+        self._held_open: list[bool] = []  # of its groups: whether they leave min_param_scale open
 
     def use(self, theta: Theta) -> None:
         """Other weights from now on."""
@@ -65,6 +66,8 @@ class StepInputs:
         """What the last step was taken with, if everything is as it was then; see :meth:`active`."""
         if self._held is None or not self._held.unchanged(groups, state):
             return None
+        if _left_open(self._held) != self._held_open:  # their tensors may have no least size yet
+            return None
         for group in self._held.own_groups:
             self._check_numbers(group)
         return self._held
@@ -77,6 +80,7 @@ class StepInputs:
             pairs = [(p, group) for p, group in trainable if p.grad is not None and p.numel()]
             self.check(pairs, state)
             found = self._held = HeldTensors(pairs, groups, state, self.words)
+            self._held_open = _left_open(found)
         return found
 
     def check(self, active: Sequence[tuple[Tensor, Mapping[str, Any]]], state: State) -> None:
@@ -148,6 +152,10 @@ class StepInputs:
             f"{problem}. Nothing was changed. Build a new {self._rule.class_name} after changing shapes, dtypes or "
             "devices of a model, or undo the change."
         )
+
+
+def _left_open(held: HeldTensors) -> list[bool]:
+    return [group.get("min_param_scale", 0.0) is None for group in held.own_groups]
 
 
 def _name(p: Tensor) -> str:

@@ -269,6 +269,7 @@ def test_what_was_chosen_is_kept(tmp_path):
     optimizer, _ = run(make(tmp_path, adapters(tmp_path)))
     assert optimizer.run_policy.summary() == {
         "lr": 1.0,
+        "length_multiplier": optimizer.length_multiplier,
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "num_training_steps": STEPS,

@@ -69,13 +69,13 @@ def floors(optimizer: hf_lopt.LearnedOptimizer, model: nn.Module) -> dict[str, f
 
 
 def made(params, rule: str = "velo", **settings) -> hf_lopt.LearnedOptimizer:
-    settings = {"weights": "bundled", "num_training_steps": STEPS} | settings
+    settings = {"lr": 1.0, "weights": "bundled", "num_training_steps": STEPS} | settings
     return hf_lopt.LearnedOptimizer(params, rule, **settings)
 
 
 @pytest.mark.parametrize("rule", ["velo", "velo_s", "celo"])
 @pytest.mark.parametrize("door", ["plain", "named", "groups"])
-def test_kinds_by_the_module(rule, door):
+def test_kinds_by_the_module(rule, door, caplog):
     model = Zeros()
     doors = {
         "plain": lambda: model.parameters(),
@@ -83,11 +83,13 @@ def test_kinds_by_the_module(rule, door):
         "groups": lambda: hf_lopt.param_groups(model, rule),
     }
     optimizer = made(doors[door](), rule)
+    caplog.set_level("INFO", "hf_lopt")
     with pytest.warns(UserWarning, match="min_param_scale: ") as caught:
         step(optimizer)
         step(optimizer)
     assert floors(optimizer, model) == WANTED
-    (text,) = [str(w.message) for w in caught if str(w.message).startswith("min_param_scale")]
+    assert all(w.filename == __file__ for w in caught)
+    (text,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("min_param_scale")]
     assert f"3 tables ({least_sizes.TABLE.floor:g})" in text and f"1 gates ({least_sizes.GATE.floor:g})" in text
 
 
@@ -136,7 +138,7 @@ def test_a_model_without_such_tensors_is_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.filterwarnings("ignore:min_param_scale")
+@pytest.mark.filterwarnings("ignore:hf_lopt: ")
 def test_the_decision_survives_a_resume_into_tensors_that_have_grown(dtype):
     model = Zeros().to(dtype)
     optimizer = made(model.parameters())
@@ -169,7 +171,7 @@ def test_a_checkpoint_that_has_a_number_goes_on_with_it():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:min_param_scale")
+@pytest.mark.filterwarnings("ignore:hf_lopt: ")
 def test_a_damaged_floor_is_refused():
     optimizer = made([nn.Parameter(torch.zeros(3, 3))])
     step(optimizer)
@@ -182,7 +184,7 @@ def test_a_damaged_floor_is_refused():
             optimizer.load_state_dict(saved)
 
 
-@pytest.mark.filterwarnings("ignore:min_param_scale")
+@pytest.mark.filterwarnings("ignore:hf_lopt: ")
 def test_a_number_is_taken_literally_also_between_steps():
     """A group that changes to a number and back: the tensor's own floor waits in its state."""
     p, q = (nn.Parameter(torch.zeros(3, 3)) for _ in range(2))
@@ -196,7 +198,7 @@ def test_a_number_is_taken_literally_also_between_steps():
         assert torch.equal(p, q)
 
 
-@pytest.mark.filterwarnings("ignore:min_param_scale")
+@pytest.mark.filterwarnings("ignore:hf_lopt: ")
 def test_adapters():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(gemma(), peft.LoraConfig(target_modules=["q_proj"], r=2))

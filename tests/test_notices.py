@@ -61,7 +61,7 @@ def test_a_habit_of_adam_is_warned_about_at_the_line_of_the_first_step():
     assert "lr=0.001 multiplies" in str(warning.message) and len(str(warning.message)) <= notices.LIMIT
     source = Path(warning.filename).read_text().splitlines()[warning.lineno - 1]
     assert warning.filename == __file__ and "the line of the user" in source
-    assert any("embedded weights take 0.05" in x for x in texts)
+    assert any("a pretrained model takes 0.05" in x for x in texts)
 
 
 @pytest.mark.parametrize("length", [1, 50, 120, 400])

@@ -169,6 +169,8 @@ def build(rule: str, weights, **settings) -> tuple[LearnedOptimizer, list[torch.
         settings["num_training_steps"] = HORIZON
     if "min_param_scale" in rules.get(rule).defaults:
         settings = {"min_param_scale": 0.0, **settings}
+    if rules.get(rule).own_schedule:
+        settings = {"lr": 1.0, **settings}  # given, and so as it is, however short the run
     return LearnedOptimizer(groups, rule, weights=weights, **settings), params
 
 
