@@ -188,6 +188,7 @@ class StepCache:
         selection: a number for the parameters of the step, which has to be the same on all ranks.
         device_settings: settings that lie on an accelerator, which nobody has looked at yet: (G, 1) float64 by name.
         loss_decays: horizons of the replicas, and made from them the decays (R, 10) and the horizons (R, 1).
+        floors: settings of the groups with their version and the tensors' own, and made from them the least sizes.
     """
 
     moments: Tensor | None = None
@@ -202,6 +203,7 @@ class StepCache:
     selection: int = 0
     device_settings: dict[str, Tensor] = field(default_factory=dict)
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
+    floors: tuple[Tensor, int, Sequence[Tensor | None], Tensor] | None = None
 
 
 @dataclass
@@ -320,8 +322,12 @@ class TensorList:
         numbers = self["min_param_scale"]
         if own is None:
             return numbers.nan_to_num(0.0)
-        floors = [self.layout.one.new_zeros(()) if x is None else x for x in own]
-        return torch.where(numbers.isnan(), torch.stack(floors), numbers)
+        made = self.cache.floors
+        if made is None or made[0] is not numbers or made[1] != numbers._version or made[2] is not own:
+            floors = [self.layout.one.new_zeros(()) if x is None else x for x in own]
+            least = torch.where(numbers.isnan(), torch.stack(floors), numbers)
+            made = self.cache.floors = (numbers, numbers._version, own, least)
+        return made[3]
 
     def accumulator_versions(self) -> list[int]:
         """Version counters of momenta and second moments, which every change in place moves."""
