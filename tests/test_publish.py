@@ -183,7 +183,8 @@ def test_trajectory_from_a_saved_folder(tmp_path):
     reference = golden.read("velo_s.npz")
     weights.save(reference.theta, tmp_path, rule="velo_s", settings={"bank_scale": 1.0})
     params = golden.parameters(reference, "torch")
-    optimizer = LearnedOptimizer(params, "velo_s", weights=tmp_path, num_training_steps=reference.num_steps, lr=1.0)
+    bare = {"lr": 1.0, "min_param_scale": 0.0}
+    optimizer = LearnedOptimizer(params, "velo_s", weights=tmp_path, num_training_steps=reference.num_steps, **bare)
     for t in range(1, 4):
         golden.set_gradients(reference, t, params, "torch")
         optimizer.step(float(reference.loss[t - 1]))
