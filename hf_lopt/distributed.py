@@ -144,7 +144,7 @@ def view(x: Tensor, shape: tuple[int, ...]) -> Tensor:
             "give its group axis_order='torch'"
         )
     rows = shard.shape[0] * shape[0] // x.shape[0]
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=torch.float32, device="meta").stride()
     return _dtensor().from_local(
         shard.view(rows, *shape[1:]),
         sharding.mesh,

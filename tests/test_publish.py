@@ -171,7 +171,12 @@ def test_optimizer_knows_its_rule_and_settings(tmp_path):
         weights.save(source, tmp_path)
         record = json.loads((tmp_path / "hf_lopt.json").read_text())
         assert record["rule"] == "small_fc_lopt" and record["sha256"] == optimizer.weights.sha256
-        assert record["settings"] == {"step_mult": 0.002, "exp_mult": 0.001, "max_grad_norm": 0.0}
+        assert record["settings"] == {
+            "step_mult": 0.002,
+            "exp_mult": 0.001,
+            "max_grad_norm": 0.0,
+            "precision": "exact",
+        }
         assert record["sizes"] == {"leaves": 9, "values": 2402 + 7}
         assert record["origin"] == "user" and record["licence"] is None
     with pytest.raises(ValueError, match="'velo'.*'small_fc_lopt'"):
