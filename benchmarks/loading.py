@@ -24,7 +24,7 @@ from torch import nn
 
 import hf_lopt
 from benchmarks.storing import rounded
-from hf_lopt.saved_state import check_form, check_saved_state
+from hf_lopt.saved_state import check_saved_state, checked_groups
 
 
 RESULTS = Path(__file__).parent / "results" / "loading.json"
@@ -66,7 +66,7 @@ def measure(rounds: int) -> dict[str, Any]:
         size = file.stat().st_size
 
         def check_only(saved: Any) -> None:
-            check_form(saved)
+            checked_groups(saved)
             check_saved_state(optimizer.rule, optimizer.weights.theta, optimizer.param_groups, initial, saved)
 
         for _ in range(rounds + 1):

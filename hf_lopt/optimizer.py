@@ -16,7 +16,7 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_form, check_saved_state, keep_float32, own_memory, with_later_settings
+from hf_lopt.saved_state import check_saved_state, checked_groups, put_back, with_later_settings
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
@@ -327,6 +327,12 @@ class LearnedOptimizer(GivenSettings):
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
+    def state_dict(self) -> dict[str, Any]:
+        """See ``torch.optim.Optimizer.state_dict``. What was added or unfrozen since the last step has state too."""
+        if self.state:
+            self._create_state()
+        return super().state_dict()
+
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
@@ -335,17 +341,12 @@ class LearnedOptimizer(GivenSettings):
         Embedded weights give way to those of the checkpoint, where an earlier version embedded others.
 
         Raises:
-            ValueError: if it is of another optimizer, another rule or other weights than this one, or does not fit
-                the parameters (:mod:`hf_lopt.saved_state`). The optimizer stays as it was.
+            ValueError: if it is of another optimizer, rule or weights, or does not fit. The optimizer stays as it was.
         """
-        check_form(state_dict)
-        weights = self._run_state.check_saved(state_dict["param_groups"])
-        run_values = self._run_state.initial_values()
-        check_saved_state(self._rule, weights.theta, self.param_groups, run_values, state_dict)
-        saved = [state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"]]
+        weights = self._run_state.check_saved(checked_groups(state_dict))
+        check_saved_state(self._rule, weights.theta, self.param_groups, self._run_state.initial_values(), state_dict)
         super().load_state_dict(with_later_settings(state_dict, self.param_groups))
         self._run_state.adopt(weights)
         self._run_state.keep_chosen_steps()
-        keep_float32(self.state, (p for group in self.param_groups for p in group["params"]), saved)
-        own_memory(self.state)
+        put_back(self.state, self.param_groups, state_dict)
         self._start_over()

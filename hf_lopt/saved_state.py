@@ -47,8 +47,8 @@ _OTHER_ROUTES = (
 )
 
 
-def check_form(state_dict: Any) -> None:
-    """See that something is a state dict at all, whatever it is the state of.
+def checked_groups(state_dict: Any) -> Sequence[Mapping[str, Any]]:
+    """The groups of a state dict, whatever it is the state of, if it is one at all.
 
     Raises:
         ValueError: if it has not the form of ``torch.optim.Optimizer.state_dict``.
@@ -72,6 +72,7 @@ def check_form(state_dict: Any) -> None:
     for i, values in state.items():
         if not isinstance(values, Mapping):
             _refuse_form(f"its state of the parameter {i!r} is {_describe(values)}")
+    return groups
 
 
 def _refuse_form(problem: str) -> NoReturn:
@@ -312,7 +313,7 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-def own_memory(state: Mapping[Tensor, dict[str, Any]]) -> None:
+def _own_memory(state: Mapping[Tensor, dict[str, Any]]) -> None:
     """Give memory of its own to each tensor whose numbers lie in that of another one, or of one another.
 
     Steps write in place. A tensor that was expanded or is there twice would have what was written for another.
@@ -337,12 +338,14 @@ def with_later_settings(state_dict: dict[str, Any], groups: Sequence[Mapping[str
     return state_dict | {"param_groups": completed}
 
 
-def keep_float32(state: Mapping[Tensor, dict[str, Any]], params: Iterable[Tensor], saved: Iterable[Any]) -> None:
-    """Put saved state back as it was saved: torch has cast it to the dtype of its parameter.
-
-    ``saved`` has the state of each of the ``params``, None where there is none.
-    """
-    for p, values in zip(params, saved, strict=True):
-        for key, value in (values or {}).items() if p.dtype != torch.float32 else ():
-            if isinstance(value, Tensor) and value.is_floating_point():
-                state[p][key] = value.to(device=p.device, copy=True)
+def put_back(
+    state: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """After ``torch.optim.Optimizer.load_state_dict``, which casts state to the dtype of its parameter and takes the
+    caller's tensors: state as it was saved, in memory of its own."""
+    for ours, theirs in zip(groups, state_dict["param_groups"], strict=True):
+        for p, i in zip(ours["params"], theirs["params"], strict=True):
+            for key, value in state_dict["state"].get(i, {}).items() if p.dtype != torch.float32 else ():
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    state[p][key] = value.to(device=p.device, copy=True)
+    _own_memory(state)

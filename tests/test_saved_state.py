@@ -306,3 +306,17 @@ def test_a_state_dict_from_before_a_setting_leaves_it_as_it_is():
     optimizer.load_state_dict(saved)
     assert [group["precision"] for group in optimizer.param_groups] == ["tf32"] and optimizer.steps_done == 1
     step(optimizer)
+
+
+def test_parameters_that_joined_since_the_last_step_are_saved_with_state():
+    """Added or unfrozen: what is saved then is whole and loads."""
+    optimizer = make()
+    frozen = optimizer.param_groups[0]["params"][1].requires_grad_(False)
+    step(optimizer)
+    frozen.requires_grad_(True)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert len(optimizer.state) == 4
+    step(optimizer)
+    assert optimizer.steps_done == 2
+    assert not make().state_dict()["state"]  # a run that has not begun has none

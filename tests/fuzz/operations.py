@@ -327,9 +327,10 @@ def _set_steps_done(side: Side, random: Random) -> None:
 
 
 def _look(side: Side, random: Random) -> None:
-    """Numbers for a logger, which are none of the state but have to be finite too."""
+    """Numbers for a logger, which are finite too; but a step that was skipped may have had no multipliers."""
+    skipped = int(side.optimizer.param_groups[0]["nonfinite_in_a_row"]) > 0
     for key, value in side.optimizer.metrics().items():
-        if not abs(value) < float("inf"):
+        if not abs(value) < float("inf") and not (skipped and key.startswith("lr_mult")):
             raise AssertionError(f"{key} is {value}")
     assert side.optimizer.steps_done >= 0 and repr(side.optimizer)
 

