@@ -96,8 +96,11 @@ class PreparedStep:
             joined = numbers[0] if len(numbers) == 1 else torch.cat(numbers)
             if device.type != "cpu":
                 # Reading them would wait: like a gradient that is not finite they make the device skip the step.
-                own = torch.tensor([value is math.nan for value in values], dtype=torch.bool).to(device)
-                self.cache.device_settings[name] = joined.double().masked_fill(own, 0.0).unsqueeze(1)
+                looked_at = joined
+                if any(value is math.nan for value in values):
+                    zipped = zip(numbers, values, strict=True)
+                    looked_at = torch.cat([x.new_zeros(1) if value is math.nan else x for x, value in zipped])
+                self.cache.device_settings[name] = looked_at.double().unsqueeze(1)
             if len(numbers) == 1:
                 return joined.expand(len(groups))
             if self._places_there is None:
