@@ -251,5 +251,5 @@ def test_the_model_card_names_the_optimizer(tmp_path):
     trainer.create_model_card(model_name="small", dataset="numbers")
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     line = text[text.index("- optimizer:") :].split("- lr_scheduler_type")[0]
-    assert "velo" in line.lower() and "weights=bundled" in line
+    assert "velo" in line.lower() and "bundled weights bundled:velo@" in line
     assert "- learning_rate: 5e-05" in text and "- lr_scheduler_type: linear" in text  # the arguments as they were set

@@ -109,6 +109,7 @@ def numbers(run):
         "eval_samples_per_second",
         "eval_steps_per_second",
         "lopt/weights",
+        "lopt/length_multiplier",
     )
     return [{key: value for key, value in entry.items() if key not in left_out} for entry in run["history"]]
 
