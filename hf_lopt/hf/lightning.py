@@ -17,7 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 from hf_lopt.feed import deliver, parts_of, unwrap
-from hf_lopt.hf.loss_feed import _wrap
+from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
 
 
@@ -79,17 +79,17 @@ def _wrap_fabric_optimizer(original: Callable[..., None]) -> Callable[..., None]
 
 def patch_trainer_strategy(module: Any) -> None:
     """Wrap ``Strategy.backward`` of the imported module ``lightning.pytorch.strategies.strategy``, once."""
-    _wrap(module.Strategy, "backward", _wrap_trainer_backward)
+    wrap_once(module.Strategy, "backward", _wrap_trainer_backward)
 
 
 def patch_fabric_strategy(module: Any) -> None:
     """Wrap ``Strategy.backward`` of the imported module ``lightning.fabric.strategies.strategy``, once."""
-    _wrap(module.Strategy, "backward", _wrap_fabric_backward)
+    wrap_once(module.Strategy, "backward", _wrap_fabric_backward)
 
 
 def patch_fabric_wrappers(module: Any) -> None:
     """Have ``_FabricOptimizer`` of the imported module ``lightning.fabric.wrappers`` say what it wraps, once."""
-    _wrap(module._FabricOptimizer, "__init__", _wrap_fabric_optimizer)
+    wrap_once(module._FabricOptimizer, "__init__", _wrap_fabric_optimizer)
 
 
 # "lightning" has both of its parts inside; each is a package of its own too.

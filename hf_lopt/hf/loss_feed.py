@@ -24,10 +24,10 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from hf_lopt.feed import deliver, parts_of, unwrap
 from hf_lopt.hf import limits
+from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
 
 
-_MARK = "_hf_lopt_original"
 _micro_batches: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # of each accelerator, entries of accumulate()
 _scaled_by_trainer: WeakSet[LearnedOptimizer] = WeakSet()
 
@@ -142,18 +142,10 @@ class _OfTheOptimizer:
             setattr(learned, self._name, value)
 
 
-def _wrap(cls: type, method: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(cls, method)
-    if not hasattr(original, _MARK):
-        wrapped = wrapper(original)
-        setattr(wrapped, _MARK, original)
-        setattr(cls, method, wrapped)
-
-
 def patch_accelerator(module: Any) -> None:
     """Wrap ``Accelerator.backward`` and ``accumulate`` of the imported module ``accelerate.accelerator``, once."""
-    _wrap(module.Accelerator, "backward", wrap_backward)
-    _wrap(module.Accelerator, "accumulate", wrap_accumulate)
+    wrap_once(module.Accelerator, "backward", wrap_backward)
+    wrap_once(module.Accelerator, "accumulate", wrap_accumulate)
 
 
 def patch_optimizer(module: Any) -> None:
@@ -162,8 +154,8 @@ def patch_optimizer(module: Any) -> None:
     The other public attributes of learned optimizers, such as ``observe_loss`` and ``num_training_steps``, get there.
     """
     cls = module.AcceleratedOptimizer
-    _wrap(cls, "step", wrap_step)
-    _wrap(cls, "zero_grad", wrap_zero_grad)
+    wrap_once(cls, "step", wrap_step)
+    wrap_once(cls, "zero_grad", wrap_zero_grad)
     for name in vars(LearnedOptimizer):
         if not name.startswith("_") and not any(name in vars(base) for base in cls.__mro__):
             setattr(cls, name, _OfTheOptimizer(name))

@@ -6,23 +6,19 @@ import functools
 from typing import Any
 
 from hf_lopt.hf.loss_feed import unwrap
+from hf_lopt.hf.wrapping import wrap_once
 
 
-_MARK = "_hf_lopt_original"
 _CYCLES = ("OneCycleLR", "CyclicLR")
 
 
 def name_the_argument(module: Any) -> None:
     """Have the error of ``OneCycleLR`` and ``CyclicLR`` of ``torch.optim.lr_scheduler`` name the argument to pass."""
     for name in _CYCLES:
-        cls = getattr(module, name)
-        if not hasattr(cls.__init__, _MARK):
-            wrapped = _wrapped(cls.__init__, name)
-            setattr(wrapped, _MARK, cls.__init__)
-            cls.__init__ = wrapped
+        wrap_once(getattr(module, name), "__init__", functools.partial(_wrapped, name))
 
 
-def _wrapped(original: Any, name: str) -> Any:
+def _wrapped(name: str, original: Any) -> Any:
     @functools.wraps(original)
     def init(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         try:

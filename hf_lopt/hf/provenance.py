@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from hf_lopt.description import weights_name
 from hf_lopt.hf.loss_feed import unwrap
+from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
 
 
-_MARK = "_hf_lopt_original"
 # Those of report_to that keep a text; the others drop it, with a warning.
 _TAKE_TEXT = frozenset(("tensorboard", "wandb", "trackio"))
 
@@ -51,17 +52,16 @@ def trackers_take_text(report_to: Any) -> bool:
 
 def name_the_optimizer(module: Any) -> None:
     """Have the model cards of ``transformers.modelcard`` say what trained the model."""
-    original = module.extract_hyperparameters_from_trainer
-    if hasattr(original, _MARK):
-        return
+    wrap_once(module, "extract_hyperparameters_from_trainer", _with_optimizer)
 
+
+def _with_optimizer(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     @functools.wraps(original)
     def extract(trainer: Any) -> dict[str, Any]:
-        found: dict[str, Any] = original(trainer)
+        found = original(trainer)
         learned = unwrap(getattr(trainer, "optimizer", None))
         if learned is not None:
             found["optimizer"] = line(learned)
         return found
 
-    setattr(extract, _MARK, original)
-    module.extract_hyperparameters_from_trainer = extract
+    return extract

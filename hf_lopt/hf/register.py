@@ -9,7 +9,7 @@ do.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import EnumMeta
 from types import ModuleType
 from typing import Any
@@ -20,10 +20,10 @@ from hf_lopt import notices
 from hf_lopt.hf import lightning, loss_feed, momentum, provenance
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.scheduler import wrap_create_scheduler
+from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizers import OPTIMIZERS
 
 
-_MARK = "_hf_lopt_original"
 # Trainer divides the loss by the accumulation steps there, and so does the Accelerator that it builds.
 _DIVIDES_TWICE = (Version("5.2.0"), Version("5.6.0"))
 
@@ -92,11 +92,8 @@ def _add_handlers(module: Any) -> None:
             notices.warn(f"optim={name!r} is already taken in transformers; hf_lopt leaves it as it is")
 
 
-def _wrap_static_method(trainer: type) -> None:
+def _with_rules(original: Callable[..., Any]) -> Callable[..., Any]:
     """transformers before 5.2 has no table of handlers, only this method with a long ``if``."""
-    original = trainer.get_optimizer_cls_and_kwargs
-    if hasattr(original, _MARK):
-        return
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -106,42 +103,33 @@ def _wrap_static_method(trainer: type) -> None:
             return optimizer_class_and_arguments(args, model)
         return original(args, model)
 
-    setattr(get_optimizer_cls_and_kwargs, _MARK, original)
-    trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    return get_optimizer_cls_and_kwargs
 
 
-def _wrap_parser(module: Any) -> None:
-    """transformers parses ``optim_args`` before it asks a handler, and fails on what it cannot unpack.
+def _with_parser(handlers: Mapping[str, Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers parses ``optim_args`` before it asks one of the ``handlers``, and fails on what it cannot unpack.
 
     A learned optimizer reads the text itself, with errors that say what is wrong.
     """
-    original = module.Trainer.get_optimizer_cls_and_kwargs
-    if hasattr(original, _MARK):
-        return
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
         from hf_lopt.hf.arguments import optim_name, parse_optim_args
 
-        if module._OPTIMIZER_HANDLERS.get(optim_name(args)) is optimizer_handler:
+        if handlers.get(optim_name(args)) is optimizer_handler:
             parse_optim_args(args.optim_args)
         return original(args, model)
 
-    setattr(get_optimizer_cls_and_kwargs, _MARK, original)
-    module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    return get_optimizer_cls_and_kwargs
 
 
 def _extend_trainer(module: Any) -> None:
     from hf_lopt.hf.callback import LearnedOptimizerCallback
 
-    if not hasattr(module, "_OPTIMIZER_HANDLERS"):
-        _wrap_static_method(module.Trainer)
-    else:
-        _wrap_parser(module)
-    if not hasattr(module.Trainer.create_scheduler, _MARK):
-        wrapped = wrap_create_scheduler(module.Trainer.create_scheduler)
-        setattr(wrapped, _MARK, module.Trainer.create_scheduler)
-        module.Trainer.create_scheduler = wrapped
+    handlers = getattr(module, "_OPTIMIZER_HANDLERS", None)
+    choose = _with_rules if handlers is None else functools.partial(_with_parser, handlers)
+    wrap_once(module.Trainer, "get_optimizer_cls_and_kwargs", choose)
+    wrap_once(module.Trainer, "create_scheduler", wrap_create_scheduler)
     if LearnedOptimizerCallback not in module.DEFAULT_CALLBACKS:
         module.DEFAULT_CALLBACKS.append(LearnedOptimizerCallback)
 
