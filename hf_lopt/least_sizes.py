@@ -22,11 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from hf_lopt import distributed, notices
 from hf_lopt.live_modules import models_of
-from hf_lopt.parameters import Parameter, describe
+from hf_lopt.parameters import NORMS, TABLES, Parameter, describe, long_axes
 
 
 KEY = "min_param_scale"  # of settings, and of the state of a tensor
@@ -61,7 +60,6 @@ VECTOR = Kind("vectors of zeros", 0.0)
 # At 0.01, LoRA on a 135M language model learned a third as much in as many steps.
 ADAPTER = Kind("tensors of adapters", 0.1, always=True)
 
-_TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 _NORM_NAME = re.compile(r"norm|(^|[._])ln[_\d]*($|[._])", re.IGNORECASE)
 _TABLE_NAME = re.compile(r"(^|_)(embed(ding)?s?|pos|position(al)?|tokens?|query|queries|latents?|table)(_|$)")
 _SCALE_NAME = re.compile(r"scale|gamma|lambda|(^|_)ls\d*(_|$)")
@@ -101,11 +99,6 @@ def decide(pairs: Iterable[tuple[Tensor, Mapping[str, Any]]], state: MutableMapp
     if parts and distributed.rank() == 0:
         full = f"{name}'s step is relative to the size of a tensor, and these count as at least that large"
         notices.note(f"{KEY}: {parts}", f"{KEY}: {parts}: {full}. {KEY}=0 leaves it out.")
-
-
-def described(state: Mapping[Tensor, Mapping[str, Any]]) -> str:
-    """The floors of all tensors as a text, to be compared between ranks. Waits for the device."""
-    return ", ".join(f"{float(values[KEY]):g}" if KEY in values else "none" for values in state.values())
 
 
 def _sizes(params: Sequence[Tensor]) -> list[_Size]:
@@ -169,11 +162,11 @@ def _by_module(parameter: Parameter, size: _Size, adapters: Sequence[tuple[str, 
     if role == "norm":
         if "bias" in leaf:
             return BIAS
-        return NORM if isinstance(parameter.owner, _TORCH_NORMS) else ONE_PLUS
+        return NORM if isinstance(parameter.owner, NORMS) else ONE_PLUS
     if role == "bias":
         return _bias(p, leaf)
     if role in ("embedding", "table"):
-        of_layer = parameter.in_layer and not isinstance(parameter.owner, (nn.Embedding, nn.EmbeddingBag))
+        of_layer = parameter.in_layer and not isinstance(parameter.owner, TABLES)
         return PROJECTION if of_layer else TABLE
     if parameter.in_layer:
         return PROJECTION
@@ -182,7 +175,7 @@ def _by_module(parameter: Parameter, size: _Size, adapters: Sequence[tuple[str, 
 
 def _bias(p: Tensor, leaf: str) -> Kind:
     """Those of positions are tables with a row for each."""
-    is_table = _long_axes(p) > 1 and (_TABLE_NAME.search(leaf) or "attention" in leaf)
+    is_table = long_axes(p) > 1 and (_TABLE_NAME.search(leaf) or "attention" in leaf)
     return TABLE if is_table else BIAS
 
 
@@ -190,7 +183,7 @@ def _bare(p: Tensor, size: _Size, leaf: str) -> Kind:
     """The kind of a parameter of no layer that is not called a bias."""
     if _TABLE_NAME.search(leaf):
         return TABLE
-    if _long_axes(p) > 1:
+    if long_axes(p) > 1:
         return PROJECTION
     return SCALE if p.numel() > 1 and (size.rms > 0 or _SCALE_NAME.search(leaf)) else GATE
 
@@ -203,21 +196,17 @@ def _by_name(p: Tensor, size: _Size, name: str) -> Kind:
         return _bias(p, leaf)
     if leaf != "weight":
         return _bare(p, size, leaf)
-    if _long_axes(p) > 1:
+    if long_axes(p) > 1:
         return TABLE if _TABLE_NAME.search(path.rpartition(".")[2]) else PROJECTION
     return ONE_PLUS if _NORM_NAME.search(path.rpartition(".")[2]) else _by_value(p, size)
 
 
 def _by_value(p: Tensor, size: _Size) -> Kind:
     """Of a vector of zeros nobody can tell whether it is a bias or a norm stored as 1 + w."""
-    if _long_axes(p) > 1:
+    if long_axes(p) > 1:
         return PROJECTION
     if p.numel() == 1:
         return GATE
     if size.rms > 0 and size.constant:
         return SCALE
     return VECTOR if p.dim() == 1 else TABLE
-
-
-def _long_axes(p: Tensor) -> int:
-    return sum(n > 1 for n in p.shape)

@@ -226,7 +226,7 @@ class LearnedOptimizer(GivenSettings):
         if active.params:
             self._run_state.check_ready(self._pending)
             self._run_state.decide_multiplier()
-        self._ranks.check(self._run_settings, self.param_groups, active.pairs)
+        self._ranks.check(self._run_settings, self.param_groups, active.pairs, self.state)
         loss = self._pending.take()
         if active.params and self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
@@ -240,7 +240,7 @@ class LearnedOptimizer(GivenSettings):
             elif self._run_state.calls_per_update == 1:
                 self._ranks.without_gradients(self.param_groups)
         except distributed.SelectionsDifferError:
-            self._ranks.compare(self._run_settings, self.param_groups, active.pairs)
+            self._ranks.compare(self._run_settings, self.param_groups, active.pairs, self.state)
             raise
         finally:
             active.release()
@@ -248,8 +248,7 @@ class LearnedOptimizer(GivenSettings):
 
     def _run_settings(self) -> dict[str, Any]:
         """What has one value for the whole run, by name."""
-        settings = {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
-        return settings | {"least sizes of the tensors": least_sizes.described(self.state)}
+        return {name: self.param_groups[0][name] for name in self._run_state.keys(self.defaults)}
 
     def _create_state(self) -> bool:
         """Make the state of all trainable parameters, the same on every rank. Whether there was none before."""
@@ -296,8 +295,7 @@ class LearnedOptimizer(GivenSettings):
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             grads = ready_gradients(held, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
-            factor = self._run_state.length_multiplier
-            tensors = self._prepared.tensors(held, grads, self._inputs.numbers, factor)
+            tensors = self._prepared.tensors(held, grads, self._inputs.numbers, self._run_state.length_multiplier)
             loss = None if loss is None else to_device(loss, torch.float32, device)
             self._run_state.first_losses(run, loss)
             settings = first | {"num_training_steps": self._run_state.num_updates}

@@ -21,9 +21,9 @@ from hf_lopt.step.accumulators import matrix_shape, reference_axes, without_view
 
 ROLES = ("matrix", "depthwise", "embedding", "table", "norm", "bias", "vector")
 
-_TABLES = (nn.Embedding, nn.EmbeddingBag)
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
-_LAYERS = (nn.Linear, _ConvNd, *_TABLES)
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_LAYERS = (nn.Linear, _ConvNd, *TABLES)
 _OTHER_LAYERS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 # Norms of transformers are classes of their own, such as LlamaRMSNorm.
 _NORM_CLASS = re.compile(r"norm(?!al)", re.IGNORECASE)
@@ -140,6 +140,11 @@ def describe(model: nn.Module) -> list[Parameter]:
     return found
 
 
+def long_axes(p: Tensor) -> int:
+    """How many axes of a tensor are longer than 1."""
+    return sum(n > 1 for n in p.shape)
+
+
 def tables(model: nn.Module, method: str) -> set[int]:
     """ids of the parameters of what ``method`` of the model, or of a model inside of it, returns."""
     found: set[int] = set()
@@ -171,7 +176,7 @@ def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
                 continue
             owner = (holder, attribute or leaf)
             found = owners.get(id(p))
-            if found is None or (isinstance(module, _TABLES) and not isinstance(found[0], _TABLES)):
+            if found is None or (isinstance(module, TABLES) and not isinstance(found[0], TABLES)):
                 owners[id(p)] = owner
     return owners
 
@@ -185,14 +190,14 @@ def _role_and_order(owner: nn.Module, leaf: str, p: Tensor, is_outer: bool) -> t
 
 
 def _role(owner: nn.Module, leaf: str, p: Tensor, is_outer: bool) -> str:
-    if isinstance(owner, _NORMS) or (_NORM_CLASS.search(type(owner).__name__) and not isinstance(owner, _LAYERS)):
+    if isinstance(owner, NORMS) or (_NORM_CLASS.search(type(owner).__name__) and not isinstance(owner, _LAYERS)):
         return "norm"
     if _BIAS_NAME.search(leaf):
         return "bias"
-    if is_outer or isinstance(owner, _TABLES):
+    if is_outer or isinstance(owner, TABLES):
         return "embedding"
     if isinstance(owner, _LAYERS) or _is_conv1d(owner):
-        if sum(n > 1 for n in p.shape) < 2:
+        if long_axes(p) < 2:
             return "vector"
         depthwise = isinstance(owner, _ConvNd) and 1 < owner.groups == owner.in_channels
         return "depthwise" if depthwise else "matrix"
@@ -209,7 +214,7 @@ def _bare_role(owner: nn.Module, leaf: str, p: Tensor) -> str:
         found = "table"
     else:
         found = "matrix" if _is_called_matrix(owner, leaf) else "table"
-    return found if sum(n > 1 for n in p.shape) >= 2 else "vector"
+    return found if long_axes(p) >= 2 else "vector"
 
 
 def _is_called_table(owner: nn.Module, leaf: str) -> bool:
@@ -237,7 +242,7 @@ def _axis_order(owner: nn.Module, leaf: str, p: Tensor, role: str) -> str:
         return "torch_transposed"
     if isinstance(owner, (nn.Linear, _ConvNd)):
         return "torch"
-    if isinstance(owner, _TABLES) or role == "table" or _is_conv1d(owner):
+    if isinstance(owner, TABLES) or role == "table" or _is_conv1d(owner):
         return "jax"
     if role in ("bias", "embedding"):
         return "jax" if not isinstance(owner, _OTHER_LAYERS) else "torch"

@@ -21,6 +21,7 @@ from hf_lopt.step.reduction import reduce_without_step
 
 Parameters = Sequence[tuple[Tensor, Mapping[str, Any]]]  # each with its group
 Groups = Sequence[Mapping[str, Any]]
+State = Mapping[Tensor, Mapping[str, Any]]
 
 
 class RankAgreement:
@@ -38,7 +39,7 @@ class RankAgreement:
         """Compare everything anew at the next step."""
         self._agreed.clear()
 
-    def check(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters) -> None:
+    def check(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters, state: State) -> None:
         """Compare at the first step, and of sharded parameters each new selection. ``run`` makes the settings of the
         run, which one process does not need.
 
@@ -50,7 +51,7 @@ class RankAgreement:
         number = selection(groups, [p for p, _ in active])
         sharded = any(distributed.is_dtensor(p) for group in groups for p in group["params"])
         if not self._agreed or (sharded and number not in self._agreed):
-            self.compare(run, groups, active)
+            self.compare(run, groups, active, state)
             self._agreed.add(number)
 
     def without_gradients(self, groups: Groups) -> None:
@@ -63,14 +64,14 @@ class RankAgreement:
         if distributed.world_size() > 1 and not any(distributed.is_dtensor(p) for p in params):
             reduce_without_step(params[0].device, selection(groups, []))
 
-    def compare(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters) -> None:
+    def compare(self, run: Callable[[], Mapping[str, Any]], groups: Groups, active: Parameters, state: State) -> None:
         """Compare everything, in a collective of its own that all ranks have to enter.
 
         Raises:
             ValueError: on all ranks, naming what differs.
         """
         trainable = [(p, group) for group in groups for p in group["params"] if p.requires_grad]
-        check_ranks_agree(run(), trainable, {id(p) for p, _ in active}, self._per_group)
+        check_ranks_agree(run(), trainable, {id(p) for p, _ in active}, self._per_group, state)
 
 
 def selection(groups: Groups, active: Sequence[Tensor]) -> int:

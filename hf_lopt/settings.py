@@ -128,6 +128,7 @@ def check_ranks_agree(
     parameters: Sequence[tuple[Tensor, Mapping[str, Any]]],
     active: Collection[int],
     per_group: Sequence[str],
+    state: Mapping[Tensor, Mapping[str, Any]],
 ) -> None:
     """Compare over all ranks the settings of the run and the list of trainable parameters. A collective.
 
@@ -136,6 +137,7 @@ def check_ranks_agree(
         parameters: the trainable parameters with their groups.
         active: ids of the parameters that have a gradient in this step.
         per_group: settings of the groups that are compared.
+        state: of the parameters, in which each has for itself what its group leaves open. Waits for the device.
 
     Raises:
         ValueError: on all ranks, naming what differs.
@@ -144,5 +146,8 @@ def check_ranks_agree(
     for i, (p, group) in enumerate(parameters):
         gradient = "with" if id(p) in active else "without"
         described[f"parameter {i}"] = f"{distributed.describe(p)} {gradient} a gradient"
-        described |= {f"{name} of parameter {i}": str(group[name]) for name in per_group}
+        for name in per_group:
+            value, own = group[name], state.get(p, {}).get(name)
+            value = f"{float(own):g}" if value is None and own is not None else value
+            described[f"{name} of parameter {i}"] = str(value)
     distributed.check_agreement(described, parameters[0][0].device)
