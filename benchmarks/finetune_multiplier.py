@@ -13,7 +13,6 @@ import argparse
 import copy
 import functools
 import json
-import math
 import sysconfig
 import warnings
 from collections.abc import Sequence
@@ -24,9 +23,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import hf_lopt
+from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded
-from hf_lopt import rules
 from hf_lopt.meta.table import machine
 
 
@@ -92,34 +90,16 @@ def start(task: str, seed: int) -> nn.Module:
 
 
 def final_loss(task: str, seed: int, rule: str, lr: float, weights: str) -> float:
-    """Held-out loss after :data:`STEPS` steps; of AdamW the rate decays linearly to 0."""
-    model, (train, held_out) = start(task, seed), source_code()
-    params = [p for p in model.parameters() if p.requires_grad]
-    if rule == "adamw":
-        optimizer = torch.optim.AdamW(params, lr=lr)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    else:
-        groups = hf_lopt.param_groups(model, rule)
-        needs = {"num_training_steps": STEPS} if rules.get(rule).needs_horizon else {}
-        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs)
-    for x in batches(train, seed, STEPS):
-        loss = model(input_ids=x, labels=x).loss
-        optimizer.zero_grad()
-        loss.backward()
-        if rule == "adamw":
-            optimizer.step()
-            schedule.step()
-        else:
-            optimizer.step(loss)
+    """Held-out loss after :data:`STEPS` steps."""
+    model, (data, held_out) = start(task, seed), source_code()
+    train(model, batches(data, seed, STEPS), lambda x: model(input_ids=x, labels=x).loss, STEPS, rule, lr, weights)
     with torch.no_grad():
         return model(input_ids=held_out, labels=held_out).loss.item()
 
 
-def row(task: str, seeds: int, rule: str, lr: float, weights: str = "") -> dict[str, float | None]:
-    losses = torch.tensor([final_loss(task, seed, rule, lr, weights) for seed in range(seeds)])
-    mean, error = losses.mean().item(), losses.std().item() / math.sqrt(seeds)
-    print(f"{task}: {rule} {Path(weights).name} lr {lr:g}: {mean:.4f} ± {2 * error:.4f}", flush=True)
-    return {"loss": mean, "two_standard_errors": 2 * error}
+def row(task: str, seeds: int, rule: str, lr: float, weights: str = "") -> dict[str, float]:
+    losses = [final_loss(task, seed, rule, lr, weights) for seed in range(seeds)]
+    return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}", losses)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

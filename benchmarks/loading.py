@@ -20,23 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import hf_lopt
+from benchmarks.step import gpt2, parameters
 from benchmarks.storing import rounded
 from hf_lopt.saved_state import check_saved_state, checked_groups
 
 
 RESULTS = Path(__file__).parent / "results" / "loading.json"
-
-
-def model(width: int = 512, layers: int = 5, vocabulary: int = 20_000) -> list[nn.Parameter]:
-    """The parameters of a GPT."""
-    shapes: list[tuple[int, ...]] = [(vocabulary, width), (512, width), (width,), (width,)]
-    for _ in range(layers):
-        shapes += [(3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,)]
-        shapes += [(4 * width, width), (4 * width,), (width, 4 * width), (width,), (width,), (width,)]
-    return [nn.Parameter(0.02 * torch.randn(shape)) for shape in shapes]
 
 
 def timed(times: list[float], call: Callable[[], Any]) -> Any:
@@ -49,11 +40,8 @@ def timed(times: list[float], call: Callable[[], Any]) -> Any:
 def measure(rounds: int) -> dict[str, Any]:
     """Medians in seconds, and of the shares of each round."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    params = model()
+    params = parameters(gpt2(512, 5, 20_000, context=512))
     optimizer = hf_lopt.VeLO(params, num_training_steps=100, weights="bundled")
-    for p in params:
-        p.grad = 1e-3 * torch.randn_like(p)
     optimizer.step(1.0)
     initial = optimizer._run_state.initial_values()
     read: list[float] = []

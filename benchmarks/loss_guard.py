@@ -59,16 +59,12 @@ def finals(task: tasks.Task, theta: Theta, steps: int, seeds: int, event: str) -
             batch = noisy(batch, generator)
         if event == "flip" and t >= steps // 2:
             batch = flipped(batch, classes)
-        leaves = {name: p.detach().requires_grad_() for name, p in particles.params.items()}
-        now = task.losses(leaves, batch)
-        gradients = torch.autograd.grad(now.sum(), list(leaves.values()))
-        particles.update(dict(zip(leaves, gradients, strict=True)), now.detach(), rates, horizons)
-    losses = []
-    with torch.no_grad():
-        for _ in range(evaluate.FRESH_BATCHES):
-            batch = samples.batch(seeds, task.batch, generator, fresh=True)
-            losses.append(task.losses(particles.params, flipped(batch, classes) if event == "flip" else batch))
-    final = torch.stack(losses).mean(0)
+        now, gradients = evaluate.losses_and_gradients(task, particles.params, batch)
+        particles.update(gradients, now, rates, horizons)
+    fresh = (samples.batch(seeds, task.batch, generator, fresh=True) for _ in range(evaluate.FRESH_BATCHES))
+    if event == "flip":
+        fresh = (flipped(batch, classes) for batch in fresh)
+    final = evaluate.mean_losses(task, particles.params, fresh)
     return torch.where(particles.failed | ~final.isfinite(), math.inf, final)
 
 

@@ -101,13 +101,11 @@ def finals(task: tasks.Task, rule: str, steps: int, seeds: int, multipliers: Seq
     rates = torch.tensor(multipliers, dtype=torch.float32).repeat_interleave(seeds)
     horizons = torch.full((count,), steps, dtype=torch.int64)
     for _ in range(steps):
-        leaves = {name: p.detach().requires_grad_() for name, p in particles.params.items()}
-        now = task.losses(leaves, samples.batch(seeds, task.batch, generator))
-        gradients = torch.autograd.grad(now.sum(), list(leaves.values()))
-        particles.update(dict(zip(leaves, gradients, strict=True)), now.detach(), rates, horizons)
-    with torch.no_grad():
-        batches = [samples.batch(seeds, task.batch, generator, fresh=True) for _ in range(evaluate.FRESH_BATCHES)]
-        losses = torch.stack([task.losses(particles.params, batch) for batch in batches]).mean(0)
+        batch = samples.batch(seeds, task.batch, generator)
+        now, gradients = evaluate.losses_and_gradients(task, particles.params, batch)
+        particles.update(gradients, now, rates, horizons)
+    fresh = (samples.batch(seeds, task.batch, generator, fresh=True) for _ in range(evaluate.FRESH_BATCHES))
+    losses = evaluate.mean_losses(task, particles.params, fresh)
     losses[particles.failed | ~losses.isfinite()] = math.inf
     return losses.view(len(multipliers), seeds)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
-import hf_lopt
+from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded
 from hf_lopt import least_sizes
 from hf_lopt.meta.table import machine
@@ -232,34 +231,14 @@ BIASES, PLAIN = (0.0, 0.01, 0.1), ("GPT-2", "ViT", "MLP")
 
 
 def final_loss(task: Task, seed: int, rule: str, lr: float = 1.0, weights: str = "bundled") -> float:
-    """Held-out loss after :data:`STEPS` steps; of AdamW the rate decays linearly to 0."""
+    """Held-out loss after :data:`STEPS` steps."""
     torch.manual_seed(seed)
     model, draw = task.model(), torch.Generator().manual_seed(100 + seed)
-    if rule == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
-    else:
-        groups = hf_lopt.param_groups(model, rule)
-        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=1.0, weights=weights, num_training_steps=STEPS)
-    for _ in range(STEPS):
-        loss = task.loss(model, *task.batch(BATCH, draw))
-        optimizer.zero_grad()
-        loss.backward()
-        if rule == "adamw":
-            optimizer.step()
-            schedule.step()
-        else:
-            optimizer.step(loss)
+    batches = (task.batch(BATCH, draw) for _ in range(STEPS))
+    train(model, batches, lambda batch: task.loss(model, *batch), STEPS, rule, lr, weights)
     model.eval()
     with torch.no_grad():
         return task.loss(model, *task.batch(HELD_OUT, draw)).item()
-
-
-def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
-    values = torch.tensor(losses)
-    found = {"loss": values.mean().item(), "two_standard_errors": 2 * values.std().item() / math.sqrt(len(values))}
-    print(f"{what}: {found['loss']:.4f} ± {found['two_standard_errors']:.4f}", flush=True)
-    return found
 
 
 def floors(kind: str, name: str, values: Sequence[float], seeds: int, contenders: Mapping[str, Any]) -> dict[str, Any]:

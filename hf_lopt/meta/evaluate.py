@@ -7,7 +7,7 @@ the loss on samples that are never trained on, averaged over several batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,20 @@ class Curves:
 Step = Callable[[Mapping[str, Tensor], Tensor, int], None]
 
 
+def losses_and_gradients(task: Task, params: Mapping[str, Tensor], batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of each copy of a task's model on a batch, (P,), and the gradients by name, (P, *shape)."""
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    losses = task.losses(leaves, batch)
+    gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
+    return losses.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+def mean_losses(task: Task, params: Mapping[str, Tensor], batches: Iterable[Any]) -> Tensor:
+    """The mean over batches of the loss of each copy, (P,)."""
+    with torch.no_grad():
+        return torch.stack([task.losses(params, batch) for batch in batches]).mean(0)
+
+
 def _follow(task: Task, seeds: int, steps: int, looks: int, make: Callable[[dict[str, Tensor]], tuple]) -> Curves:
     """Runs of a task for all seeds at once. ``make`` turns the start into (parameters, step(gradients, losses, t))."""
     samples, generator = task.samples(), seeded("evaluation", task.name)
@@ -56,14 +70,11 @@ def _follow(task: Task, seeds: int, steps: int, looks: int, make: Callable[[dict
     times = sorted({round(steps * (k + 1) / looks) for k in range(looks)})
     losses, train = [], torch.zeros(seeds, dtype=torch.float32)
     for t in range(steps):
-        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
-        now = task.losses(leaves, samples.batch(seeds, task.batch, generator))
-        gradients = torch.autograd.grad(now.sum(), list(leaves.values()))
-        step(dict(zip(leaves, gradients, strict=True)), now.detach(), t)
-        train += now.detach() / steps
+        now, gradients = losses_and_gradients(task, params, samples.batch(seeds, task.batch, generator))
+        step(gradients, now, t)
+        train += now / steps
         if t + 1 in times:
-            with torch.no_grad():
-                losses.append(torch.stack([task.losses(params, batch) for batch in fresh]).mean(0))
+            losses.append(mean_losses(task, params, fresh))
     curves = torch.stack(losses, 1)
     return Curves(torch.tensor(times, dtype=torch.int64), torch.where(curves.isfinite(), curves, math.inf), train)
 

@@ -1,0 +1,50 @@
+"""Short trainings of small models, and their losses over seeds, for benchmarks that compare settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hf_lopt
+from hf_lopt import rules
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], Tensor],
+    steps: int,
+    rule: str,
+    lr: float,
+    weights: str = "bundled",
+) -> None:
+    """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0."""
+    schedule = None
+    if rule == "adamw":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    else:
+        needs = {"num_training_steps": steps} if rules.get(rule).needs_horizon else {}
+        groups = hf_lopt.param_groups(model, rule)
+        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs)
+    for batch in batches:
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        if schedule is None:
+            optimizer.step(loss)
+        else:
+            optimizer.step()
+            schedule.step()
+
+
+def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
+    """The mean over seeds and two standard errors of it; printed, too."""
+    values = torch.tensor(losses)
+    found = {"loss": values.mean().item(), "two_standard_errors": 2 * values.std().item() / math.sqrt(len(values))}
+    print(f"{what}: {found['loss']:.4f} ± {found['two_standard_errors']:.4f}", flush=True)
+    return found
