@@ -8,9 +8,10 @@ instead, and the step runs in plain PyTorch.
 from __future__ import annotations
 
 import re
-import warnings
 
 import torch
+
+from hf_lopt import notices
 
 
 # Of each card by its number.
@@ -25,10 +26,9 @@ def runs(device: torch.device) -> bool:
         problem = find_problem(index)
         known = not problem
         if problem and all(_runs.values()):
-            warnings.warn(
+            notices.warn(
                 f"the CUDA kernels of hf_lopt do not run on {problem}. Learned optimizers run in plain PyTorch there, "
-                "many times slower. HF_LOPT_KERNELS=torch in the environment silences this warning.",
-                stacklevel=4,
+                "many times slower. HF_LOPT_KERNELS=torch in the environment silences this warning."
             )
         _runs[index] = known
     return known

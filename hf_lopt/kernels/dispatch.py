@@ -36,6 +36,7 @@ from hf_lopt.kernels.arguments import (
     ZeroNan,
 )
 from hf_lopt.kernels.schema import Arguments
+from hf_lopt.kernels.small_matrices import is_small
 
 
 # What the kernels are written for.
@@ -44,7 +45,6 @@ _FEATURES = frozenset(FEATURES) - {"log_abs_p"}
 _NOT_WITH_32_UNITS = frozenset(("clip_g", "g_rsqrt_v"))
 _UNITS = (4, 8, 32)
 _DECAYS = (3, 1, 3)  # numbers of momenta, second moments and factored accumulators
-_SMALL_SIDE, _SMALL_MATRIX = 64, 1 << 16
 
 _SLOW = {
     "hf_lopt._C": "no compiled kernels: 5 to 20 times slower",
@@ -247,10 +247,7 @@ def _supports_descend(x: Descend, device: str) -> bool:
 
 def _supports_matrices(x: Orthogonalize, device: str) -> bool:
     """Small ones, in a core's cache: for others a library takes all threads."""
-    rows, columns = x.x.shape[-2:]
-    return (
-        x.x.dtype == x.dtype == torch.float32 and min(rows, columns) <= _SMALL_SIDE and rows * columns <= _SMALL_MATRIX
-    )
+    return x.x.dtype == x.dtype == torch.float32 and is_small(x.x.shape)
 
 
 def _supports_advance(x: Advance, device: str) -> bool:

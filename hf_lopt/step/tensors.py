@@ -203,7 +203,7 @@ class StepCache:
     selection: int = 0
     device_settings: dict[str, Tensor] = field(default_factory=dict)
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
-    floors: tuple[Tensor, int, Sequence[Tensor | None], Tensor] | None = None
+    floors: tuple[Tensor, int, Sequence[Tensor | None] | None, Tensor] | None = None
 
 
 @dataclass
@@ -320,12 +320,11 @@ class TensorList:
         """``min_param_scale`` of each tensor, (T,) or, of stacked replicas, (T R,): of its group, or its own."""
         own = self.state.get("min_param_scale")
         numbers = self["min_param_scale"]
-        if own is None:
-            return numbers.nan_to_num(0.0)
         made = self.cache.floors
         if made is None or made[0] is not numbers or made[1] != numbers._version or made[2] is not own:
-            floors = [self.layout.one.new_zeros(()) if x is None else x for x in own]
-            least = torch.where(numbers.isnan(), torch.stack(floors), numbers)
+            floors = [self.layout.one.new_zeros(()) if x is None else x for x in own or ()]
+            of_tensors = torch.stack(floors) if floors else torch.zeros_like(numbers)
+            least = torch.where(numbers.isnan(), of_tensors, numbers)
             made = self.cache.floors = (numbers, numbers._version, own, least)
         return made[3]
 

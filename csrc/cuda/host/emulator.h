@@ -273,17 +273,16 @@ HF_LOPT_DEVICE void matrix_multiply_add(float (&d)[4], const uint32_t (&a)[4], u
     }
 }
 
-// Rounds to 10 bits after the first, half away from zero.
-HF_LOPT_DEVICE uint32_t to_tf32(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000u : bits;
-}
-
 HF_LOPT_DEVICE uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits;
+}
+
+// Rounds to 10 bits after the first, half away from zero.
+HF_LOPT_DEVICE uint32_t to_tf32(float x) {
+    const uint32_t bits = bits_of(x);
+    return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000u : bits;
 }
 
 HF_LOPT_DEVICE void matrix_multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

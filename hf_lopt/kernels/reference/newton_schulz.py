@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from hf_lopt.kernels.arguments import Orthogonalize
+from hf_lopt.kernels.small_matrices import SIDE, is_small
 
 
 # From this ratio of the sides on the iteration is one of A. It loses the directions whose singular values are so small
 # that their squares vanish beside the largest one. So it begins anew with the X that it has reached, after this many
 # steps: then these have grown 41 times, and no more is lost than in the iteration of X (measured in the tests).
 LONG, AGAIN = 2.0, 3
-# Matrices up to here go through batched products as they are; on a CPU larger ones are taken one at a time.
-SMALL_SIDE, SMALL_MATRIX = 64, 1 << 16
 
 
 def orthogonalize(arguments: Orthogonalize) -> tuple[Tensor, Tensor]:
@@ -34,7 +33,7 @@ def orthogonalize(arguments: Orthogonalize) -> tuple[Tensor, Tensor]:
     """
     x, shape = arguments.x, arguments.x.shape
     x = x.reshape(-1, *shape[-2:])
-    if arguments.dtype != torch.float32 or _is_small(shape):
+    if arguments.dtype != torch.float32 or is_small(shape):
         x = _by_three_products(x, arguments)
     elif x.device.type == "cpu":
         out = torch.empty(x.shape, dtype=torch.float32)
@@ -48,11 +47,6 @@ def orthogonalize(arguments: Orthogonalize) -> tuple[Tensor, Tensor]:
         x = x * (mean_squares + arguments.norm_eps).rsqrt().view(-1, 1, 1)
     x = x.reshape(shape)
     return x if x.is_contiguous() else x.clone(memory_format=torch.contiguous_format), mean_squares.view(shape[:-2])
-
-
-def _is_small(shape: Sequence[int]) -> bool:
-    """Whether matrices of this shape stay in the cache of one core."""
-    return min(shape[-2:]) <= SMALL_SIDE and shape[-2] * shape[-1] <= SMALL_MATRIX
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
@@ -120,7 +114,7 @@ def symmetric_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     Elsewhere each of the smaller products would be a launch.
     """
     n = left.shape[-2]
-    block = max(SMALL_SIDE, -(-n // 8))
+    block = max(SIDE, -(-n // 8))
     if left.dim() > 2 or left.device.type != "cpu" or n < 2 * block:
         torch.matmul(left, right, out=out)
         return
