@@ -168,11 +168,13 @@ def test_places_of_old_tables_are_used_again_when_nothing_is_under_way(emulated)
     kept = [case([(3, 2)]) for _ in range(258)]
     for x in kept:
         first_pass(x)
+    # Both are alive at once: the second in the memory of the first would have its table, too.
+    first, second = case([(3, 2)]), case([(3, 2)])
     before = emulated.queries, emulated.table_copies
-    first_pass(case([(3, 2)]))
+    first_pass(first)
     emulated.let_marks_pass(False)
     try:
-        first_pass(case([(3, 2)]))
+        first_pass(second)
     finally:
         emulated.let_marks_pass(True)
     assert (emulated.queries, emulated.table_copies) == (before[0] + 2, before[1] + 2), "the first answer is enough"
