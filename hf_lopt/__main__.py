@@ -65,10 +65,7 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
         ("versions", [("hf_lopt", hf_lopt.__version__), ("torch", torch.__version__), *packages]),
         ("optimizers", [(f"optim={name!r}", rules.get(name).summary) for name in hf_lopt.available()]),
         ("weights", [row for name in hf_lopt.available() for row in _weights(name)]),
-        (
-            "kernels",
-            [("cpu", _kernels("CPU")), ("cuda", _kernels("CUDA")), *dispatch.missing().items()],
-        ),
+        ("kernels", [("cpu", _kernels("CPU")), ("cuda", _kernels("CUDA")), *dispatch.missing().items()]),
         (
             "environment",
             [

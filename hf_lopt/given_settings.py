@@ -78,8 +78,7 @@ class GivenSettings(Optimizer):
         """What lr is multiplied with because of the length of the run, see :class:`hf_lopt.rules.base.RunLength`.
 
         1.0 where somebody chose an lr or gave the weights as arrays, and for rules and checkpoints that know no such
-        thing. Decided at the first
-        step, and again when ``num_training_steps`` changes; before that, what it would be.
+        thing. Decided at the first step, and again when ``num_training_steps`` changes; before that, what it would be.
         """
         return self._run_state.length_multiplier
 
@@ -98,19 +97,22 @@ class GivenSettings(Optimizer):
         Among it an ``lr`` that is a usual learning rate, of a rule whose own step size it multiplies. What counts is
         what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.
         """
-        if not rule.own_schedule or self.run_policy is not None:  # whoever decided it has told
+        largest = 0.0
+        if rule.own_schedule and self.run_policy is None:  # else whoever decided it has told
+            largest = self._largest_lr()
+        if 0.0 < largest < SMALL_MULTIPLIER:
+            notices.LOG.info(small_multiplier(rule.class_name, largest))
+            notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
+        else:
             notices.tell()
-            return
+
+    def _largest_lr(self) -> float:
+        """0.0 where one lies on an accelerator: reading it would wait."""
         rates = [rate for _, rate in self._given_groups]
         rates += [group[key] for group in self.param_groups for key in ("lr", "initial_lr", "max_lr") if key in group]
-        # Reading a tensor on an accelerator would wait for it.
-        numbers = [float(rate) for rate in rates if not (isinstance(rate, Tensor) and rate.device.type != "cpu")]
-        largest = max(numbers, default=0.0) if len(numbers) == len(rates) else 0.0
-        if not 0.0 < largest < SMALL_MULTIPLIER:
-            notices.tell()
-            return
-        notices.LOG.info(small_multiplier(rule.class_name, largest))
-        notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
+        if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+            return 0.0
+        return max(map(float, rates), default=0.0)
 
 
 def small_multiplier(name: str, lr: float) -> str:

@@ -8,7 +8,6 @@ them. Two things of a run are not saved: the loss that waits for the next step (
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,6 @@ from hf_lopt.weights import Weights, earlier
 COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 # What lr is multiplied with because of the length of the run; 0: not decided yet.
 LENGTH_MULTIPLIER = "length_multiplier"
-_log = logging.getLogger("hf_lopt")
 
 
 class RunState:
@@ -139,7 +137,9 @@ class RunState:
     def adopt(self, weights: Weights) -> None:
         """Go on with these weights, of a checkpoint that has been loaded."""
         if weights is not self._weights:
-            _log.info("%s goes on with the weights of the checkpoint, %s", self._rule.class_name, weights.source)
+            notices.LOG.info(
+                "%s goes on with the weights of the checkpoint, %s", self._rule.class_name, weights.source
+            )
             owner, self._weights = self.owner, weights
             owner._weights = weights
             owner._inputs.use(weights.theta)
@@ -198,7 +198,7 @@ class RunState:
         self.write({LENGTH_MULTIPLIER: multiplier})
         if multiplier != 1.0:
             run = f"{self._rule.class_name}: in a run of {self.num_training_steps} steps"
-            _log.info("%s lr counts %.3g times (length_multiplier), since none was given", run, multiplier)
+            notices.LOG.info("%s lr counts %.3g times (length_multiplier), since none was given", run, multiplier)
 
     @property
     def calls_per_update(self) -> int:

@@ -78,13 +78,13 @@ class Arguments(RecipeArguments):
 
     def own_optim_args(self, optim: str) -> str | None:
         """min_param_scale, for optimizers that take it."""
+        if self.min_param_scale is None:
+            return None
         takes = (
             optim in hf_lopt.available()
             and "min_param_scale" in learned_optimizer(optim, weights="bundled").rule.defaults
         )
         given = optim == self.optim and "min_param_scale" in (self.optim_args or "")
-        if self.min_param_scale is None:
-            return None
         return f"min_param_scale={self.min_param_scale:g}" if takes and not given else None
 
 

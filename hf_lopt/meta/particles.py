@@ -204,7 +204,6 @@ class Particles:
         keys = dict.fromkeys(key for state in states for key in state)
         count, rule = len(params), self.rule
         numbers = ["weight_decay", *(n for n in rule.per_group if n not in rule.words)]
-        words = [n for n in rule.per_group if isinstance(rule.defaults[n], str)]
         total = count * max(replicas if self.together else 0, 1)
         settings = {
             n: torch.full((total,), float(self.group[n]), dtype=torch.float32, device=self.device) for n in numbers
@@ -218,7 +217,7 @@ class Particles:
             grads=[],
             state={key: [state.get(key) for state in states] for key in keys},
             settings=settings,
-            labels={n: [self.group[n]] * count for n in words},
+            labels={n: [self.group[n]] * count for n in rule.words},
         )
 
     def _new_lists(self) -> list[TensorList]:

@@ -55,6 +55,10 @@ class RunLength:
         return min(max((self.steps / updates) ** self.power, 1.0), self.largest)
 
 
+# Of all rules whose schedule is that of a horizon.
+RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
+
+
 @dataclass(frozen=True)
 class Rule:
     """A published update rule.

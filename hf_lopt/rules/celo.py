@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_lopt.features import CLIP_GRADIENT, SHARED_INPUTS, VELO, Decays
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import AdamStep
-from hf_lopt.rules.base import Rule, RunLength, UpdateResult
+from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta, specialize_networks
@@ -21,7 +21,6 @@ from hf_lopt.step.tensors import TensorList
 
 
 STEP_MULT = EXP_MULT = 0.001
-RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
 ADAM = Decays(momentum=(0.9,), second_moment=(0.999,), factored=())
 INNER_EPS, OUTER_EPS = 1e-10, 1e-8
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt.features import VELO
-from hf_lopt.rules.base import Rule, RunLength, UpdateResult
+from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta
@@ -21,7 +21,6 @@ from hf_lopt.step.tensors import TensorList
 
 INPUTS = 30  # of the scheduler: time 9, loss 9, the tensor itself 12
 STEP_MULT = EXP_MULT = 0.001
-RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
 
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
