@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar, overload
 
 import torch
@@ -236,7 +236,7 @@ class LearnedOptimizer(GivenSettings):
             active = self._active()
         try:
             if active.params:
-                self._update(active, loss)
+                self._update(active, self._inputs.key(active), loss)
             elif self._run_state.calls_per_update == 1:
                 self._ranks.without_gradients(self.param_groups)
         except distributed.SelectionsDifferError:
@@ -283,12 +283,11 @@ class LearnedOptimizer(GivenSettings):
         """What takes part in this step."""
         return self._inputs.active(self.param_groups, self.state)
 
-    def _update(self, held: HeldTensors, loss: Tensor | float | None) -> None:
+    def _update(self, held: HeldTensors, key: tuple[Hashable, ...], loss: Tensor | float | None) -> None:
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         rule, first, device = self._rule, self.param_groups[0], held.params[0].device
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
-            key = self._inputs.key(held)
             if self._prepared is None or self._prepared.key != key:
                 self._prepared = PreparedStep(key, held.params, held.groups, rule, self._weights.theta)
                 self._prepared.cache.selection = selection(self.param_groups, held.params)

@@ -254,7 +254,7 @@ def in_short(policy: RunPolicy) -> list[str]:
         others.insert(0, f"lr={lr.value:g}" + (" hardly moves" if "hardly move" in lr.reason else ""))
     others += [f"{policy.schedule.value} schedule"] if policy.schedule.reason else []
     others += [f"weight_decay={policy.weight_decay.value:g}"] if policy.weight_decay.reason else []
-    return [f"{policy.rule}: {', '.join(others)}"] if others else []
+    return [f"optim={policy.rule}: {', '.join(others)}"] if others else []
 
 
 def told(policy: RunPolicy, max_grad_norm: float | None) -> Iterator[str]:
