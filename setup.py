@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 
@@ -139,11 +140,27 @@ class BuildExtension(build_ext):
                 compile_one(obj, src, suffix, cc_args, flags, pp_opts)
             stamp.write_text(digest)
 
-        self.compiler._compile = compile_with_flags
+        # Files of one extension are compiled at the same time. Extensions are not: they share the compiler's object.
+        workers = os.cpu_count() if self.parallel is True else self.parallel or 1
+        compile_all, pool = self.compiler.compile, ThreadPoolExecutor(workers)
+
+        def compile_at_once(*args, **options):
+            begun = []
+            self.compiler._compile = lambda *one: begun.append(pool.submit(compile_with_flags, *one))
+            objects = compile_all(*args, **options)
+            for one in begun:
+                one.result()
+            return objects
+
+        self.compiler.compile = compile_at_once
         try:
             super().build_extension(ext)
         finally:
-            self.compiler._compile, self.build_temp = compile_one, objects
+            pool.shutdown(cancel_futures=True)
+            self.compiler.compile, self.compiler._compile, self.build_temp = compile_all, compile_one, objects
+
+    def _build_extensions_parallel(self) -> None:  # what `-j` calls
+        self._build_extensions_serial()
 
 
 class Wheel(bdist_wheel):

@@ -58,7 +58,7 @@ from hf_lopt.kernels import dispatch
 ROOT = Path(__file__).parents[1]
 QUICK = {
     "sizes": ["355M"],
-    "rules": ["velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo2"],
+    "rules": ["velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo2", "celo2:auto"],
     "seconds": 1.5,
     "limit": 150.0,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
+import re
 import statistics
 import time
 import traceback
@@ -38,11 +39,11 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
 
 
 def optimizer_of(name: str, params: list[torch.nn.Parameter]) -> Any:
-    """Of a rule, or of a rule and its precision."""
-    rule, _, precision = name.partition(":")
+    """Of a rule, or of a rule and what its products are computed in."""
+    rule, _, kind = name.partition(":")
     optimizer = build(rule, params)
-    for group in optimizer.param_groups if precision else ():
-        group["precision"] = precision
+    for group in optimizer.param_groups if kind else ():
+        group["ns_dtype" if "ns_dtype" in group else "precision"] = kind
     return optimizer
 
 
@@ -94,20 +95,28 @@ def profile_of(step: Callable[[], Any], count: int, device: str) -> Any:
 
 
 def on_device(profile: Any) -> list[tuple[str, float]]:
-    """Kernels and copies: name and milliseconds."""
+    """Kernels and copies: name and milliseconds. Not the optimizer's annotation, whose time is that of all of them."""
     cuda = torch.autograd.DeviceType.CUDA
-    return [(e.name, e.device_time / 1e3) for e in profile.events() if e.device_type == cuda]
+    found = [(e.name, e.device_time / 1e3) for e in profile.events() if e.device_type == cuda]
+    return [(name, ms) for name, ms in found if not name.startswith("Optimizer.")]
 
 
 def is_ours(kernel: str) -> bool:
     return "hf_lopt" in kernel
 
 
+def short_name(kernel: str) -> str:
+    """Without namespaces and arguments."""
+    if found := is_ours(kernel) and re.search(r"::(\w+)(<[^(]*>)?\(", kernel):
+        return found[1]
+    return kernel.removeprefix("void ").split("(")[0].split("::")[-1][:44]
+
+
 def count_calls(step: Callable[[], Any], device: str) -> dict[str, Any]:
     """Launches, copies and waits of one step, by the profiler, and its own kernels by name."""
     profile = profile_of(step, 1, device)
     names = [event.name for event in profile.events()]
-    ours = collections.Counter(name.split("(")[0].split("::")[-1] for name, _ in on_device(profile) if is_ours(name))
+    ours = collections.Counter(short_name(name) for name, _ in on_device(profile) if is_ours(name))
     waits = sum("Synchronize" in n for n in names)
     return {
         "launches": sum(n.startswith(("cudaLaunch", "cuLaunch")) for n in names),
@@ -141,7 +150,7 @@ def kernels(rule: str, size: str, dtype: str, device: str, bandwidth: float | No
     host = 1e3 * (time.perf_counter() - start)
     spent: collections.Counter[str] = collections.Counter()
     for name, ms in on_device(profile_of(lambda: optimizer.step(loss), 3, device)):
-        spent[name.split("(")[0].split("::")[-1][:44]] += ms / 3
+        spent[short_name(name)] += ms / 3
     row: dict[str, Any] = {"host_ms": host, "device_ms": sum(spent.values()), "kernels_ms": dict(spent.most_common(8))}
     # Bytes per parameter that a pass must move.
     passes = {"sums": (4, 2), "feature_sums": (24, 20), "apply": (44, 38)}

@@ -12,7 +12,7 @@ from benchmarks.gpu_measure import DTYPES, SIZES, THREE_PASSES
 from benchmarks.storing import use_palette
 
 
-RULES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base", "celo2")
+RULES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base", "celo2", "celo2:auto")
 # Shares of the bandwidth of a copy, measured in the same run.
 TARGETS = {
     ("velo", "355M", "fp32"): 0.85,
@@ -76,6 +76,16 @@ def table(heads: list[str], rows: list[list[str]]) -> list[str]:
     return ["", *(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))]
 
 
+def split_rows(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows with a result; a line that names the others, unless there are only those."""
+    done = [r for r in rows if set(r) - set(keys)]
+    missing: dict[str, dict[str, None]] = {}  # rule: its sizes, or its numbers of layers
+    for r in (r for r in rows if r not in done):
+        missing.setdefault(r[keys[0]], {})[str(r[keys[1]])] = None
+    names = [f"{rule} {' '.join(others)}" for rule, others in missing.items()]
+    return (done, ["", f"Not run: {', '.join(names)}."] if names else []) if done else (rows, [])
+
+
 def cell(row: dict[str, Any], key: str, form: str) -> str:
     return format(row[key], form) if key in row else row.get("result", "failed" if "failed" in row else "not run")
 
@@ -99,37 +109,45 @@ def markdown(content: dict[str, Any]) -> str:
     ]
     lines += table(["check", "result", "seconds", "date"], checks)
     heads = ["rule", "parameters", "type", "host, ms", "device, ms", "kernels, ms", "share of the copy's bandwidth"]
+    done, others = split_rows(content["kernels"], ("rule", "size", "dtype"))
     lines += table(
         heads,
         [
             [r["rule"], r["size"], r["dtype"], cell(r, "host_ms", ".2f"), cell(r, "device_ms", ".2f")]
             + [named(r, "kernels_ms", ".3f"), named(r, "share_of_copy", ".2f") if r["rule"] in THREE_PASSES else ""]
-            for r in content["kernels"]
+            for r in done
         ],
     )
+    lines += others
     counts = ("launches", "copies", "waits")
     heads = ["rule", "parameters", "type", "step, ms", "replayed graph, ms", "AdamW (fused), ms", "ratio"]
-    heads += ["GB/s of the floor", "share of the copy's", "target", *counts, "peak extra bytes/param", "date"]
+    heads += ["share of the copy's bandwidth", "of the graph", "target", *counts, "peak extra bytes/param", "date"]
     rows = []
-    for r in content["rows"]:
+    done, others = split_rows(content["rows"], ("rule", "size", "dtype"))
+    for r in done:
         cells = [r["rule"], r["size"], r["dtype"]]
         cells += [cell(r, key, ".2f") for key in ("step_ms", "graph_ms", "adamw_ms", "ratio")]
-        floor = r["rule"] in THREE_PASSES
-        cells += [cell(r, "gb_per_s", ".0f"), cell(r, "share_of_copy", ".2f")] if floor else ["", ""]
+        if r["rule"] in THREE_PASSES and "share_of_copy" in r and "graph_ms" in r:
+            cells += [cell(r, "share_of_copy", ".2f"), f"{r['share_of_copy'] * r['step_ms'] / r['graph_ms']:.2f}"]
+        else:
+            cells += ["", ""]
         cells.append(str(TARGETS.get((r["rule"], r["size"], r["dtype"]), "")))
         cells += [cell(r, key, "d") for key in counts]
         rows.append([*cells, cell(r, "peak_extra_bytes", ".2f"), r.get("date", "")])
     lines += table(heads, rows)
+    lines += others
     training = [
         [r["optimizer"], cell(r, "step_ms", ".1f"), cell(r, "tokens_per_s", ".0f")] for r in content["training"]
     ]
     lines += table(["optimizer of a GPT-2, 124M, bf16", "training step, ms", "tokens/s"], training)
     counts = ("launches", "own_launches", "copies", "waits")
+    done, others = split_rows(content["launches"], ("rule", "layers"))
     launches = [
         [r["rule"], str(r["layers"]), *(cell(r, key, "d") for key in ("tensors", *counts)), named(r, "kernels", "d")]
-        for r in content["launches"]
+        for r in done
     ]
     lines += table(["rule", "layers", "tensors", "launches", "own", "copies", "waits", "own kernels"], launches)
+    lines += others
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +172,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds per step (log scale)")
     axes.set_title(f"{content['about'].get('device')}, torch {content['about'].get('torch')}", size=9)
+    axes.margins(x=0.15)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
     use_palette(path)
