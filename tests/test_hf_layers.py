@@ -12,7 +12,7 @@ import hf_cases as cases
 from hf_lopt import plot
 from hf_lopt.hf import loss_feed
 from hf_lopt.hf.layers import LayerLog
-from ranks import torchrun
+from ranks import run_on_ranks
 
 
 LAYERS = "weights=bundled,log_layers=true"
@@ -117,7 +117,7 @@ def test_a_tensor_without_gradient_is_left_out(tmp_path):
 
 def test_sharded_tensors_give_the_numbers_of_whole_ones():
     """Two ranks, uneven and empty shards; the script compares."""
-    torchrun(2, "sharded_layers.py")
+    run_on_ranks(2, "sharded_layers.py")
 
 
 def test_tensorboard_gets_the_layers(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from hf_lopt.meta import search, tasks, theta
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from hf_lopt.meta.train import CHECKPOINT, Trainer
-from ranks import torchrun
+from ranks import run_on_ranks
 from test_meta_train import SMALL, close, settings
 
 
@@ -22,7 +22,7 @@ def test_one_process_goes_on_in_two_and_back(tmp_path):
     alone = Trainer(settings(), tmp_path / "alone")
     alone.run()
     Trainer(settings(), tmp_path / "moved").run(until=2)
-    torchrun(2, "meta_training.py", tmp_path / "small.json", tmp_path / "moved", 4)
+    run_on_ranks(2, "meta_training.py", tmp_path / "small.json", tmp_path / "moved", 4)
     moved = Trainer(settings(), tmp_path / "moved")
     assert moved.steps == 4
     moved.run()

@@ -13,7 +13,7 @@ from hf_lopt import LearnedOptimizer, weights
 from hf_lopt.meta import cli, config, evaluate, export, mixtures, search, tasks, theta
 from hf_lopt.meta.runs import Objective, RunSettings, TaskRuns
 from hf_lopt.meta.train import CHECKPOINT, Trainer
-from ranks import torchrun
+from ranks import run_on_ranks
 
 
 SMALL = {
@@ -69,7 +69,7 @@ def test_resumed_is_the_same_bit_by_bit(changes, tmp_path):
 def test_two_processes_are_one(tmp_path):
     """Each takes one of the two tasks; the checkpoint goes on in one process, to the same weights."""
     (tmp_path / "small.json").write_text(json.dumps(SMALL))
-    torchrun(2, "meta_training.py", tmp_path / "small.json", tmp_path / "ranks", 4)
+    run_on_ranks(2, "meta_training.py", tmp_path / "small.json", tmp_path / "ranks", 4)
     alone = Trainer(settings(), tmp_path / "alone")
     alone.run(until=4)
     joined = Trainer(settings(), tmp_path / "ranks")

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ranks import torchrun
+from ranks import run_on_ranks
 
 
 NAMES = ("velo", "celo_adam", "small_fc_lopt", "celo2", "elo_celo2", "rnn_mlp")
@@ -24,7 +24,7 @@ STEPS = {"lost together": 4, "all lost together": 3}
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp("selections") / "found"
-    torchrun(2, "selections.py", path, *NAMES)
+    run_on_ranks(2, "selections.py", path, *NAMES)
     return [json.loads(path.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
 
 

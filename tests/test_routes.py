@@ -12,7 +12,7 @@ from hf_lopt import Celo2, LearnedOptimizer, param_groups
 from hf_lopt import __main__ as program
 from hf_lopt.parameters import describe
 from hf_lopt.step.accumulators import matrix_shape, matrix_view
-from ranks import torchrun
+from ranks import run_on_ranks
 
 
 transformers = pytest.importorskip("transformers")
@@ -117,7 +117,7 @@ def test_memory_that_cannot_be_seen_so_is_refused():
 
 @pytest.mark.slow
 def test_on_two_ranks_they_step_as_on_one():
-    torchrun(2, "sharded_views.py")
+    run_on_ranks(2, "sharded_views.py")
 
 
 def test_fused_experts_are_as_wide_as_one():

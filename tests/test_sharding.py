@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_lopt import rules
-from ranks import SCRIPTS, torchrun
+from ranks import SCRIPTS, run_on_ranks
 
 
 sys.path.append(str(SCRIPTS))
@@ -52,7 +52,7 @@ def errors(reference, tmp_path_factory):
     def of(world: int) -> dict:
         if world not in found:
             result = tmp_path_factory.mktemp(f"world{world}") / "errors.json"
-            torchrun(world, "sharded.py", reference, result)
+            run_on_ranks(world, "sharded.py", reference, result)
             found[world] = json.loads(result.read_text())
         return found[world]
 
@@ -80,7 +80,7 @@ def test_every_layout_was_looked_at(errors):
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory):
     path = tmp_path_factory.mktemp("errors") / "messages.json"
-    torchrun(3, "sharded_errors.py", path)
+    run_on_ranks(3, "sharded_errors.py", path)
     return json.loads(path.read_text())
 
 

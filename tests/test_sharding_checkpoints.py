@@ -12,7 +12,7 @@ import sys
 import pytest
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ranks import SCRIPTS, torchrun
+from ranks import SCRIPTS, run_on_ranks
 
 
 sys.path.append(str(SCRIPTS))
@@ -35,10 +35,10 @@ def folder(tmp_path_factory):
 def moves(folder):
     """(from, to) -> what go_on found."""
     script.alone(folder)
-    torchrun(2, "sharded_checkpoints.py", folder, 1, "--save")
-    torchrun(3, "sharded_checkpoints.py", folder, 2, "--save")
-    torchrun(4, "sharded_checkpoints.py", folder, 3, "--save")
-    torchrun(2, "sharded_checkpoints.py", folder, 4)
+    run_on_ranks(2, "sharded_checkpoints.py", folder, 1, "--save")
+    run_on_ranks(3, "sharded_checkpoints.py", folder, 2, "--save")
+    run_on_ranks(4, "sharded_checkpoints.py", folder, 3, "--save")
+    run_on_ranks(2, "sharded_checkpoints.py", folder, 4)
     found = {
         (source, target): json.loads((folder / f"errors_{target}_{source}.json").read_text())
         for source, target in MOVES
@@ -83,7 +83,7 @@ def test_a_save_before_the_first_step_counts_no_step(folder):
 
 def test_killed_while_saving(moves, folder):
     """The unfinished checkpoint cannot be taken for a whole one, and the one before it loads."""
-    result = torchrun(2, "sharded_checkpoints.py", folder, 3, "--killed", check=False)
+    result = run_on_ranks(2, "sharded_checkpoints.py", folder, 3, "--killed", check=False)
     assert result.returncode != 0 and (folder / "killed.sharded").is_dir()
     model, optimizer = script.build("velo", seed=1)
     with pytest.raises(CheckpointException, match="metadata"):

@@ -10,7 +10,7 @@ import pytest
 
 from hf_lopt import rules
 from hf_lopt.features import VELO
-from ranks import ROOT, SCRIPTS, torchrun
+from ranks import ROOT, SCRIPTS, run_on_ranks
 
 
 sys.path += [str(ROOT), str(SCRIPTS)]
@@ -36,7 +36,7 @@ every_case = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     path = tmp_path_factory.mktemp("collectives") / "calls.json"
-    torchrun(4, "sharded_collectives.py", path)
+    run_on_ranks(4, "sharded_collectives.py", path)
     return json.loads(path.read_text())
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import hf_lopt
-from ranks import SCRIPTS, torchrun
+from ranks import SCRIPTS, run_on_ranks
 
 
 sys.path.append(str(SCRIPTS))
@@ -42,9 +42,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def errors(folder):
     """What every case found, by (ranks, case)."""
-    assert torchrun(2, "sharded_training.py", folder, "killed", check=False).returncode != 0
+    assert run_on_ranks(2, "sharded_training.py", folder, "killed", check=False).returncode != 0
     for world, names in RUNS.items():
-        torchrun(world, "sharded_training.py", folder, *names)
+        run_on_ranks(world, "sharded_training.py", folder, *names)
     return {
         (world, name): json.loads((folder / f"{world}_{name.replace(':', '_')}.json").read_text())
         for world, names in RUNS.items()

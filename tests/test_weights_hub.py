@@ -267,7 +267,7 @@ def rank_main(rank, folder, cached_rank, spec):
 
 
 def on_two_ranks(folder, cached_rank, spec):
-    mp.spawn(rank_main, (str(folder), cached_rank, spec), nprocs=2)
+    mp.start_processes(rank_main, (str(folder), cached_rank, spec), nprocs=2, start_method="forkserver")
     return [json.loads((folder / f"result-{rank}").read_text()) for rank in (0, 1)]
 
 

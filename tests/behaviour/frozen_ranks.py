@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import frozen_runs as runs  # noqa: E402
 import hf_lopt  # noqa: E402
-from ranks import leave, torchrun  # noqa: E402
+from ranks import leave, run_on_ranks  # noqa: E402
 
 
 # The first axis is divided: unevenly, with nothing for the second rank, and not at all where there is none.
@@ -57,7 +57,7 @@ def run(rule: str, mesh: Any) -> dict[str, Any]:
 
 def measure(result: Path) -> dict[str, dict[str, Any]]:
     """{rule: outcome} from two new ranks; ``result`` is a file that they write."""
-    torchrun(2, str(Path(__file__).resolve()), result)
+    run_on_ranks(2, str(Path(__file__).resolve()), result)
     return json.loads(result.read_text())
 
 
