@@ -285,3 +285,29 @@ def test_unpacked_struct_agrees():
     x = formats.round_to_bfloat16(torch.tensor([1.0 + 2.0**-9]), torch.tensor([40000]))
     bits = (struct.unpack("<I", struct.pack("<f", 1.0 + 2.0**-9))[0] + 40000) >> 16
     assert x.view(torch.int16).item() == bits
+
+
+def test_memory_of_a_configuration(tmp_path, capsys):
+    """The bytes that the command prints are those that a step allocates."""
+    transformers = pytest.importorskip("transformers")
+    from hf_lopt import __main__ as command
+
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=128, vocab_size=500, architectures=["GPT2LMHeadModel"]
+    )
+    config.save_pretrained(tmp_path)
+    command.main(["--memory", str(tmp_path), "--optim", "velo_s"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("velo_s")]
+    model = transformers.GPT2LMHeadModel(config)
+    for kind, shown in zip(("float32", *LOW), row.replace("(", "").replace(")", "").split()[2::2], strict=True):
+        groups = hf_lopt.param_groups(model, "velo_s", state_dtype=kind)
+        optimizer = hf_lopt.LearnedOptimizer(groups, "velo_s", num_training_steps=9, weights="bundled")
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step(1.0)
+        kept = sum(
+            x.nbytes for state in optimizer.state.values() for key, x in state.items() if key != "min_param_scale"
+        )
+        assert abs(kept / sum(p.numel() for p in model.parameters()) - float(shown)) <= 0.02
+    with pytest.raises(SystemExit):
+        command.main(["--memory", str(tmp_path / "nothing")])
