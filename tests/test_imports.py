@@ -62,7 +62,7 @@ ALLOWED = {
     "settings": {"arguments_given", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "rules"},
-    "state_formats": {"notices", "rules", "step", "distributed", "kernels.reference"},
+    "state_formats": {"rules", "step", "distributed", "kernels.reference"},
     "saved_state": {"state_formats", "settings", "rules", "step", "distributed"},
     "step_inputs": {"state_formats", "saved_state", "settings", "rules", "step", "distributed"},
     "rank_agreement": {"settings", "step", "distributed"},

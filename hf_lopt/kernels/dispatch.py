@@ -7,7 +7,9 @@ The kernels change speed, not numbers: without them, and for calls that they do 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import itertools
 import operator
 import os
 import threading
@@ -195,12 +197,14 @@ def _are_floating(*lists: Sequence[Tensor]) -> bool:
 
 def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -> bool:
     """Accumulators that are not float32, and parameters that are rounded at random: of tensors that are cut along the
-    first axis of their rows at most, and whose rows are no longer than a slice."""
+    first axis of their rows at most, and whose rows are no longer than a slice. None on a GPU; warns once of that."""
     has_step = isinstance(x, (ApplyNetwork, AdamStep, Descend)) and x.step is not None
-    if device != "cpu":  # these kernels round to nearest, and read nothing but float32
-        return not has_step and (
-            isinstance(x, Descend) or _FLOAT32.issuperset(map(_dtype, (*x.momenta, *x.second_moments)))
-        )
+    if device != "cpu":
+        state = () if isinstance(x, Descend) else itertools.chain(x.momenta, x.second_moments)
+        if not has_step and _FLOAT32.issuperset(map(_dtype, state)):
+            return True
+        _tell_plain_formats()
+        return False
     if not has_step:
         return True
     slice_axes = [] if isinstance(x, AdamStep) else x.slice_axes
@@ -211,6 +215,14 @@ def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -
         if slice_axes and p.dim() > 2 and place.row_axis < p.dim() - 2:
             return False
     return True
+
+
+@functools.cache
+def _tell_plain_formats() -> None:
+    notices.warn(
+        "state in bfloat16 or 8-bit codes, and parameters that are rounded at random, have no CUDA kernels yet: "
+        "the step runs in plain PyTorch, several times slower than with state_dtype='float32'."
+    )
 
 
 def _supports_sums(x: Sums, device: str) -> bool:
