@@ -112,12 +112,15 @@ def tensor_sums(tensors: TensorList) -> Tensor:
     momenta = accumulators_of(tensors.momenta, scales["momentum_scales"])
     second_moments = accumulators_of(tensors.second_moments, scales["second_scales"])
     for p, g, m, v in zip(tensors.params, tensors.grads, momenta, second_moments, strict=True):
-        row = torch.zeros(8, dtype=torch.float64, device=p.device)
-        for index in block_indices(p.shape, block_size(p), m.row_axis):
-            part = g[index]
+        # State in float32 is there as a whole; what has to be decoded is decoded some rows at a time.
+        indices = [()] if m.values.dtype == torch.float32 else block_indices(p.shape, block_size(p), m.row_axis)
+        row = None
+        for index in indices:
+            part, param = (g[index], p[index]) if index else (g, p)
             new = ema(m.load(index), part, d.momentum), ema(v.load(index), part.square(), d.second_moment)
-            row += torch.cat([_moments(x) for x in (part, *new, p[index])])
-        rows.append(row)
+            found = torch.cat([_moments(x) for x in (part, *new, param)])
+            row = found if row is None else row + found
+        rows.append(torch.zeros(8, dtype=torch.float64, device=p.device) if row is None else row)
     return torch.stack(distributed.sum_over(list(zip(rows, _shard_groups(tensors), strict=True))))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.step.accumulators import CODES, SCALES
 
 
 class StateLists(dict[str, list[Tensor | None]]):
@@ -29,6 +30,8 @@ class StateLists(dict[str, list[Tensor | None]]):
     def __init__(self, lists: Mapping[str, list[Any]]):
         super().__init__(lists)
         self._filled: dict[str, list[Tensor]] = {}
+        self._stored: dict[str, list[Tensor]] = {}
+        self._scales: dict[str, list[Tensor]] | None = None
         self.picked: dict[Any, tuple[list[Tensor], list[Tensor], StateLists, dict[str, list[str]]]] = {}
 
     @functools.cached_property
@@ -37,6 +40,22 @@ class StateLists(dict[str, list[Tensor | None]]):
         if any(name.startswith("momentum_") for name in self):
             return False
         return all(x is None or x.dtype == torch.float32 for x in self.get("momentum", ()))
+
+    def stored(self, name: str, empty: Tensor, count: int) -> list[Tensor]:
+        """The accumulator ``name`` of ``count`` parameters as each has it stored. The same object each time."""
+        found = self._stored.get(name)
+        if found is None:
+            codes, values = self.get(name + CODES), self.filled(name, empty, count)
+            found = values if codes is None else [x if c is None else c for x, c in zip(values, codes, strict=True)]
+            self._stored[name] = found
+        return found
+
+    def scales(self, empty: Tensor, count: int) -> dict[str, list[Tensor]]:
+        """What the passes take beside the accumulators, for those that are 8-bit codes. The same object each time."""
+        if self._scales is None:
+            names = (("momentum_scales", "momentum" + SCALES), ("second_scales", "second_moment" + SCALES))
+            self._scales = {key: self.filled(name, empty, count) if name in self else [] for key, name in names}
+        return self._scales
 
     def filled(self, key: str, empty: Tensor, count: int) -> list[Tensor]:
         """The list ``key`` of ``count`` parameters with ``empty`` for None. The same object each time."""

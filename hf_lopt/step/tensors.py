@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hf_lopt import ownership
-from hf_lopt.step.accumulators import CODES, SCALES
 from hf_lopt.step.held import PickedSettings, StateLists
 from hf_lopt.step.layout import Layout, make_layout
 
@@ -71,6 +70,10 @@ class StepCache:
     device_settings: dict[str, Tensor] = field(default_factory=dict)
     loss_decays: tuple[Sequence[int], Tensor, Tensor] | None = None
     floors: tuple[Tensor, int, Sequence[Tensor | None] | None, Tensor] | None = None
+
+
+# What passes take that round nothing at random.
+_TO_NEAREST: Mapping[str, Any] = {"step": None, "places": [], "round_params": False}
 
 
 @dataclass
@@ -180,36 +183,27 @@ class TensorList:
         """The state ``key`` of every parameter, an empty tensor where it has none."""
         return self._lists.filled(key, self.layout.empty, len(self))
 
-    def _stored(self, name: str) -> list[Tensor]:
-        """An accumulator in the format that it has for each parameter."""
-        codes = self.state.get(name + CODES)
-        values = self.tensors(name)
-        return values if codes is None else [x if c is None else c for x, c in zip(values, codes, strict=True)]
-
-    def _scales(self, name: str) -> list[Tensor]:
-        return self.tensors(name + SCALES) if name + SCALES in self.state else []
-
     @property
     def momenta(self) -> list[Tensor]:
         """(D, *shape) each, as they are stored."""
-        return self._stored("momentum")
+        return self._lists.stored("momentum", self.layout.empty, len(self))
 
     @property
     def second_moments(self) -> list[Tensor]:
         """(D, *shape) each, as they are stored."""
-        return self._stored("second_moment")
+        return self._lists.stored("second_moment", self.layout.empty, len(self))
 
     @property
     def scales(self) -> dict[str, list[Tensor]]:
         """What the passes take beside the accumulators, for those that are 8-bit codes."""
-        return {"momentum_scales": self._scales("momentum"), "second_scales": self._scales("second_moment")}
+        return self._lists.scales(self.layout.empty, len(self))
 
     @property
-    def rounding(self) -> dict[str, Any]:
+    def rounding(self) -> Mapping[str, Any]:
         """What the passes that write take for what is rounded at random; nothing where all is rounded to nearest."""
         of_params = self.round_params and any(p.dtype == torch.bfloat16 for p in self.params)
         if self._lists.all_float32 and not of_params:
-            return {"step": None, "places": [], "round_params": False}
+            return _TO_NEAREST
         return {"step": self.step, "places": self.layout.places, "round_params": of_params}
 
     def least_sizes(self) -> Tensor:

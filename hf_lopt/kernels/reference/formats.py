@@ -20,6 +20,7 @@ Axes: D decays of an accumulator, C columns of a row, B blocks of a row.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -204,7 +205,7 @@ class Accumulator:
             yield Accumulator(self._part(index), self._scale_part(index))
 
     def _part(self, index: Index) -> Tensor:
-        return self.values[(slice(None), *index)]
+        return self.values[(slice(None), *index)] if index else self.values
 
     def _scale_part(self, index: Index) -> Tensor | None:
         if self.scale is None or self.row_axis is None:
@@ -221,17 +222,20 @@ class Accumulator:
 
     def load(self, index: Index = ()) -> Tensor:
         """A block of it, float32; a view where that is how it is stored."""
-        values, scale = self._part(index), self._scale_part(index)
-        if scale is not None and self.row_axis is not None:
-            return decode(values, scale, self.row_axis)
-        return values.float()
+        values = self._part(index)
+        if self.scale is None or self.row_axis is None:
+            return values.float()
+        scale = self._scale_part(index)
+        assert scale is not None
+        return decode(values, scale, self.row_axis)
 
     def put(self, index: Index, new: Tensor, store: Store, noise: Noise | None, slot: int) -> Tensor:
         """Stores a block, float32, and returns what is then stored. ``slot``: the first of its random numbers."""
-        values, scale = self._part(index), self._scale_part(index)
-        if values.dtype == torch.float32 or noise is None:
+        values = self._part(index)
+        if noise is None or values.dtype == torch.float32:
             store(values, new)
             return new
+        scale = self._scale_part(index)
         draws = [noise(slot + d) for d in range(len(new))]
         if scale is None or self.row_axis is None:
             rounded = round_to_bfloat16(new, torch.stack(draws))
@@ -245,8 +249,7 @@ class Accumulator:
 
 def accumulators(values: Sequence[Tensor], scales: Sequence[Tensor]) -> list[Accumulator]:
     """Those of a list of tensors; no scales where none has codes."""
-    pairs = zip(values, scales, strict=True) if scales else ((x, None) for x in values)
-    return [Accumulator(*pair) for pair in pairs]
+    return list(map(Accumulator, values, scales or itertools.repeat(None)))
 
 
 def convert(values: Tensor, scale: Tensor | None, dtype: torch.dtype, row_axis: int) -> tuple[Tensor, Tensor | None]:
