@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import arguments  # noqa: E402
 
 
-GUIDES = ("getting_started", "trainer", "accelerate", "recipes", "weights", "troubleshooting")
+GUIDES = ("memory", "getting_started", "trainer", "accelerate", "recipes", "weights", "troubleshooting")
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
