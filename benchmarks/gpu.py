@@ -166,7 +166,7 @@ def check(command: list[str], limit: float, rehearsal: bool) -> tuple[dict[str, 
     if rehearsal:
         command = rehearsal_of(command)
     elif "pytest" in command and importlib.util.find_spec("xdist") and "tests/test_kernels.py" in command:
-        command = [*command, "-n", "6"]
+        command = [*command, "-n", str(min(os.cpu_count() or 1, 10))]
     start = time.monotonic()
     try:
         done = subprocess.run(

@@ -4,6 +4,7 @@ instructions and registers its kernels take."""
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import re
 import shutil
@@ -24,13 +25,13 @@ SHIPPED = {"sm_80", "sm_86", "sm_89", "sm_90", "sm_100"}
 # that are indexed, and what did not fit into registers. 128 registers leave room for 16 warps on a multiprocessor, 80
 # for 24.
 LIMITS = {
-    "sums_kernel": (80, 72),
+    "sums_kernel": (80, 80),
     "update_factored_kernel": (64, 0),
     "feature_sums_kernel": (128, 256),
     "apply_4_kernel": (128, 352),
-    "apply_8_kernel": (128, 640),
-    "apply_32_kernel": (128, 384),
-    "apply_32_tf32_kernel": (128, 368),
+    "apply_8_kernel": (128, 672),
+    "apply_32_kernel": (128, 576),
+    "apply_32_tf32_kernel": (128, 496),
     "adam_kernel": (80, 0),
     "descend_kernel": (64, 0),
     "assign_kernel": (48, 0),
@@ -42,18 +43,20 @@ LIMITS = {
     "specialize_kernel": (64, 0),
 }
 SLACK = 16  # bytes, of another release of the compiler
-# Kernel, rows that an iteration of its loop for full tiles takes, and its loads: of 16 bytes, of 8. The limits are
-# instructions of a warp for 128 elements where no rare branch is taken, and accesses to the stack among them.
+# Kernel, rows that an iteration of its loop for full tiles takes, and its copies into shared memory: of 16 bytes, of 8.
+# The limits are instructions of a warp for 128 elements where no rare branch is taken, and accesses to the stack among
+# them.
 HOT_LOOPS = {
-    ("sums_kernel", 4, 4, 0): (50, 0),
-    ("sums_kernel", 8, 0, 8): (50, 0),
-    ("feature_sums_kernel", 1, 6, 0): (250, 0),
-    ("feature_sums_kernel", 1, 4, 2): (260, 0),
-    ("apply_4_kernel", 1, 6, 0): (750, 0),
-    ("apply_4_kernel", 1, 4, 2): (765, 0),
-    ("apply_8_kernel", 1, 6, 0): (1420, 40),
-    ("apply_8_kernel", 1, 4, 2): (1420, 40),
+    ("sums_kernel", 4, 4, 0): (50, 2),
+    ("sums_kernel", 8, 0, 8): (56, 2),
+    ("feature_sums_kernel", 1, 6, 0): (256, 0),
+    ("feature_sums_kernel", 1, 4, 2): (268, 0),
+    ("apply_4_kernel", 1, 6, 0): (695, 0),
+    ("apply_4_kernel", 1, 4, 2): (710, 0),
+    ("apply_8_kernel", 1, 6, 0): (1300, 24),
+    ("apply_8_kernel", 1, 4, 2): (1315, 28),
 }
+COPY = r"LDGSTS\S*"
 
 
 def tool(name: str) -> str | None:
@@ -163,24 +166,40 @@ def _goes_on(i: int, instruction: str, places: dict[int, int]) -> list[int]:
     return [] if ends or i + 1 == len(places) else [i + 1]
 
 
-def loops(kernel: Kernel) -> list[list[str]]:
-    """The shortest way through each loop: no branch for rare numbers is taken, and nothing is called."""
+def loops(kernel: Kernel, through: str = "") -> list[list[str]]:
+    """The shortest way through each loop: no branch for rare numbers is taken, and nothing is called. ``through``: it
+    passes all instructions of this name that lie in one run between the ends of the loop, as a copy does that is left
+    out in the last turns only."""
     found = []
     for end, targets in enumerate(kernel.next):
         for start in (t for t in targets if t < end):
-            before, front = {start: start}, collections.deque([start])
-            while front and end not in before:
-                i = front.popleft()
-                for j in kernel.next[i]:
-                    if j not in before and "CALL" not in kernel.code[j]:
-                        before[j] = i
-                        front.append(j)
-            if end in before:
-                way = [end]
-                while way[-1] != start:
-                    way.append(before[way[-1]])
-                found.append([kernel.code[i] for i in reversed(way)])
+            between = [i for i in range(start, end) if through and re.match(rf"(@\S+ +)?{through}\b", kernel.code[i])]
+            if through and not between:
+                continue
+            way = _shortest(kernel, [start, *between, end])
+            if way:
+                found.append([kernel.code[i] for i in way])
     return found
+
+
+def _shortest(kernel: Kernel, places: list[int]) -> list[int]:
+    """The shortest way from the first to the last by all the others, in this order; none if there is none."""
+    way = places[:1]
+    for start, end in itertools.pairwise(places):
+        before, front = {start: start}, collections.deque([start])
+        while front and end not in before:
+            i = front.popleft()
+            for j in kernel.next[i]:
+                if j not in before and "CALL" not in kernel.code[j]:
+                    before[j] = i
+                    front.append(j)
+        if end not in before:
+            return []
+        part = [end]
+        while part[-1] != start:
+            part.append(before[part[-1]])
+        way += part[-2::-1]
+    return way
 
 
 def count(pattern: str, way: list[str]) -> int:
@@ -196,37 +215,39 @@ def test_registers_and_stacks(kernels):
 
 @pytest.mark.parametrize("name, rows, wide, half", HOT_LOOPS)
 def test_instructions_of_a_full_tile(kernels, name, rows, wide, half):
-    """Numbers of float32 are loads of 16 bytes, of bfloat16 of 8; all are under way before the first is used."""
+    """Numbers of float32 are copied 16 bytes at a time, of bfloat16 8; and what comes later is asked for early."""
     most, most_on_stack = HOT_LOOPS[name, rows, wide, half]
     ways = [
         way
-        for way in loops(kernels[name])
-        if (count(r"LDG\.E\.128", way), count(r"LDG\.E\.64", way)) == (wide, half) and count("FFMA", way) > 30
+        for way in loops(kernels[name], COPY)
+        if (count(r"LDGSTS\.E\.BYPASS\.128", way), count(r"LDGSTS\.E\.64", way)) == (wide, half)
+        and count("FFMA", way) > 30
     ]
     assert ways, "there is no such loop"
     way = min(ways, key=len)
     assert len(way) <= most * rows, len(way) / rows
     assert count(r"LDL\S*|STL\S*", way) <= most_on_stack
-    loads = [i for i, x in enumerate(way) if re.search(r"\bLDG\.E\.(128|64)\b", x)]
-    assert not count("FFMA|FMUL|FMNMX|FADD", way[loads[0] : loads[-1]])
+    copies = [i for i, x in enumerate(way) if re.search(r"\bLDGSTS\b", x)]
+    assert count("FFMA|FMUL|FMNMX|FADD", way[copies[0] : copies[-1]]) <= 4  # of the row that is worked on
     if name.startswith("apply"):
         # Three momenta, a second moment, and the parameter or the step, which is float32.
         assert count(r"STG\.E\.(128|64)", way) == 5
         # Shared memory is read four numbers at a time, by neighbouring lanes or all the same: no two lanes of a
-        # quarter of a warp, which is served at once, want one bank. With more units some are one number for all lanes.
-        assert count(r"LDS\S*", way) - count(r"LDS\.128", way) <= (8 if name == "apply_8_kernel" else 0)
+        # quarter of a warp, which is served at once, want one bank. What remains is one number for all lanes.
+        assert count(r"LDS\S*", way) - count(r"LDS\.128", way) <= 13
 
 
 @pytest.mark.parametrize(
     "name, product, products, most",
     [
-        ("apply_32_kernel", r"HMMA\.16816\.F32\.BF16", 72, 840),
-        ("apply_32_tf32_kernel", r"HMMA\.1688\.F32\.TF32", 56, 580),
+        ("apply_32_kernel", r"HMMA\.16816\.F32\.BF16", 72, 690),
+        ("apply_32_tf32_kernel", r"HMMA\.1688\.F32\.TF32", 56, 460),
     ],
 )
 def test_matrices_go_to_their_units(kernels, name, product, products, most):
-    """Products of a warp for 32 elements, and instructions where no rare branch is taken."""
-    assert count(product, kernels[name].code) == products
+    """Products of a warp for 32 elements, and instructions where no rare branch is taken: in full tiles of float32 and
+    of bfloat16, and in others."""
+    assert count(product, kernels[name].code) == 3 * products
     way = min((way for way in loops(kernels[name]) if count(product, way) == products), key=len)
     assert len(way) <= most
 

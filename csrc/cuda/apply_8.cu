@@ -6,13 +6,14 @@ namespace {
 
 HF_LOPT_KERNEL(kThreads, 2) apply_8_kernel(HF_LOPT_ARGUMENT ApplyArgs a) {
     HF_LOPT_SHARED Shared<8> shared;
-    apply_tile_of_few<8, true>(a, shared);
+    HF_LOPT_LARGE_SHARED(ForFullTiles<8>, of_full);
+    apply_tile_of_few<8, true>(a, shared, of_full);
 }
 
 }  // namespace
 
 void launch_apply_8(const ApplyArgs& args, int tiles, void* stream) {
-    HF_LOPT_LAUNCH(apply_8_kernel, tiles, kThreads, stream, args);
+    HF_LOPT_LAUNCH_LARGE(apply_8_kernel, tiles, kThreads, sizeof(ForFullTiles<8>), stream, args);
 }
 
 }  // namespace hf_lopt

@@ -12,42 +12,58 @@ HF_LOPT_DEVICE Lane exponentials(const Lane& x) {
     return small ? map(x, [](float y) { return exp_small(y); }) : map(x, [](float y) { return exponential(y); });
 }
 
+// In shared memory.
+template <int U>
+struct ForFullTiles {
+    ComingRows<1> rows;
+    OfLines factors;
+    alignas(16) float bias[kTileRows][U];  // what the vector features add to the first layer in each row, and its bias
+};
+
+template <int U>
+HF_LOPT_DEVICE void set_line_biases(const ApplyArgs& a, const Place& at, const Shared<U>& s, ForFullTiles<U>& shared) {
+    const TensorEntry& t = *at.entry;
+    const float* x = pointer<float>(a.table, t, sLine);
+    for_rows(at, [&](int r, int64_t line) {
+        float z[U];
+#pragma unroll
+        for (int j = 0; j < U; j++) z[j] = s.net.bias[j];
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) {
+            const float y = x[k * t.line_decay + line], root = inverse_root_of_vector<Arithmetic>(y);
+#pragma unroll
+            for (int j = 0; j < U; j++) z[j] += s.vectors.line[k][j] * y + s.vectors.rsqrt_line[k][j] * root;
+        }
+#pragma unroll
+        for (int j = 0; j < U; j++) shared.bias[r][j] = z[j];
+    });
+}
+
 // `into_out`: what the network says is stored as such, and the parameter is left alone.
 template <int U, bool into_out, class P, class G>
-HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, ForFullTiles<U>& shared,
+                                    double* out) {
     const TensorEntry& t = *at.entry;
     const FullTile f = full_tile(at);
-    FullRows<P, G> rows(a.table, t, f);
-    const float* line = pointer<float>(a.table, t, sLine) + f.line;
-    const float* line_factor = pointer<float>(a.table, t, sLineFactor) + f.line;
-    const int64_t line_decay = t.line_decay;
+    FullRows<1, P, G> rows(a.table, t, f, shared.rows);
+    set_line_biases(a, at, s, shared);
+    copy_lines(a.table, at, sLineFactor, shared.factors);
+    barrier();
     [[maybe_unused]] float* steps = pointer<float>(a.table, t, sOut);
     UpdateSums<float> sums;
 #pragma unroll 1
-    for (int turn = 0; turn < f.turns; turn++) {
+    for (int row = at.warp(); rows.left > 0; row += kWarps) {
         forget_loads();  // all weights do not fit into registers
-        float y[kFactored], rho[kFactored], of_line[U];
-#pragma unroll
-        for (int k = 0; k < kFactored; k++) {
-            y[k] = line[k * line_decay];
-            rho[k] = line_factor[k * line_decay];
-        }
-        Updated u = rows.load(a.constants);
+        Updated u = rows.next(a.constants);
         Lane factor[kFactored], z[U], direction, magnitude;
+        const Lane rho = load_four(shared.factors.row[row]);
 #pragma unroll
-        for (int k = 0; k < kFactored; k++) factor[k] = load_four(s.factors[k] + f.column) * rho[k];
+        for (int k = 0; k < kFactored; k++) factor[k] = load_four(s.factors[k] + f.column) * rho.x[k];
 #pragma unroll
-        for (int j = 0; j < U; j++) of_line[j] = s.net.bias[j];
-#pragma unroll
-        for (int k = 0; k < kFactored; k++) {
-            const float root = inverse_root_of_vector<Arithmetic>(y[k]);
-#pragma unroll
-            for (int j = 0; j < U; j++) {
-                of_line[j] += s.vectors.line[k][j] * y[k] + s.vectors.rsqrt_line[k][j] * root;
-            }
+        for (int j = 0; j < U; j += kLane) {
+            const Lane of_line = load_four(shared.bias[row] + j);
+            HF_LOPT_EACH(e) z[j + e] = load_four(s.bias(f.column, j + e)) + splat(of_line.x[e]);
         }
-#pragma unroll
-        for (int j = 0; j < U; j++) z[j] = load_four(s.bias(f.column, j)) + splat(of_line[j]);
         first_layer<U>(s.net, u, a.constants.second_eps, factor, z);
         // Before the next layers need their registers.
 #pragma unroll
@@ -68,21 +84,18 @@ HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const S
             store_four(rows.p + rows.element, p);
             sums.p.add(p);
         }
-        rows.element += rows.step;
-        line += f.line_step;
-        line_factor += f.line_step;
     }
     sums.flush(out);
 }
 
 // `into_out`: what the tiles that have a loop of their own do; others do either.
 template <int U, bool into_out>
-HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s) {
+HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s, ForFullTiles<U>& shared) {
     apply_tile<U>(a, s, [&](const Place& at, double* partial) {
         if (at.entry->inner > 1) {
             apply_other_rows<U, kInner>(a, s, partial);
         } else if ((a.into_out != 0) != into_out || !with_types_of_full_tile(at, [&](auto p, auto g) {
-                       apply_full_rows<U, into_out, decltype(p), decltype(g)>(a, at, s, partial);
+                       apply_full_rows<U, into_out, decltype(p), decltype(g)>(a, at, s, shared, partial);
                    })) {
             apply_other_rows<U, kMatrix>(a, s, partial);
         }

@@ -47,27 +47,32 @@ struct Squares {
     }
 };
 
+// In shared memory.
+struct ForFullTiles {
+    ComingRows<2> rows;
+    OfLines factors;
+};
+
 template <class P, class G>
-HF_LOPT_DEVICE void add_full_rows(const FeatureSumsArgs& a, const Place& at, double (&sums)[kInputs]) {
+HF_LOPT_DEVICE void add_full_rows(const FeatureSumsArgs& a, const Place& at, ForFullTiles& shared,
+                                  double (&sums)[kInputs]) {
     const TensorEntry& t = *at.entry;
     const FullTile f = full_tile(at);
-    FullRows<P, G> rows(a.table, t, f);
-    const float* line = pointer<float>(a.table, t, sLineFactor) + f.line;
+    FullRows<2, P, G> rows(a.table, t, f, shared.rows);
+    copy_lines(a.table, at, sLineFactor, shared.factors);
+    barrier();
     const float* vector = pointer<float>(a.table, t, sVectorFactor) + at.vector() + f.column;
-    const int64_t line_decay = t.line_decay;
     Lane along[kFactored];
 #pragma unroll
     for (int k = 0; k < kFactored; k++) HF_LOPT_EACH(e) along[k].x[e] = vector[k * t.vector_decay + e];
     Squares squares;
 #pragma unroll 1
-    for (int turn = 0; turn < f.turns; turn++, rows.element += rows.step, line += f.line_step) {
-        float of_line[kFactored];
-#pragma unroll
-        for (int k = 0; k < kFactored; k++) of_line[k] = line[k * line_decay];
-        const Updated u = rows.load(a.constants);
+    for (int row = at.warp(); rows.left > 0; row += kWarps) {
+        const Updated u = rows.next(a.constants);
+        const Lane of_line = load_four(shared.factors.row[row]);
         Lane factor[kFactored];
 #pragma unroll
-        for (int k = 0; k < kFactored; k++) factor[k] = along[k] * of_line[k];
+        for (int k = 0; k < kFactored; k++) factor[k] = along[k] * of_line.x[k];
         squares.add(u, map(u.v, [&](float v) { return reciprocal(v + a.constants.second_eps); }), factor);
     }
     squares.put(sums);
@@ -208,6 +213,7 @@ HF_LOPT_DEVICE void store_total(const FeatureSumsArgs& a, const Place& at, int j
 }
 
 HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs a) {
+    HF_LOPT_LARGE_SHARED(ForFullTiles, shared);
     const Place at = place(a.table);
     const TensorEntry& t = *at.entry;
     double sums[kInputs] = {};
@@ -218,7 +224,7 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
     } else if (t.inner > 1) {
         add_other_rows<kInner>(a, sums);
     } else if (!with_types_of_full_tile(
-                   at, [&](auto p, auto g) { add_full_rows<decltype(p), decltype(g)>(a, at, sums); })) {
+                   at, [&](auto p, auto g) { add_full_rows<decltype(p), decltype(g)>(a, at, shared, sums); })) {
         add_other_rows<kMatrix>(a, sums);
     }
     double* partial = a.partial + (int64_t)block() * kSums;
@@ -239,7 +245,7 @@ HF_LOPT_KERNEL(kThreads, 2) feature_sums_kernel(HF_LOPT_ARGUMENT FeatureSumsArgs
 }  // namespace
 
 void launch_feature_sums(const FeatureSumsArgs& args, int tiles, void* stream) {
-    HF_LOPT_LAUNCH(feature_sums_kernel, tiles, kThreads, stream, args);
+    HF_LOPT_LAUNCH_LARGE(feature_sums_kernel, tiles, kThreads, sizeof(ForFullTiles), stream, args);
 }
 
 }  // namespace hf_lopt

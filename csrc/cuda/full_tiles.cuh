@@ -11,7 +11,6 @@ namespace hf_lopt {
 // Where a thread begins in a full tile, and how far its next row is, in numbers.
 struct FullTile {
     int turns, column;              // of the strip
-    int64_t line, line_step;        // in an accumulator with a number per line
     int64_t element, element_step;  // in the tensor
 };
 
@@ -20,10 +19,8 @@ HF_LOPT_DEVICE FullTile full_tile(const Place& at) {
     FullTile f;
     f.turns = at.turns();
     f.column = at.first_column;
-    f.line = at.line(at.first_row() + at.warp());
-    f.line_step = kWarps * t.mid;
-    f.element = f.line * t.columns + at.start() + f.column;
-    f.element_step = f.line_step * t.columns;
+    f.element = at.line_of(at.warp()) * t.columns + at.start() + f.column;
+    f.element_step = kWarps * t.mid * t.columns;
     return f;
 }
 
@@ -73,36 +70,112 @@ HF_LOPT_DEVICE void store_four(BFloat16* x, Lane& y) {
     store_wide(x, z);
 }
 
-// The elements of a thread from row to row of a full tile.
-template <class P, class G>
+// What is on its way from memory for each thread of a block: four numbers of float32, or of 16 bits in half of the
+// place. Numbers of later turns come while a thread works on this one, and take no registers.
+using Coming = Word4[kThreads];
+
+// Four numbers of a thread.
+template <class T>
+HF_LOPT_DEVICE T* coming(Coming& place, int of_thread) {
+    return reinterpret_cast<T*>(place) + of_thread * kLane;
+}
+
+template <class T>
+HF_LOPT_DEVICE void begin_copy_of_four(Coming& to, const T* from) {
+    begin_copy<kLane * sizeof(T)>(coming<T>(to, thread()), from);
+}
+
+// A row of all that passes 1 and 2 read.
+struct ComingRow {
+    Coming g, p, m[kMomenta], v;
+};
+// `ahead`: how many rows are under way. One is enough where a row takes long (measured on an H200).
+template <int ahead>
+using ComingRows = ComingRow[ahead];
+
+// The elements of a thread from row to row of a full tile. `wait` goes to the next row; `proceed` says that it has
+// been read, so that another one may take its place.
+template <int ahead, class P, class G>
 struct FullRows {
     P* p;
     const G* g;
     float *m[kMomenta], *v;
     int64_t element, step;
+    int left, turn = 0;  // rows after this one; rows until now
+    ComingRow* rows;
 
-    HF_LOPT_MEMBER FullRows(const TensorTable& table, const TensorEntry& t, const FullTile& f) {
+    HF_LOPT_MEMBER FullRows(const TensorTable& table, const TensorEntry& t, const FullTile& f,
+                            ComingRows<ahead>& shared)
+        : rows(shared) {
         p = pointer<P>(table, t, sP);
         g = pointer<G>(table, t, sG);
         v = pointer<float>(table, t, sV);
 #pragma unroll
         for (int k = 0; k < kMomenta; k++) m[k] = pointer<float>(table, t, sM) + k * t.decay;
-        element = f.element;
         step = f.element_step;
+        element = f.element - step;
+        left = f.turns;
+#pragma unroll
+        for (int i = 0; i < ahead; i++) begin(i, rows[i]);
     }
 
-    // All loads are under way before the first number is used.
-    HF_LOPT_MEMBER Updated load(const FeatureConstants& c) const {
-        Updated u;
-        u.g = load_four(g + element);
-        u.p = load_four(p + element);
+    // The row after `skipped` further ones.
+    HF_LOPT_MEMBER void begin(int skipped, ComingRow& to) const {
+        if (left > skipped) {
+            const int64_t from = element + (skipped + 1) * step;
+            begin_copy_of_four(to.g, g + from);
+            begin_copy_of_four(to.p, p + from);
 #pragma unroll
-        for (int k = 0; k < kMomenta; k++) u.m[k] = load_four(m[k] + element);
-        u.v = load_four(v + element);
-        start_loads();
+            for (int k = 0; k < kMomenta; k++) begin_copy_of_four(to.m[k], m[k] + from);
+            begin_copy_of_four(to.v, v + from);
+        }
+        end_group();
+    }
+
+    HF_LOPT_MEMBER ComingRow& wait() {
+        wait_for_groups<ahead - 1>();
+        element += step;
+        left--;
+        return rows[turn++ % ahead];
+    }
+
+    HF_LOPT_MEMBER void proceed(ComingRow& row) const { begin(ahead - 1, row); }
+
+    HF_LOPT_MEMBER Updated next(const FeatureConstants& c) {
+        Updated u;
+        ComingRow& row = wait();
+        u.g = load_four(coming<G>(row.g, thread()));
+        u.p = load_four(coming<P>(row.p, thread()));
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) u.m[k] = load_four(coming<float>(row.m[k], thread()));
+        u.v = load_four(coming<float>(row.v, thread()));
+        proceed(row);
         finish_update(u, c);
         return u;
     }
 };
+
+constexpr int kTileRows = kTurns * kWarps;  // of a tile whose rows are kStrip columns
+
+// Numbers of the rows of a full tile for each decay; the last place is not used.
+struct OfLines {
+    alignas(16) float row[kTileRows][kLane];
+};
+
+// Calls f(row of the tile, its place in an accumulator with a number per line) in one thread for each row.
+template <class F>
+HF_LOPT_DEVICE void for_rows(const Place& at, F f) {
+    for (int r = thread(); r < at.row_count(); r += kThreads) f(r, at.line_of(r));
+}
+
+// Those of an accumulator, or of factors; a barrier has to follow.
+HF_LOPT_DEVICE void copy_lines(const TensorTable& table, const Place& at, Slot slot, OfLines& to) {
+    const TensorEntry& t = *at.entry;
+    const float* x = pointer<float>(table, t, slot);
+    for_rows(at, [&](int r, int64_t line) {
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) to.row[r][k] = x[k * t.line_decay + line];
+    });
+}
 
 }  // namespace hf_lopt

@@ -40,6 +40,11 @@ CurrentStream find_current_stream() {
 
 void check_launch() { check(cudaGetLastError(), "launch of a kernel of hf_lopt"); }
 
+void allow_shared(const void* kernel, size_t bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+          "shared memory of a kernel of hf_lopt");
+}
+
 void* current_stream(int device) {
     static const CurrentStream find = find_current_stream();
     void* stream = nullptr;

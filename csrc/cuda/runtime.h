@@ -8,6 +8,8 @@ namespace hf_lopt {
 
 // Throws if the launch before could not be made.
 void check_launch();
+// Lets a kernel be launched with so much dynamic shared memory on the current device.
+void allow_shared(const void* kernel, size_t bytes);
 // The stream that torch launches on.
 void* current_stream(int device);
 // Identifies the graph that the stream is captured into; 0 where it is not.

@@ -24,8 +24,16 @@
 // A kernel for blocks of `threads`, of which `blocks` fit on a multiprocessor at once.
 #define HF_LOPT_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define HF_LOPT_ARGUMENT const __grid_constant__
+// Shared memory beyond the 48 KiB that every launch has: HF_LOPT_LAUNCH_LARGE says how much.
+#define HF_LOPT_LARGE_SHARED(type, name)      \
+    extern __shared__ uint4 hf_lopt_shared[]; \
+    type& name = *reinterpret_cast<type*>(hf_lopt_shared)
 #define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args)                            \
     kernel<<<(unsigned)(grid), threads, 0, static_cast<cudaStream_t>(stream)>>>(args); \
+    ::hf_lopt::check_launch()
+#define HF_LOPT_LAUNCH_LARGE(kernel, grid, threads, bytes, stream, args)                   \
+    ::hf_lopt::allow_shared(reinterpret_cast<const void*>(kernel), bytes);                 \
+    kernel<<<(unsigned)(grid), threads, bytes, static_cast<cudaStream_t>(stream)>>>(args); \
     ::hf_lopt::check_launch()
 
 namespace hf_lopt {
@@ -40,9 +48,6 @@ HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
 }
 // What has been read from memory is read again afterwards, rather than kept in registers.
 HF_LOPT_DEVICE void forget_loads() { asm volatile("" ::: "memory"); }
-// Loads before this place are under way when the thread goes on: the compiler would start some of them later, which
-// spares registers and waits for memory again. All threads of the warp come here.
-HF_LOPT_DEVICE void start_loads() { __syncwarp(); }
 HF_LOPT_DEVICE void fence() { __threadfence(); }
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return atomicAdd(ticket, 1u); }
 // Waits until so many have been taken; what those who took them wrote before is visible then.
@@ -84,6 +89,26 @@ HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) {
 HF_LOPT_DEVICE void store_wide(void* to, const Word2& y) {
     asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(__cvta_generic_to_global(to)), "r"(y.x[0]), "r"(y.x[1])
                  : "memory");
+}
+
+// Begins to copy 16 or 8 bytes from the memory of the device into shared memory, while the thread goes on. Copies come
+// in groups, which `end_group` ends. The thread may read them after `wait_for_groups`, others of its warp after a
+// barrier.
+template <int bytes>
+HF_LOPT_DEVICE void begin_copy(void* to, const void* from) {
+    const unsigned shared = (unsigned)__cvta_generic_to_shared(to);
+    const size_t global = __cvta_generic_to_global(from);
+    if constexpr (bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+    }
+}
+HF_LOPT_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all groups of the thread are there but the last `n`.
+template <int n>
+HF_LOPT_DEVICE void wait_for_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
 HF_LOPT_DEVICE float from_half(uint16_t x) { return __half2float(__ushort_as_half(x)); }

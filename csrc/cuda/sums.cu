@@ -5,6 +5,7 @@ namespace hf_lopt {
 namespace {
 
 constexpr int kBatch = 4;  // rows that a thread loads before it works on them
+constexpr int kAhead = 2;  // batches that are under way
 
 struct RowSums {
     double nonfinite, squares;
@@ -129,27 +130,50 @@ HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
 template <class G>
 constexpr int kFullBatch = kBatch * (int)(sizeof(float) / sizeof(G));
 
+// In shared memory.
+struct ForFullTiles {
+    Coming rows[kAhead][kBatch];
+    float line_sums[kTileRows];
+};
+
 // A full tile; what is added up, and in which order, is what the other loop does.
 template <class G>
-HF_LOPT_DEVICE RowSums add_full_rows(const SumsArgs& a, const Place& at) {
+HF_LOPT_DEVICE RowSums add_full_rows(const SumsArgs& a, const Place& at, ForFullTiles& shared) {
     RowSums sums = {};
     const TensorEntry& t = *at.entry;
     const FullTile f = full_tile(at);
     constexpr int kRows = kFullBatch<G>;
     const G* g = pointer<G>(a.table, t, sG) + f.element;
-    const int64_t step = f.element_step, line_step = f.line_step;
+    const int64_t step = f.element_step;
     const int lane = thread() % kWarpSize;
-    // Of the row of the batch whose sum the thread ends up with.
-    float* out = a.parts + t.line_part + at.strip * t.line_length() + f.line + lane / (kWarpSize / kRows) * line_step;
+    // Two rows of 16-bit numbers share a place.
+    const auto place_of = [&](int batch, int r) {
+        return coming<G>(shared.rows[batch % kAhead][r % kBatch], thread()) + r / kBatch * kThreads * kLane;
+    };
+    const auto begin = [&](int batch, int left) {
+#pragma unroll
+        for (int r = 0; r < kRows; r++) {
+            if (r < left) begin_copy<kLane * sizeof(G)>(place_of(batch, r), g + r * step);
+        }
+        end_group();
+        g += kRows * step;
+    };
+    // The row of the batch whose sum the thread ends up with.
+    int row_of_sum = at.warp() + lane / (kWarpSize / kRows) * kWarps;
     const bool writes = lane % (kWarpSize / kRows) == 0;
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) begin(i, f.turns - i * kRows);
+    int batch = 0;
 #pragma unroll 1
-    for (int left = f.turns; left > 0; left -= kRows) {
+    for (int left = f.turns; left > 0; left -= kRows, batch++) {
         Lane x[kRows];
+        wait_for_groups<kAhead - 1>();
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
             x[r] = splat(0.0f);
-            if (r < left) x[r] = load_four(g + r * step);
+            if (r < left) x[r] = load_four(place_of(batch, r));
         }
+        begin(batch, left - kAhead * kRows);
         float row[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; r++) {
@@ -171,10 +195,12 @@ HF_LOPT_DEVICE RowSums add_full_rows(const SumsArgs& a, const Place& at) {
         }
 #pragma unroll
         for (; mask > 0; mask /= 2) row[0] += shuffle_xor(row[0], mask);
-        if (writes && lane / (kWarpSize / kRows) < left) *out = row[0];
-        g += kRows * step;
-        out += kRows * line_step;
+        if (writes && lane / (kWarpSize / kRows) < left) shared.line_sums[row_of_sum] = row[0];
+        row_of_sum += kRows * kWarps;
     }
+    barrier();
+    float* out = a.parts + t.line_part + at.strip * t.line_length();
+    for_rows(at, [&](int r, int64_t line) { out[line] = shared.line_sums[r]; });
     return sums;
 }
 
@@ -204,14 +230,15 @@ HF_LOPT_OUT_OF_LINE void add_other_rows(const SumsArgs& a, RowSums& sums, float 
 
 HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     HF_LOPT_SHARED float buffer[kWarps][kStrip];
+    HF_LOPT_SHARED ForFullTiles shared;
     const Place at = place(a.table);
     const TensorEntry& t = *at.entry;
     double* stats = a.partial + (int64_t)block() * a.width;
     RowSums sums = {};
     if (is_full(at) && t.g_type == kFloat32) {
-        sums = add_full_rows<float>(a, at);
+        sums = add_full_rows<float>(a, at, shared);
     } else if (is_full(at) && t.g_type == kBFloat16) {
-        sums = add_full_rows<BFloat16>(a, at);
+        sums = add_full_rows<BFloat16>(a, at, shared);
     } else {
         add_other_rows(a, sums, buffer);
     }
@@ -243,13 +270,18 @@ HF_LOPT_KERNEL(kThreads, 3) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
         }
     }
 
-    uint32_t* tickets = a.table.tickets + t.first_ticket;
+    uint32_t* first = a.table.tickets + t.first_ticket;
+    Ticket tickets[3] = {{first, t.tiles()}};
     if (t.factored) {
         const int strips = (int)t.groups * t.strips;
-        if (last_to_arrive(tickets + 1 + at.group * t.strips + at.strip, t.row_tiles)) total_columns(a, at);
-        if (last_to_arrive(tickets + 1 + strips + at.group * t.row_tiles + at.row_tile, t.strips)) total_lines(a, at);
+        tickets[1] = {first + 1 + at.group * t.strips + at.strip, t.row_tiles};
+        tickets[2] = {first + 1 + strips + at.group * t.row_tiles + at.row_tile, t.strips};
     }
-    if (last_to_arrive(tickets, t.tiles())) {
+    bool last[3];
+    last_to_arrive(tickets, last);
+    if (last[1]) total_columns(a, at);
+    if (last[2]) total_lines(a, at);
+    if (last[0]) {
         const int width = a.moments ? a.width : kGradientStats;
         double* out = a.stats + (int64_t)at.tensor * a.width;
         const double* partial = a.partial + (int64_t)a.table.first_tile[at.tensor] * a.width;

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "apply.cuh"
+#include "full_tiles.cuh"
 
 namespace hf_lopt {
 
@@ -152,21 +153,24 @@ HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const RowPlace&
     return r;
 }
 
-// The sums of units 2 q and 2 q + 1 of block n in elements e and e + 1 before the first layer's products.
-HF_LOPT_DEVICE void first_sums(const Shared<kUnits>& s, const float (&line_bias)[kBlocksOfUnits][2], const Place& at,
-                               int e, int n, float (&z)[4]) {
+// The sums of units 2 q and 2 q + 1 of block n in elements e and e + 1 before the first layer's products. `column(e)`:
+// of the lane's element e in the strip. `line_bias(n, i)`: what the row adds to unit 2 q + i of block n.
+template <class LineBias, class Column>
+HF_LOPT_DEVICE void first_sums(const Shared<kUnits>& s, LineBias line_bias, Column column, int e, int n,
+                               float (&z)[4]) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float* bias = s.bias(at.column(e + r), n * 8 + 2 * (thread() % 4));
-        z[2 * r] = line_bias[n][0] + bias[0];
-        z[2 * r + 1] = line_bias[n][1] + bias[1];
+        const float* bias = s.bias(column(e + r), n * 8 + 2 * (thread() % 4));
+        z[2 * r] = line_bias(n, 0) + bias[0];
+        z[2 * r + 1] = line_bias(n, 1) + bias[1];
     }
 }
 
 // The outputs for elements e and e + 1 of every group, at least in its lane 0. x: the lane's features of both.
-HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kSplitBFloat16>& f,
-                             const float (&line_bias)[kBlocksOfUnits][2], const Place& at, int e,
-                             const float (&x)[2][4], float (&direction)[2], float (&magnitude)[2]) {
+template <class LineBias, class Column>
+HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kSplitBFloat16>& f, LineBias line_bias,
+                             Column column, int e, const float (&x)[2][4], float (&direction)[2],
+                             float (&magnitude)[2]) {
     const int lane = thread() % kWarpSize, q = lane % 4;
     uint32_t high[4], low[4];
 #pragma unroll
@@ -182,7 +186,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kSplitBFlo
 #pragma unroll
     for (int n = 0; n < kBlocksOfUnits; n++) {
         float z[4];
-        first_sums(s, line_bias, at, e, n, z);
+        first_sums(s, line_bias, column, e, n, z);
         multiply_split(z, high, low, f.first[n][lane]);
         // The sums of two blocks of 8 units are the left-hand side of the next product.
 #pragma unroll
@@ -225,9 +229,9 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kSplitBFlo
     }
 }
 
-HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kTf32>& f,
-                             const float (&line_bias)[kBlocksOfUnits][2], const Place& at, int e,
-                             const float (&x)[2][4], float (&direction)[2], float (&magnitude)[2]) {
+template <class LineBias, class Column>
+HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kTf32>& f, LineBias line_bias, Column column,
+                             int e, const float (&x)[2][4], float (&direction)[2], float (&magnitude)[2]) {
     const int lane = thread() % kWarpSize, q = lane % 4;
     uint32_t in[2][4], hidden[kBlocksOfUnits][4];
 #pragma unroll
@@ -242,7 +246,7 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kTf32>& f,
 #pragma unroll
     for (int n = 0; n < kBlocksOfUnits; n++) {
         float z[4];
-        first_sums(s, line_bias, at, e, n, z);
+        first_sums(s, line_bias, column, e, n, z);
         const Word4 b = f.first[n][lane];
         matrix_multiply_add_tf32(z, in[0], b.x[0], b.x[1]);
         matrix_multiply_add_tf32(z, in[1], b.x[2], b.x[3]);
@@ -291,6 +295,115 @@ HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlac
     }
 }
 
+// What a row adds to the first layer's sum of a unit, and its bias. `accumulator(d)`: of the row, for decay d.
+template <class Accumulator>
+HF_LOPT_DEVICE float bias_of_line(const Shared<kUnits>& s, Accumulator accumulator, int unit) {
+    float bias = s.net.bias[unit];
+#pragma unroll
+    for (int d = 0; d < kFactored; d++) {
+        const float y = accumulator(d), root = inverse_root_of_vector<Arithmetic>(y);
+        bias += s.vectors.line[d][unit] * y + s.vectors.rsqrt_line[d][unit] * root;
+    }
+    return bias;
+}
+
+// Sums up what the lanes of the block have found. first: of what a lane updates; second: of v, in lane 0 of a group.
+HF_LOPT_DEVICE void flush(const MomentSums<float>& first, const MomentSums<float>& second, float step2, int q,
+                          double* out) {
+    double sums[kUpdateStats] = {step2, q == 0 ? first.squares : 0.0f, second.sum, second.squares};
+#pragma unroll
+    for (int d = 0; d < kMomenta; d++) {
+        sums[4 + 2 * d] = q == d + 1 ? first.sum : 0.0f;
+        sums[5 + 2 * d] = q == d + 1 ? first.squares : 0.0f;
+    }
+    block_sums(sums, kUpdateStats, out);
+}
+
+// In shared memory.
+struct ForFullTiles {
+    ComingRows<2> rows;
+    OfLines factors, accumulators;
+    float line_bias[kWarps][kUnits];  // of the row that a warp works on
+};
+
+// A full tile: what the other loop does, with places that are known when it begins.
+template <Precision precision, class P, class G>
+HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
+                                               const Fragments<precision>& f, ForFullTiles& shared, double* out) {
+    const TensorEntry& t = *tile.entry;
+    FullRows<2, P, G> rows(a.table, t, full_tile(tile), shared.rows);
+    copy_lines(a.table, tile, sLineFactor, shared.factors);
+    copy_lines(a.table, tile, sLine, shared.accumulators);
+    const int lane = thread() % kWarpSize, q = lane % 4, k = q > 0 ? q - 1 : 0, group = lane / 4;
+    const float keep = a.constants.keep_m[k], add = a.constants.add_m[k], decay = s.net.decay;
+    float* line_biases = shared.line_bias[tile.warp()];
+    const float* along = s.factors[k] + group * kLane;
+    MomentSums<float> first, second;  // of p_or_m and of v
+    float step2 = 0.0f;
+    barrier();
+#pragma unroll 1
+    for (int row = tile.warp(); rows.left > 0; row += kWarps) {
+        ComingRow& coming_row = rows.wait();
+        warp_barrier();  // what other lanes have copied is there, too
+        const float rho = shared.factors.row[row][k];
+        line_biases[lane] = bias_of_line(s, [&](int d) { return shared.accumulators.row[row][d]; }, lane);
+        warp_barrier();
+        float line_bias[kBlocksOfUnits][2];
+#pragma unroll
+        for (int i = 0; i < 2 * kBlocksOfUnits; i++) line_bias[i / 2][i % 2] = line_biases[i / 2 * 8 + 2 * q + i % 2];
+        const int64_t begin = rows.element + (group - lane) * kLane;
+#pragma unroll 1
+        for (int batch = 0; batch < kStrip / kBatchColumns; batch++) {
+            const int first_column = batch * kBatchColumns + group * kLane;
+            const int from = thread() / kWarpSize * kWarpSize + first_column / kLane;  // the thread that has copied it
+            Raw r;
+            r.g = load_four(coming<G>(coming_row.g, from));
+            r.v = load_four(coming<float>(coming_row.v, from));
+            r.p_or_m =
+                q == 0 ? load_four(coming<P>(coming_row.p, from)) : load_four(coming<float>(coming_row.m[k], from));
+            Lane step, factor = load_four(along + batch * kBatchColumns) * rho;
+#pragma unroll
+            for (int e = 0; e < kLane; e += 2) {
+                float x[2][4], direction[2], magnitude[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const float g = clamp(r.g.x[e + i], a.constants.clip);
+                    const float v = ema(r.v.x[e + i], g * g, a.constants.keep_v, a.constants.add_v);
+                    const float root = inverse_root(v + a.constants.second_eps), p = r.p_or_m.x[e + i];
+                    const float m = ema(p, g, keep, add);
+                    x[i][0] = q == 0 ? g : m;
+                    x[i][1] = q == 0 ? p : m * root;
+                    x[i][2] = q == 0 ? v : g * factor.x[e + i];
+                    x[i][3] = q == 0 ? root : m * factor.x[e + i];
+                    r.v.x[e + i] = v;
+                    if (q > 0) r.p_or_m.x[e + i] = m;
+                }
+                evaluate(
+                    s, f, [&](int n, int i) { return line_bias[n][i]; }, [&](int i) { return first_column + i; }, e,
+                    x, direction, magnitude);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    step.x[e + i] = direction[i] * exponential(magnitude[i]);
+                    step2 = q == 0 ? fmaf(step.x[e + i], step.x[e + i], step2) : step2;
+                }
+            }
+            const int64_t element = begin + batch * kBatchColumns;
+            if (q > 0) {
+                store_four(rows.m[k] + element, r.p_or_m);
+            } else {
+                store_four(rows.v + element, r.v);
+                second.add(r.v);
+                r.p_or_m = r.p_or_m - r.p_or_m * decay - step;
+                store_four(rows.p + element, r.p_or_m);
+            }
+            first.add(r.p_or_m);
+        }
+        warp_barrier();  // all lanes have read it
+        rows.proceed(coming_row);
+    }
+    flush(first, second, step2, q, out);
+}
+
 template <Precision precision>
 HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
                                           const Fragments<precision>& f, double* out) {
@@ -311,16 +424,8 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
         float line_bias[kBlocksOfUnits][2];
 #pragma unroll
         for (int i = 0; i < 2 * kBlocksOfUnits; i++) {
-            line_bias[i / 2][i % 2] = s.net.bias[i / 2 * 8 + 2 * q + i % 2];
-        }
-#pragma unroll
-        for (int d = 0; d < kFactored; d++) {
-            const float y = line[d * t.line_decay + row.line], root = inverse_root_of_vector<Arithmetic>(y);
-#pragma unroll
-            for (int i = 0; i < 2 * kBlocksOfUnits; i++) {
-                const int unit = i / 2 * 8 + 2 * q + i % 2;
-                line_bias[i / 2][i % 2] += s.vectors.line[d][unit] * y + s.vectors.rsqrt_line[d][unit] * root;
-            }
+            const auto accumulator = [&](int d) { return line[d * t.line_decay + row.line]; };
+            line_bias[i / 2][i % 2] = bias_of_line(s, accumulator, i / 2 * 8 + 2 * q + i % 2);
         }
 #pragma unroll 1
         for (int batch = 0; batch < batches; batch++) {
@@ -352,7 +457,9 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
                     r.v.x[e + i] = v;
                     if (q > 0) r.p_or_m.x[e + i] = m;
                 }
-                evaluate(s, f, line_bias, at, e, x, direction, magnitude);
+                evaluate(
+                    s, f, [&](int n, int i) { return line_bias[n][i]; }, [&](int i) { return at.column(i); }, e, x,
+                    direction, magnitude);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float p = r.p_or_m.x[e + i], y = direction[i] * exponential(magnitude[i]);
@@ -366,18 +473,21 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
             if (q == 0) second.add(r.v, live);
         }
     }
-    double sums[kUpdateStats] = {step2, q == 0 ? first.squares : 0.0f, second.sum, second.squares};
-#pragma unroll
-    for (int d = 0; d < kMomenta; d++) {
-        sums[4 + 2 * d] = q == d + 1 ? first.sum : 0.0f;
-        sums[5 + 2 * d] = q == d + 1 ? first.squares : 0.0f;
-    }
-    block_sums(sums, kUpdateStats, out);
+    flush(first, second, step2, q, out);
+}
+
+// Rows that are not full.
+template <Precision precision>
+HF_LOPT_OUT_OF_LINE void apply_other_on_tensor_cores(const ApplyArgs& a, const Shared<kUnits>& s,
+                                                     const Fragments<precision>& f, double* out) {
+    const Place at = place(a.table);
+    apply_on_tensor_cores(a, at, s, f, out);
 }
 
 // A tile of either kernel.
 template <Precision precision>
-HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fragments<precision>& f) {
+HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fragments<precision>& f,
+                                       ForFullTiles& shared) {
     apply_tile<kUnits>(a, s, [&](const Place& at, double* partial) {
         if (at.entry->inner > 1) {
             apply_elements<kUnits, kInner>(a, s, partial);
@@ -385,7 +495,11 @@ HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fr
             apply_elements<kUnits, kMatrix>(a, s, partial);
         } else {
             load_fragments(s, f);
-            apply_on_tensor_cores(a, at, s, f, partial);
+            if (a.into_out || !with_types_of_full_tile(at, [&](auto p, auto g) {
+                    apply_full_on_tensor_cores<precision, decltype(p), decltype(g)>(a, at, s, f, shared, partial);
+                })) {
+                apply_other_on_tensor_cores(a, s, f, partial);
+            }
         }
     });
 }

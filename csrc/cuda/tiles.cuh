@@ -97,17 +97,16 @@ HF_LOPT_DEVICE T* pointer(const TensorTable& table, const TensorEntry& t, Slot s
     return reinterpret_cast<T*>(table.base[slot] + t.at[slot]);
 }
 
+// The tensor of a tile. All threads look at once: a search by halves waits for memory again and again.
 HF_LOPT_DEVICE int32_t find_tensor(const TensorTable& table, int32_t tile) {
-    int32_t low = 0, high = table.count;
-    while (high - low > 1) {
-        const int32_t middle = (low + high) / 2;
-        if (table.first_tile[middle] <= tile) {
-            low = middle;
-        } else {
-            high = middle;
-        }
+    HF_LOPT_SHARED int32_t found;
+    for (int32_t i = thread(); i < table.count; i += kThreads) {
+        if (table.first_tile[i] <= tile && tile < table.first_tile[i + 1]) found = i;
     }
-    return low;
+    barrier();
+    const int32_t tensor = found;
+    barrier();  // before it is used again
+    return tensor;
 }
 
 HF_LOPT_DEVICE Place place(const TensorTable& table) {
@@ -238,21 +237,39 @@ HF_LOPT_DEVICE void block_sums(const double (&x)[N], int count, double* out) {
     barrier();
 }
 
-// Whether this block is the last of `count` to take `ticket`, which is then new again; what the others wrote before is
+// A ticket that `count` blocks take; none if it is null.
+struct Ticket {
+    uint32_t* number;
+    int count;
+};
+
+// Whether this block is the last one to take each ticket, which is then new again; what the others wrote before is
 // visible to all threads of the last one.
-HF_LOPT_DEVICE bool last_to_arrive(uint32_t* ticket, int count) {
-    HF_LOPT_SHARED bool last;
+template <int N>
+HF_LOPT_DEVICE void last_to_arrive(const Ticket (&tickets)[N], bool (&result)[N]) {
+    HF_LOPT_SHARED bool last[N];
     barrier();
-    if (thread() == 0) {
-        fence();
-        last = take_ticket(ticket) == (uint32_t)count - 1;
-        if (last) *ticket = 0;
-        fence();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (thread() != i * kWarpSize) continue;  // a warp each, so that they do not wait for one another
+        last[i] = false;
+        if (tickets[i].number) {
+            fence();
+            last[i] = take_ticket(tickets[i].number) == (uint32_t)tickets[i].count - 1;
+            if (last[i]) *tickets[i].number = 0;
+            fence();
+        }
     }
     barrier();
-    const bool result = last;
-    barrier();  // before the flag is used again
-    return result;
+#pragma unroll
+    for (int i = 0; i < N; i++) result[i] = last[i];
+    barrier();  // before the flags are used again
+}
+
+HF_LOPT_DEVICE bool last_to_arrive(uint32_t* ticket, int count) {
+    bool last[1];
+    last_to_arrive({{ticket, count}}, last);
+    return last[0];
 }
 
 // Calls f(j, Σ_i partial[i][j]) for j < width in one thread each, by all warps of the block; the sums of a tile are

@@ -22,8 +22,11 @@
 #define HF_LOPT_SHARED static
 #define HF_LOPT_KERNEL(threads, blocks) static void
 #define HF_LOPT_ARGUMENT const
+#define HF_LOPT_LARGE_SHARED(type, name) static type name
 #define HF_LOPT_LAUNCH(kernel, grid, threads, stream, args) \
     ::hf_lopt::Emulator::get().run((int)(grid), threads, [&] { kernel(args); })
+#define HF_LOPT_LAUNCH_LARGE(kernel, grid, threads, bytes, stream, args) \
+    HF_LOPT_LAUNCH(kernel, grid, threads, stream, args)
 
 #ifndef __x86_64__
 #include <ucontext.h>
@@ -205,7 +208,6 @@ HF_LOPT_DEVICE T shuffle_xor(T x, int mask) {
 }
 HF_LOPT_DEVICE void warp_barrier() { shuffle_xor(0, 1); }
 HF_LOPT_DEVICE void forget_loads() {}
-HF_LOPT_DEVICE void start_loads() {}
 HF_LOPT_DEVICE void fence() {}
 HF_LOPT_DEVICE unsigned take_ticket(unsigned* ticket) { return (*ticket)++; }
 HF_LOPT_DEVICE void wait_for_tickets(const unsigned* ticket, unsigned count) {
@@ -220,6 +222,13 @@ HF_LOPT_DEVICE float reciprocal(float x) { return 1.0f / x; }
 HF_LOPT_DEVICE float maximum(float x, float y) { return std::isnan(x) || x > y ? x : y; }
 HF_LOPT_DEVICE float minimum(float x, float y) { return std::isnan(x) || x < y ? x : y; }
 
+template <int bytes>
+HF_LOPT_DEVICE void begin_copy(void* to, const void* from) {
+    std::memcpy(to, from, bytes);
+}
+HF_LOPT_DEVICE void end_group() {}
+template <int n>
+HF_LOPT_DEVICE void wait_for_groups() {}
 HF_LOPT_DEVICE void store_wide(float* to, const Float4& y) { std::memcpy(to, &y, sizeof y); }
 HF_LOPT_DEVICE void store_wide(uint16_t* to, const Short4& y) { std::memcpy(to, &y, sizeof y); }
 HF_LOPT_DEVICE void store_wide(void* to, const Word2& y) { std::memcpy(to, &y, sizeof y); }
