@@ -53,8 +53,7 @@ class LearnedOptimizer(GivenSettings):
     def __init__(self, params: ParamsT, rule: str, **hyperparameters: Any) -> None:
         rule_ = rules.get(rule)
         settings = complete_settings(rule_, hyperparameters)
-        source = settings.pop("weights")
-        weights = rule_.load_weights(source, **settings)
+        weights = rule_.load_weights(settings.pop("weights"), **settings)
         self._attach(rule_, weights)
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
