@@ -53,13 +53,16 @@ class LearnedOptimizer(GivenSettings):
     def __init__(self, params: ParamsT, rule: str, **hyperparameters: Any) -> None:
         rule_ = rules.get(rule)
         settings = complete_settings(rule_, hyperparameters)
-        weights = rule_.load_weights(settings.pop("weights"), **settings)
+        source = settings.pop("weights")
+        weights = rule_.load_weights(source, **settings)
         self._attach(rule_, weights)
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
         defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
         defaults |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
         super().__init__(params, defaults | self._run_state.initial_values())
+        if not isinstance(source, Weights):  # whoever loaded them before tells later
+            notices.tell()
 
     def __repr__(self) -> str:
         return describe(self, type(self).__name__, self._weights)
