@@ -24,20 +24,20 @@ struct __attribute__((visibility("hidden"))) ToImpl<hf_lopt::Names> {
     static hf_lopt::Names call(StableIValue value, uint64_t, bool) {
         StableListHandle list = to<StableListHandle>(value);
         size_t size = 0;
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+        TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
         hf_lopt::Names names;
         for (size_t i = 0; i < size; i++) {
             StableIValue item;
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+            TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
             StringHandle string = to<StringHandle>(item);
             size_t length = 0;
             const char* data = nullptr;
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
+            TORCH_ERROR_CODE_CHECK(torch_string_length(string, &length));
+            TORCH_ERROR_CODE_CHECK(torch_string_c_str(string, &data));
             names.emplace_back(data, length);
-            STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(string));
+            TORCH_ERROR_CODE_CHECK(torch_delete_string(string));
         }
-        STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+        TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
         return names;
     }
 };

@@ -63,3 +63,16 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
             "may be a multiplier of the optimizer's own step size, and no learning rate as of Adam."
         )
     return dict(list(given.items())[1:])
+
+
+def check_group(name: str, group: Mapping[str, Any]) -> None:
+    """Refuse a parameter group that maximises; what else it has of torch's optimizers is dropped, with a warning.
+
+    Raises:
+        UnknownSettingError: for ``maximize`` that is not False.
+    """
+    found = [key for key in REFUSED if group.get(key) is not None and group[key] is not False]
+    if "maximize" in found:
+        raise UnknownSettingError(f"{name} takes no maximize in a parameter group: {REFUSED['maximize']}")
+    if found:
+        notices.warn(f"{', '.join(found)} of a parameter group: dropped, {name} takes no such setting")

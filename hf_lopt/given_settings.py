@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import notices
-from hf_lopt.arguments_given import check_call
+from hf_lopt.arguments_given import check_call, check_group
 from hf_lopt.rules.base import Rule
 
 
@@ -51,6 +51,7 @@ class GivenSettings(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and note what it sets for itself. See ``torch.optim.Optimizer.add_param_group``."""
+        check_group(type(self).__name__, param_group)
         names = frozenset(param_group) - {"params"}
         super().add_param_group(param_group)
         del self._given_groups[len(self.param_groups) - 1 :]  # of a group that was refused

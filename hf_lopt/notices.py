@@ -13,6 +13,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from types import FrameType
 
 
 LOG = logging.getLogger("hf_lopt")
@@ -35,8 +36,9 @@ _collecting = _Collecting()
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
     """``warnings.warn`` that names the innermost line outside of this package and the libraries that drive it."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None:
+    level = 2
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in _LIBRARIES and not _is_program(frame):
             break
         frame, level = frame.f_back, level + 1
@@ -45,9 +47,9 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(text, category, stacklevel=level)
 
 
-def _is_program(frame: object) -> bool:
+def _is_program(frame: FrameType) -> bool:
     """Whether a frame is of a program of this package, such as ``python -m hf_lopt.meta``, whose module is a main."""
-    spec = getattr(frame, "f_globals", {}).get("__spec__")
+    spec = frame.f_globals.get("__spec__")
     return spec is not None and str(spec.name).partition(".")[0] in _LIBRARIES
 
 

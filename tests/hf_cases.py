@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -14,6 +16,22 @@ from hf_lopt.hf.loss_feed import unwrap
 
 
 OPTIM = {"optim": "velo", "optim_args": "weights=bundled"}
+
+LOG_TOLERANCE = 8e-5  # transformers 4 rounds what it logs to four decimals
+
+
+def older(package: str, version: str) -> bool:
+    """Whether what is installed of ``package`` is older than ``version``."""
+    return Version(metadata.version(package)) < Version(version)
+
+
+# What older versions do with every optimizer, AdamW among them; docs/compatibility.md tells users.
+# Trainer does not divide the loss of its label smoother by the accumulation steps: their gradients are added up.
+SMOOTHED_LOSSES_ARE_SUMMED = older("transformers", "5.15")
+# Trainer gives its data the epoch before Accelerate makes the loader that skips batches, which then counts from 0.
+SECOND_EPOCH_IS_SHUFFLED_AS_THE_FIRST = older("transformers", "5.0") and older("accelerate", "1.15")
+# Trainer loads the optimizer's state to the device "cpu:0", which torch.load does not know.
+NO_RESUMING_ON_CPU_RANKS = older("transformers", "5.18")
 
 
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:

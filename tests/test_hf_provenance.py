@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 import hf_cases as cases
 import hf_lopt
+from hf_lopt.hf.callback import LearnedOptimizerCallback
 from hf_lopt.hf.provenance import trackers_take_text
 
 
@@ -51,6 +52,29 @@ def test_card_and_state_name_optimizer_version_weights_and_multiplier(trained):
         "weights_origin": "bundled",
         "lr_multiplier": 0.5,
     }
+
+
+@pytest.mark.parametrize(("steps", "multiplier"), [(1, 5.0), (100, (1000 / 100) ** 0.45), (1000, None)])
+def test_what_the_length_of_the_run_multiplies_is_said_beside_the_lr(tmp_path, steps, multiplier):
+    """Also where another callback changes the length when training begins; ``steps`` are not taken."""
+
+    class Shorter(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.max_steps = steps
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    args = cases.arguments(tmp_path, max_steps=2000)
+    trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(4), callbacks=[Shorter])
+    trainer.train()
+    trainer.create_model_card()
+    more = "" if multiplier is None else f", length_multiplier={multiplier:.4g}"
+    assert f" and lr_multiplier=1{more}\n" in (tmp_path / "README.md").read_text()
+    found = next(x for x in trainer.callback_handler.callbacks if isinstance(x, LearnedOptimizerCallback))
+    trained_with = found.state()["attributes"]["trained_with"]
+    assert trained_with["lr_multiplier"] == 1.0
+    assert trained_with.get("length_multiplier") == (None if multiplier is None else pytest.approx(multiplier))
 
 
 def test_the_text_goes_to_those_that_keep_it_and_always_into_the_history(trained):

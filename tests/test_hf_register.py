@@ -274,6 +274,8 @@ def test_optim_args_reach_the_constructor():
         "bank_scale": 50.0,
         "max_nonfinite_steps": 3,
         "max_training_steps": 9,
+        "state_dtype": "bfloat16",
+        "stochastic_rounding": True,
     }
     assert set(expected) == set(rules.get("velo").defaults) - {"weights", "weight_decay"}
     text = ", ".join(f"{key}={value}" for key, value in (expected | {"weights": "bundled"}).items())

@@ -21,7 +21,7 @@ from said import said
 
 
 LOSS_TOLERANCE = {"rtol": 0, "atol": 2e-5}  # the state is float32 and the read-out multiplies its rounding by ten
-LOG_TOLERANCE = {"rtol": 0, "atol": 8e-5}  # transformers 4 rounds what it logs to four decimals
+LOG_TOLERANCE = {"rtol": 0, "atol": cases.LOG_TOLERANCE}
 
 
 def one_warning(function, match):
@@ -70,6 +70,7 @@ def summed(outputs, labels, num_items_in_batch=None):
 
 
 def smoothed(model, window, epsilon=0.1):
+    """Mean over all tokens of a window; in older versions the sum of the means of its batches."""
     per_token = []
     for batch in window:
         logits = model(input_ids=batch["input_ids"]).logits.float()[:, :-1]
@@ -77,6 +78,8 @@ def smoothed(model, window, epsilon=0.1):
         log_p = F.log_softmax(logits[keep], -1)
         nll = -log_p.gather(-1, batch["labels"][:, 1:][keep].unsqueeze(-1)).squeeze(-1)
         per_token.append((1 - epsilon) * nll - epsilon * log_p.mean(-1))
+    if cases.SMOOTHED_LOSSES_ARE_SUMMED:
+        return torch.stack([losses.mean() for losses in per_token]).sum()
     return torch.cat(per_token).mean()
 
 
@@ -362,7 +365,17 @@ def resumable(folder, **changes):
     )
 
 
-@pytest.mark.parametrize("checkpoint", [4, 8], ids=["first_epoch", "second_epoch"])
+OTHER_DATA = pytest.mark.xfail(
+    cases.SECOND_EPOCH_IS_SHUFFLED_AS_THE_FIRST,
+    reason="with these transformers and accelerate the resumed epoch has the order of the first, with AdamW too",
+    raises=AssertionError,
+    strict=True,
+)
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [pytest.param(4, id="first_epoch"), pytest.param(8, id="second_epoch", marks=OTHER_DATA)]
+)
 def test_resuming_is_bitwise(tmp_path, checkpoint):
     whole = resumable(tmp_path)
     whole.train()

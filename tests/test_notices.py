@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import warnings
@@ -98,6 +100,30 @@ def test_keywords_that_are_not_taken_are_named_with_those_that_are(keywords, mes
             hf_lopt.VeLO(model().parameters(), **keywords)
         with pytest.raises(error, match=message):
             hf_lopt.LearnedOptimizer(model().parameters(), "velo", **keywords)
+
+
+def test_settings_of_other_optimizers_in_a_group_are_refused_or_told():
+    """A group that was to be maximised would be minimised without a word; what cannot be seen is dropped with one."""
+    with pytest.raises(ValueError, match="VeLO takes no maximize in a parameter group.*negate the loss"):
+        hf_lopt.VeLO([{"params": model().parameters(), "maximize": True}], weights="bundled")
+    adam = torch.optim.AdamW(model().parameters(), lr=0.5).param_groups
+    with pytest.warns(UserWarning) as caught:
+        hf_lopt.VeLO(adam, weights="bundled")
+    assert [str(w.message) for w in caught] == ["betas, eps of a parameter group: dropped, VeLO takes no such setting"]
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("way", [["script.py"], ["-m", "script"], ["-m", "hf_lopt.launch", "script.py"]])
+def test_the_line_of_a_script_is_named_at_its_top_level_too(tmp_path, way):
+    """Where nothing calls the user's line: in a file, as a module, and under a program of this package."""
+    (tmp_path / "script.py").write_text(
+        "import torch, hf_lopt\np = torch.nn.Parameter(torch.ones(3))\nhf_lopt.VeLO([p], 0.5, weights='bundled')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *way], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (first, line) = done.stderr.splitlines()
+    assert re.match(r".*script\.py:3: UserWarning: VeLO\(params, 0\.5\)", first), done.stderr
+    assert line.strip() == "hf_lopt.VeLO([p], 0.5, weights='bundled')"
 
 
 def test_lr_by_position_is_warned_about_and_by_name_is_not():

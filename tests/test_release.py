@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import hf_lopt
 from hf_lopt.kernels import remedy
 
 
@@ -126,6 +127,19 @@ def test_an_old_or_missing_setuptools_is_named(checkout, tmp_path):
     (tmp_path / "setuptools.py").write_text("raise ImportError")
     done = run(sys.executable, "-S", "-c", "import hf_lopt_backend", env={"PYTHONPATH": path})
     assert "it is not installed" in done.stderr and "pip install 'setuptools>=77'" in done.stderr
+
+
+def test_the_repository_is_named_once_and_the_version_everywhere():
+    """``[project.urls]`` has the address, from which setup.py takes it; CITATION.cff repeats it, and nothing else."""
+    project, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff"))
+    (address,) = re.findall(r'^Repository = "(.+)"$', project, re.M)
+    assert re.findall(r'^repository-code: "(.+)"$', citation, re.M) == [address]
+    assert re.findall(r"^version: (.+)$", citation, re.M) == [hf_lopt.__version__]
+    urls = project.split("[project.urls]\n")[1].split("\n\n")[0]
+    assert all(re.search(rf' = "{re.escape(address)}[/"]', line) for line in urls.splitlines())
+    places = [ROOT / "NOTICE", *ROOT.glob("*.md"), *ROOT.glob("*.py")]
+    places += [path for name in ("hf_lopt", "docs", "recipes", "release") for path in (ROOT / name).rglob("*.*[yd]")]
+    assert not [path for path in places if path.is_file() and address in path.read_text(encoding="utf-8")]
 
 
 # ---- the command that brings kernels ------------------------------------------------------------------------------

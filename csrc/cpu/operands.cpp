@@ -75,8 +75,8 @@ void ResultPieces::allocate(const Tensor& like) {
         strides.assign(shape.size(), 1);
         for (size_t k = shape.size(); k-- > 1;) strides[k - 1] = strides[k] * shape[k];
         AtenTensorHandle view;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), (int64_t)shape.size(), shape.data(),
-                                                                     strides.data(), starts[i], &view));
+        TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), (int64_t)shape.size(), shape.data(),
+                                                              strides.data(), starts[i], &view));
         tensors_.emplace_back(view);
         data_.push_back(first + starts[i]);
     }

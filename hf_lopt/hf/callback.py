@@ -71,7 +71,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         self._facts: dict[str, str | float] = {}
 
     def state(self) -> dict[str, Any]:
-        """What ``trainer_state.json`` keeps of this callback: optimizer, version, weights and multiplier."""
+        """What ``trainer_state.json`` keeps of this callback: optimizer, version, weights, multipliers."""
         return {"args": {}, "attributes": {"trained_with": self._facts} if self._facts else {}}
 
     def _tell(self, policy: RunPolicy, args: TrainingArguments, state: TrainerState) -> None:
@@ -133,6 +133,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         self._begins = False
         if learned is not None:
             self._set_horizon(learned, args, state)
+            self._facts = facts(learned)
 
     def _align_steps(self, optimizer: LearnedOptimizer, state: TrainerState) -> None:
         """See that the optimizer stands where training stands.

@@ -19,28 +19,32 @@ _TAKE_TEXT = frozenset(("tensorboard", "wandb", "trackio"))
 def facts(optimizer: LearnedOptimizer) -> dict[str, str | float]:
     """The optimizer, its version, where its weights are from, and the lr, which multiplies its step where it says so.
 
-    The lr is that of the run policy, before any schedule.
+    The lr is that of the run policy, before any schedule. ``length_multiplier`` is there where the length of the run
+    multiplies it once more.
     """
     from hf_lopt import __version__
 
     policy = optimizer.run_policy
     lr = float(optimizer.param_groups[0]["lr"]) if policy is None else policy.lr.value
-    return {
+    found: dict[str, str | float] = {
         "optimizer": type(optimizer).__name__,
         "hf_lopt": __version__,
         "weights": weights_name(optimizer.weights),
         "weights_origin": optimizer.weights.origin,
         "lr_multiplier" if optimizer.rule.own_schedule else "lr": lr,
     }
+    if optimizer.length_multiplier != 1.0:
+        found["length_multiplier"] = optimizer.length_multiplier
+    return found
 
 
 def line(optimizer: LearnedOptimizer) -> str:
     """The same as one line of a model card."""
     found = facts(optimizer)
-    lr = "lr_multiplier" if "lr_multiplier" in found else "lr"
+    rates = (f"{key}={found[key]:.4g}" for key in ("lr_multiplier", "lr", "length_multiplier") if key in found)
     return (
         f"{found['optimizer']} of hf_lopt {found['hf_lopt']} with {found['weights_origin']} weights "
-        f"{found['weights']} and {lr}={found[lr]:g}"
+        f"{found['weights']} and {', '.join(rates)}"
     )
 
 

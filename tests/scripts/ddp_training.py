@@ -36,8 +36,8 @@ def over_ranks(value):
 
 
 def global_token_mean(model, window):
-    losses = torch.cat([cases.token_losses(model, batch) for batch in window])
-    return over_ranks(losses.sum()) / over_ranks(losses.numel())
+    """Over the tokens of all ranks, whose number Trainer hands to each: see ``cases.token_mean``."""
+    return over_ranks(cases.token_mean(model, window))
 
 
 def mean_of_local_means(model, window):
@@ -156,7 +156,7 @@ def main(folder):
         "token_mean": losses(folder, global_token_mean),
         "local_token_mean": losses(folder, mean_of_local_means, average_tokens_across_devices=False),
         "mean_of_means": losses(folder, mean_of_all_means, model=WithoutLossArguments),
-        "resuming": resuming(folder),
+        "resuming": None if cases.NO_RESUMING_ON_CPU_RANKS else resuming(folder),
         "warned": warned(folder),
     }
     AcceleratorState._reset_state()

@@ -96,6 +96,7 @@ def main():
                 },
                 file,
             )
+    accelerator.end_training()  # a group of processes that is left to the interpreter's end may abort there
 
 
 if __name__ == "__main__":
