@@ -100,7 +100,7 @@ PUBLISHED_SIZES = {
     "elo": {"U": 32, "V": 32},
     "rnn_mlp": {"H": 64, "U": 32, "V": 32, "R": 116},
 }
-SEE = "see the repository"
+SEE = "unknown"
 LICENCES = {
     "amoudgl/celo": "MIT",
     "amoudgl/celo-adam": "MIT",
@@ -334,28 +334,27 @@ def scheduler_weights(rule: Rule, sizes: Mapping[str, int]) -> int:
     return dense + bank
 
 
-def _memory() -> list[str]:
+def _costs() -> list[str]:
     matrix = {"matrices": [(1024, 1024)]}
     vector = {"vectors": [(1024,)]}
     rows = []
     for name in (*rules.names(), "adamw"):
         cells = [state_bytes(name, matrix, "cpu"), state_bytes(name, vector, "cpu")]
         cells.append(state_bytes(name, gpt2_shapes(), "meta"))
-        rows.append((f"`{name}`" if name != "adamw" else "`torch.optim.AdamW`", *(f"{x:.2f}" for x in cells)))
-    head = ("optim", "matrix 1024 × 1024", "vector of 1024", "GPT-2, 124M")
+        rows.append((f"`{name}`" if name != "adamw" else "AdamW", *(f"{x:.2f}" for x in cells), *_arithmetic(name)))
+    head = ("optim", "matrix 1024²", "vector of 1024", "GPT-2, 124M", "network", "per element", "per tensor")
     return table(head, rows)
 
 
-def _arithmetic() -> list[str]:
-    rows = []
-    for name in rules.names():
-        rule, sizes = rules.get(name), PUBLISHED_SIZES[name]
-        found = layers(rule, sizes)
-        plain = sum(a * b for a, b in found)
-        shape = "-".join(map(str, [found[0][0], *(b for _, b in found)])) if found else "none"
-        scheduler = scheduler_weights(rule, sizes)
-        rows.append((f"`{name}`", shape, plain or "—", f"{scheduler:,}" if scheduler else "—"))
-    return table(("optim", "network", "multiply-adds per element", "per tensor, for its scheduler"), rows)
+def _arithmetic(name: str) -> tuple[str, str, str]:
+    """The sizes of the per-element network, and multiply-adds of it and of the scheduler."""
+    if name not in rules.names():
+        return "", "", ""
+    rule, sizes = rules.get(name), PUBLISHED_SIZES[name]
+    found = layers(rule, sizes)
+    shape = "-".join(map(str, [found[0][0], *(b for _, b in found)])) if found else ""
+    scheduler = scheduler_weights(rule, sizes)
+    return shape, str(sum(a * b for a, b in found) or ""), f"{scheduler:,}" if scheduler else ""
 
 
 def _overview() -> list[str]:
@@ -363,7 +362,7 @@ def _overview() -> list[str]:
     for name in rules.names():
         rule = rules.get(name)
         needs = [word for word, needed in (("loss", rule.needs_loss), ("horizon", rule.needs_horizon)) if needed]
-        schedule = "its own; `lr` is a multiplier" if rule.own_schedule else "the caller's; `lr` is the step size"
+        schedule = "own" if rule.own_schedule else "yours"
         rows.append(
             (f"`{name}`", f"`{rule.class_name}`", ", ".join(needs) or "nothing", schedule, number(rule.defaults["lr"]))
         )
@@ -434,8 +433,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "overview": _overview,
     "options": _options,
     "weights": _weights,
-    "memory": _memory,
-    "arithmetic": _arithmetic,
+    "costs": _costs,
     "axis_orders": _axis_orders,
 }
 
