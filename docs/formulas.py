@@ -95,7 +95,7 @@ LOSS: Program = (
 LOG_SIZE = "0.5 * clip(log(1e-8 + abs(10 * x)), -5, 5)"
 UNIT = "1 / sqrt(max(mean(p**2), 1e-9))"
 
-# (name, columns, expression, words); L is LOG_SIZE, s is UNIT.
+# (name, columns, expression, words); L is LOG_SIZE, s is UNIT. Those of rnn_mlp's LSTM: tests/reference_steps.py.
 Inputs = tuple[tuple[str, int, str, str], ...]
 
 CELO_INPUTS: Inputs = (
@@ -110,37 +110,6 @@ VELO_INPUTS: Inputs = (
     ("var_v", 3, "L(s**2 * mean((v - mean(m))**2))", "second moment about the mean of each momentum"),
 )
 
-RNN_MLP_CLIP: Program = (
-    ("bound", "10 * val / (1 - 0.99**(i + 1))", "val starts at 0.01, so bound at 10"),
-    ("g", "clip(g, -bound, bound)", "of every tensor"),
-    ("val", "0.99 * val + 0.01 * sqrt(1e-8 + q)", "q: mean over tensors of mean(g**2) of the clipped gradients"),
-)
-RNN_MLP_LOSS: Program = (
-    ("mu", "0.9 * mu + 0.1 * loss", "starts at 0"),
-    ("var", "0.9 * var + 0.1 * (mu - loss)**2", "with the new mean; starts at 0"),
-    ("k", "1 - 0.9**(i + 1) + 1e-7", "bias correction"),
-)
-RNN_MLP_LOG_SIZE = "clip(log(1e-8 + abs(x)), -5, 5)"
-# L is RNN_MLP_LOG_SIZE here.
-RNN_MLP_INPUTS: Inputs = (
-    ("from_lstm", 18, "from_lstm", "mean over tensors of the LSTM's message of the last step"),
-    ("from_mlp", 16, "from_mlp", "mean over elements of the network's outputs o2…o17 of the last step"),
-    ("g_norm", 1, "L(norm(g))", "size of the gradient"),
-    ("is_scalar", 1, "1 if rank == 0 else -1", ""),
-    ("mean_ms_mag", 1, "L(mean_all(m))", "mean of the momenta: size"),
-    ("mean_ms_sign", 1, "sign(mean_all(m))", "and sign"),
-    ("mean_rms", 1, "L(mean_all(v))", "mean of the second moments: size"),
-    ("mean_sign", 1, "sign(mean_all(v))", "and sign"),
-    ("mean_v_mag", 1, "L(mean_all(p))", "mean of the parameter: size"),
-    ("mean_v_sign", 1, "sign(mean_all(p))", "and sign"),
-    ("norm_weight", 1, "L(norm(p))", "size of the parameter"),
-    ("shape_0…3", 4, "log(padded_shape) - 1", "axes in the reference's order, then 1 up to four"),
-    ("train_loss_feat", 1, "clip((loss - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "normalised loss"),
-    ("valid_loss_feat", 1, "clip((0 - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "the same for a loss of 0"),
-    ("var_ms", 1, "L(mean_all((m - mean_all(m))**2))", "variance of the momenta"),
-    ("var_rms", 1, "L(mean_all((v - mean_all(v))**2))", "of the second moments"),
-    ("var_v", 1, "L(mean_all((p - mean_all(p))**2))", "of the parameter"),
-)
 RNN_MLP_CONSTANTS: Inputs = (
     ("time", 11, SINE_FEATURE, "steps done, at eleven scales"),
     ("tensors", 1, "log(T) - 1", "number of tensors"),
