@@ -369,36 +369,12 @@ def _overview() -> list[str]:
     return table(("optim", "class", "needs", "schedule", "default lr"), rows)
 
 
-def _options() -> list[str]:
-    names = list(dict.fromkeys(key for name in rules.names() for key in rules.get(name).defaults))
-    rows = []
-    for key in names:
-        by_default: dict[str, list[str]] = {}
-        for name in rules.names():
-            if key in rules.get(name).defaults:
-                by_default.setdefault(_value(rules.get(name).defaults[key]), []).append(name)
-        everywhere = sum(map(len, by_default.values())) == len(rules.names())
-        usual = max(by_default, key=lambda value: len(by_default[value])) if everywhere else None
-        texts = [value + ("" if value == usual else f" ({', '.join(of)})") for value, of in by_default.items()]
-        texts.sort(key=lambda text: text != usual)
-        per_group = key in ("lr", "weight_decay") or any(key in rules.get(name).per_group for name in rules.names())
-        rows.append((f"`{key}`", "; ".join(texts), "yes" if per_group else "no"))
-    return table(("option", "default", "per group"), rows)
-
-
-def _value(x: object) -> str:
-    return number(x) if isinstance(x, float) else f"`{x!r}`"
-
-
 def _weights() -> list[str]:
     rows = []
     for name in rules.names():
         for entry in PUBLISHED.get(name, ()):
             licences = list(dict.fromkeys(LICENCES.get(repo, SEE) for repo in entry.ids))
-            settings = ", ".join(
-                f"{k} {', '.join(map(str, v)) if isinstance(v, tuple) else number(v)}"
-                for k, v in entry.settings.items()
-            )
+            settings = ", ".join(k if isinstance(v, tuple) else f"{k} {number(v)}" for k, v in entry.settings.items())
             licence = licences[0] if len(licences) == 1 else " / ".join(LICENCES.get(repo, SEE) for repo in entry.ids)
             rows.append((f"`{name}`", " + ".join(f"`{repo}`" for repo in entry.ids), settings or "—", licence))
     return table(("optim", "hub id, the preferred one first", "settings that go with it", "licence"), rows)
@@ -427,7 +403,6 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
         ", ".join(f"{k} [{v}](https://arxiv.org/abs/{v})" for k, v in formulas.REFERENCES.items()) + "."
     ],
     "overview": _overview,
-    "options": _options,
     "weights": _weights,
     "costs": _costs,
     "axis_orders": _axis_orders,

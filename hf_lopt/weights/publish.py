@@ -110,11 +110,13 @@ def push_to_hub(
     ``format="published"`` goes to two repositories, ``repo_id + "_RNN"`` and ``repo_id + "_MLP"``. Machines that have
     an earlier upload in their cache go on using it.
 
+    ``source``, ``format``, ``rule``, ``settings`` and ``license`` are as in :func:`save`; ``private``, ``token``,
+    ``revision`` and ``commit_message`` as in ``huggingface_hub.HfApi.create_repo`` and ``create_commit``.
+
     Args:
+        repo_id: the repository, with or without the user's name.
         metrics: name -> number or text, for the table of results in the card.
         description: a paragraph for the card.
-        private, token, revision, commit_message: as in ``huggingface_hub.HfApi.create_repo`` and ``create_commit``.
-        source, format, rule, settings, license: as in :func:`save`.
 
     Returns:
         repository -> URL of the commit.
