@@ -72,7 +72,7 @@ def draw_curves(
     names = {"loss": "line: training, dots: held out", f"held-out {metric_name}": ""}
     if any(entries(run, "lopt/lr_mult_mean") for run in runs.values()):
         names["learned step size"] = "mean and range over tensors"
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.2 * len(names), 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.5 * len(names) + 1.2, 3.0), layout="constrained")
     for index, (label, run) in enumerate(runs.items()):
         color, line = f"C{index}", "--" if label.startswith("adamw") else "-"
         axes[0].plot(*points(run, "loss"), color=color, linestyle=line, label=label)
