@@ -58,9 +58,8 @@ SECTIONS = (
         "small_fc",
         more=(("time", len(features.STEP_SCALES), formulas.STEP_FEATURE, "steps done, at eleven scales"),),
         remarks=(
-            "**small_fc** learns its decays: the weights hold an `offset` for each, and the decay is "
-            f"`{formulas.LEARNED_DECAY}`, kept inside [0, 1] for v, R, C and D, but not for m. The table shows them "
-            "for an offset of 0, which is what `elo` has.",
+            "**small_fc** learns its decays, as offsets in the weights, which are 0 for `elo`. A decay is "
+            f"`{formulas.LEARNED_DECAY}`, kept inside [0, 1] for v, R, C and D.",
         ),
     ),
     Section(

@@ -21,7 +21,16 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import arguments  # noqa: E402
 
 
-GUIDES = ("getting_started", "trainer", "accelerate", "recipes", "weights", "troubleshooting")
+GUIDES = (
+    "getting_started",
+    "trainer",
+    "accelerate",
+    "recipes",
+    "weights",
+    "troubleshooting",
+    "from_adamw",
+    "from_pylo",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
@@ -45,6 +54,16 @@ def test_code_runs(page, somewhere):
         exec(compile(block, page.name, "exec"), space)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def test_the_first_screen_runs(somewhere):
+    """The first code of README.md as it stands; what follows are fragments. Its picture can be drawn again."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    first = text.partition("\n## ")[0]
+    assert len(first.splitlines()) <= 45
+    (block,) = re.findall(r"^```python\n(.*?)^```", first, re.MULTILINE | re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    assert "docs/images/held_out_loss.png" in first and "benchmarks/results/comparison.md" in first
 
 
 def commands():
