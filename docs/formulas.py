@@ -22,18 +22,16 @@ REFERENCES = {
 SYMBOLS = {
     "p": "the parameter before the step",
     "g": "its gradient, after the rule's clip",
-    "m, v": "momenta and second moments, with one leading axis of decays",
-    "A, B": "the largest and the second largest axis of a tensor of rank 2 or more",
-    "R, C": "row accumulator, which has lost axis A, and column accumulator, which has lost axis B",
+    "m, v": "momenta and second moments",
+    "A, B": "the largest and the second largest axis",
+    "R, C": "row and column accumulators, which have lost axis A and axis B",
     "r, c": "row factor and column factor",
-    "D": "diagonal accumulator, in the place of R and C for rank < 2",
-    "b": "a decay; an accumulator has one entry per decay",
-    "i": "steps done before this one: 0 in the first step",
+    "D": "diagonal accumulator, for rank < 2",
+    "b": "a decay; accumulators have a leading axis of them",
+    "i": "steps done: 0 in the first step",
     "N": "length of the run, `num_training_steps`",
     "T": "number of tensors",
-    "mean(x)": "mean over all axes of the tensor, for each decay by itself; `mean(x, A)` over axis A only",
-    "log": "natural logarithm",
-    "@": "matrix product",
+    "mean(x)": "mean over the tensor; `mean(x, A)` over axis A only",
 }
 
 
@@ -153,8 +151,8 @@ STEPS: dict[str, Program] = {
     "rnn_mlp": (("step", "lr * 0.001 * o0 * exp(0.001 * o1)", "the means of o2…o17 become `from_mlp`"),),
 }
 LR_MULT = {"velo": "x", "velo_s": "x", "celo": "0.1 * exp(x)", "celo_adam": "0.1 * exp(x)"}
+# Rules -> their step.
 ADAM_BRANCH = {
-    "celo2": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
-    "celo2_base": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
-    "elo_celo2": ("lr * adam_lr_mult * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.95**(i + 1))) + 1e-8)"),
+    "celo2, celo2_base": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
+    "elo_celo2": "lr * adam_lr_mult * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.95**(i + 1))) + 1e-8)",
 }

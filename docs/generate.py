@@ -173,18 +173,22 @@ def _sections() -> list[str]:
     def listed(values: Sequence[float]) -> str:
         return ", ".join(map(number, values)) or "none"
 
-    rows: list[tuple[str, ...]] = [
-        ("rules", *(", ".join(f"`{name}`" for name in section.rules) for section in SECTIONS)),
-        ("decays of m", *(listed(d.momentum) for d in decays)),
-        ("decays of v", *(listed(d.second_moment) for d in decays)),
-        ("decays of R, C, D", *(listed(d.factored) for d in decays)),
-        ("clip of g", *(f"±{number(x.clip)}" if math.isfinite(x.clip) else "none" for x in own)),
-        ("eps, eps_D", *(f"{number(x.second_eps)}, {number(x.diagonal_eps)}" for x in own)),
-        ("norm_eps", *(number(x.norm_eps) for x in own)),
-        ("columns", *(str(sum(x.widths())) for x in own)),
-        ("others after them", *(str(sum(count for _, count, _, _ in section.more)) for section in SECTIONS)),
+    def differing(values: Sequence[str]) -> str:
+        """One value, or who has which, the usual one first."""
+        usual = max(dict.fromkeys(values), key=list(values).count)
+        others = [f"{value} ({name})" for value, name in zip(values, names, strict=True) if value != usual]
+        return "; ".join([usual, *others])
+
+    lines = [
+        f"- decays of m: {differing([listed(d.momentum) for d in decays])}",
+        f"- decays of v: {differing([listed(d.second_moment) for d in decays])}",
+        f"- decays of R, C, D: {differing([listed(d.factored) for d in decays])}",
+        f"- clip of g: {differing([f'±{number(x.clip)}' if math.isfinite(x.clip) else 'none' for x in own])}",
+        f"- eps: {differing([number(x.second_eps) for x in own])}",
+        f"- eps_D: {differing([number(x.diagonal_eps) for x in own])}",
+        f"- norm_eps: {differing([number(x.norm_eps) for x in own])}",
+        "",
     ]
-    lines = table(("", *names), rows)
     # Lists with the same features share a column.
     lists: dict[tuple[str, ...], list[Section]] = {}
     for section in SECTIONS:
@@ -365,7 +369,7 @@ def _overview() -> list[str]:
         rows.append(
             (f"`{name}`", f"`{rule.class_name}`", ", ".join(needs) or "nothing", schedule, number(rule.defaults["lr"]))
         )
-    return table(("optim", "class", "needs", "schedule", "default lr"), rows)
+    return table(("optim", "class", "needs", "schedule", "lr"), rows)
 
 
 def _weights() -> list[str]:
@@ -397,7 +401,7 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "lr_mult": _lr_mult,
     "steps": _steps,
     "newton_schulz": lambda: program(formulas.NEWTON_SCHULZ),
-    "adam_branch": lambda: table(("rule", "step"), ((f"`{k}`", f"`{v}`") for k, v in formulas.ADAM_BRANCH.items())),
+    "adam_branch": lambda: program(tuple(("step", text, names) for names, text in formulas.ADAM_BRANCH.items())),
     "references": lambda: [
         ", ".join(f"{k} [{v}](https://arxiv.org/abs/{v})" for k, v in formulas.REFERENCES.items()) + "."
     ],
