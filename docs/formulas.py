@@ -7,18 +7,6 @@ that a formula may use are in `SYMBOLS`.
 from __future__ import annotations
 
 
-# Numbers on arXiv.
-REFERENCES = {
-    "VeLO": "2211.09760",
-    "small_fc": "2203.11860",
-    "rnn_mlp": "2009.11243",
-    "μLO": "2406.00153",
-    "Celo": "2501.12670",
-    "Celo2": "2602.19142",
-    "Adafactor": "1804.04235",
-    "Adam": "1412.6980",
-}
-
 SYMBOLS = {
     "p": "the parameter before the step",
     "g": "its gradient, after the rule's clip",
@@ -35,23 +23,23 @@ SYMBOLS = {
 }
 
 
-# Per-element features by the names of hf_lopt.features: what each is, and whose idea, a key of `REFERENCES`.
+# Per-element features by the names of hf_lopt.features: what each is.
 ELEMENT = {
-    "g": ("gradient", ""),
-    "clip_g": ("clipped gradient", ""),
-    "p": ("parameter", ""),
-    "log_abs_p": ("size of the parameter", ""),
-    "m": ("momentum", ""),
-    "v": ("second moment", ""),
-    "m_rsqrt_v": ("Adam's direction", "Adam"),
-    "rsqrt_v": ("inverse root of the second moment", "Adam"),
-    "g_rsqrt_v": ("gradient in units of its size", "Adam"),
-    "fac_g": ("gradient over the factored root", "Adafactor"),
-    "fac_m": ("momentum over the factored root", "Adafactor"),
-    "row": ("row accumulator", "Adafactor"),
-    "col": ("column accumulator", "Adafactor"),
-    "rsqrt_row": ("its inverse root", "Adafactor"),
-    "rsqrt_col": ("its inverse root", "Adafactor"),
+    "g": "gradient",
+    "clip_g": "clipped gradient",
+    "p": "parameter",
+    "log_abs_p": "size of the parameter",
+    "m": "momentum",
+    "v": "second moment",
+    "m_rsqrt_v": "Adam's direction",
+    "rsqrt_v": "inverse root of the second moment",
+    "g_rsqrt_v": "gradient in units of its size",
+    "fac_g": "gradient over the factored root",
+    "fac_m": "momentum over the factored root",
+    "row": "row accumulator",
+    "col": "column accumulator",
+    "rsqrt_row": "its inverse root",
+    "rsqrt_col": "its inverse root",
 }
 
 # (symbol, expression, remark), read from top to bottom; a symbol on both sides is the old value on the right.

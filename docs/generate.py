@@ -1,6 +1,6 @@
-"""Writes what stands between the markers of docs/features.md and docs/optimizers.md, from the code.
+"""Writes what stands between the markers of features.md, optimizers.md and benchmarks/results/costs.md, from the code.
 
-    python docs/generate.py            # writes both pages
+    python docs/generate.py            # writes the pages
     python docs/generate.py --check    # exit status 1 if they are not what would be written
 
 Formulas of the elements are the rows of `hf_lopt.features`, others are in formulas.py beside this file;
@@ -29,6 +29,7 @@ from hf_lopt.weights import PUBLISHED
 
 
 FOLDER = Path(__file__).resolve().parent
+COSTS = FOLDER.parent / "benchmarks" / "results" / "costs.md"
 MARKER = re.compile(r"<!--generate\.py:(?P<name>\w+)-->\n.*?<!--end:(?P=name)-->", re.DOTALL)
 
 
@@ -39,7 +40,6 @@ class Section:
     title: str
     features: ElementFeatures
     rules: tuple[str, ...]
-    source: str
     more: formulas.Inputs = ()  # columns that follow, not normalised
     remarks: tuple[str, ...] = field(default=())
 
@@ -49,13 +49,11 @@ SECTIONS = (
         "VeLO and Celo",
         features.VELO,
         ("velo", "velo_s", "celo"),
-        "VeLO",
     ),
     Section(
         "small_fc, μLO and ELO",
         features.SMALL_FC,
         ("small_fc_lopt", "mulo", "elo"),
-        "small_fc",
         more=(("time", len(features.STEP_SCALES), formulas.STEP_FEATURE, "steps done, at eleven scales"),),
         remarks=(
             "**small_fc** learns its decays, as offsets in the weights, which are 0 for `elo`. A decay is "
@@ -66,7 +64,6 @@ SECTIONS = (
         "Celo2 and ELO-Celo2",
         features.CELO2,
         ("celo2", "celo2_base", "elo_celo2"),
-        "Celo2",
         remarks=(
             f"**Celo2** normalises over the last two axes in the reference's order, each matrix of a stack or kernel "
             f"by itself. A tensor of rank < 2 has the first {len(features.CELO2_VECTOR.names)} features only, one of "
@@ -77,7 +74,6 @@ SECTIONS = (
         "RNN-MLP",
         features.RNN_MLP,
         ("rnn_mlp",),
-        "rnn_mlp",
         more=formulas.RNN_MLP_CONSTANTS,
         remarks=("**RNN-MLP** clips the gradient at a moving bound, see below.",),
     ),
@@ -199,10 +195,9 @@ def _sections() -> list[str]:
     for name in order:
         feature = features.FEATURES[name]
         texts = [_short_eps(text) for text in (feature.text, feature.vector_text)]
-        words, source = formulas.ELEMENT[name]
         cell = f"`{texts[0]}`" + (f"; rank < 2: `{texts[1]}`" if texts[1] else "")
         columns = (_columns(same[0], name) for same in lists.values())
-        body.append((f"`{name}`", cell, words + (f" ({source})" if source else ""), *columns))
+        body.append((f"`{name}`", cell, formulas.ELEMENT[name], *columns))
     lines += table(("name", "formula", "what it is", *heads), body)
     lines += [text + "\n" for section in SECTIONS for text in section.remarks]
     for section in SECTIONS:
@@ -241,11 +236,12 @@ def _time() -> list[str]:
     return table(("rules", "formula", "tau"), rows)
 
 
-def _lr_mult() -> list[str]:
+def _lr_mults() -> dict[str, str]:
+    """Formula -> the rules that have it."""
     by_text: dict[str, list[str]] = {}
     for name, text in formulas.LR_MULT.items():
-        by_text.setdefault(text, []).append(f"`{name}`")
-    return table(("rules", "lr_mult"), ((", ".join(names), f"`{text}`") for text, names in by_text.items()))
+        by_text.setdefault(text, []).append(name)
+    return {text: ", ".join(names) for text, names in by_text.items()}
 
 
 def _velo_definitions() -> list[str]:
@@ -398,13 +394,10 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "loss": lambda: program(formulas.LOSS),
     "velo_definitions": _velo_definitions,
     "velo_inputs": lambda: _inputs(formulas.VELO_INPUTS),
-    "lr_mult": _lr_mult,
+    "lr_mult": lambda: program(tuple(("lr_mult", text, names) for text, names in _lr_mults().items())),
     "steps": _steps,
     "newton_schulz": lambda: program(formulas.NEWTON_SCHULZ),
     "adam_branch": lambda: program(tuple(("step", text, names) for names, text in formulas.ADAM_BRANCH.items())),
-    "references": lambda: [
-        ", ".join(f"{k} [{v}](https://arxiv.org/abs/{v})" for k, v in formulas.REFERENCES.items()) + "."
-    ],
     "overview": _overview,
     "weights": _weights,
     "costs": _costs,
@@ -420,7 +413,7 @@ def _marked(match: re.Match) -> str:
 
 def pages() -> dict[Path, str]:
     """Path -> what the page should be: what it is, with new text between its markers."""
-    paths = [FOLDER / name for name in ("features.md", "optimizers.md")]
+    paths = [FOLDER / "features.md", FOLDER / "optimizers.md", COSTS]
     return {path: MARKER.sub(_marked, path.read_text(encoding="utf-8")) for path in paths}
 
 

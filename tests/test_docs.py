@@ -30,7 +30,7 @@ def test_pages_are_up_to_date():
 
 
 def test_every_block_is_on_a_page_and_every_rule_in_a_section():
-    text = "".join((ROOT / "docs" / name).read_text(encoding="utf-8") for name in PAGES)
+    text = "".join(page.read_text(encoding="utf-8") for page in generate.pages())
     for name in generate.BLOCKS:
         assert text.count(f"<!--generate.py:{name}-->") == 1, name
     sections = [name for section in generate.SECTIONS for name in section.rules]
@@ -49,8 +49,6 @@ def test_every_feature_is_described_and_none_is_idle():
     lists = [x for x in vars(features).values() if isinstance(x, features.ElementFeatures)]
     names = {name for x in lists for name in x.names}
     assert names == set(features.FEATURES) == set(formulas.ELEMENT)
-    assert all(source in {"", *formulas.REFERENCES} for _, source in formulas.ELEMENT.values())
-    assert all(s.source in formulas.REFERENCES for s in generate.SECTIONS)
 
 
 @pytest.mark.parametrize("page", PAGES)
