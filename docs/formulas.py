@@ -64,11 +64,11 @@ TIME_FEATURE = "tanh(10 * (i / N - tau))"
 SINE_FEATURE = "sin(i / (tau * pi))"
 
 LOSS: Program = (
-    ("h", "logspace(1, log10(N), 10)", "ten horizons, from 10 steps to the whole run"),
+    ("h", "logspace(1, log10(N), 10)", "ten horizons"),
     ("d", "exp(-1 / h)", "their decays"),
     ("k", "1 - d**(i + 1)", "bias correction"),
-    ("top", "max(u / k) if i > 0 else loss", "largest mean so far; u starts at 0"),
-    ("loss", "min(loss, 2 * abs(top))", "a spike counts as twice that at most"),
+    ("top", "max(u / k) if i > 0 else loss", "u starts at 0"),
+    ("loss", "min(loss, 2 * abs(top))", ""),
     ("u", "d * u + (1 - d) * loss", "running means"),
     ("low", "min(low, u / k)", "their minima, which start at 999999999999"),
     (
@@ -85,7 +85,7 @@ UNIT = "1 / sqrt(max(mean(p**2), 1e-9))"
 Inputs = tuple[tuple[str, int, str, str], ...]
 
 CELO_INPUTS: Inputs = (
-    ("time", 9, TIME_FEATURE, "fraction of the run that is done, against nine thresholds"),
+    ("time", 9, TIME_FEATURE, "fraction of the run that is done"),
     ("loss_features", 9, "loss_features", "trend of the loss"),
 )
 VELO_INPUTS: Inputs = (
@@ -105,7 +105,7 @@ RNN_MLP_CONSTANTS: Inputs = (
 )
 
 NEWTON_SCHULZ: Program = (
-    ("x", "x / (norm(x) + 1e-8)", "once, with the Frobenius norm; a matrix with more rows than columns is transposed"),
+    ("x", "x / (norm(x) + 1e-8)", "once, with the Frobenius norm; a tall matrix is transposed"),
     ("a", "x @ x.T", "this line and the next five times"),
     ("x", "3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x", ""),
 )

@@ -228,12 +228,11 @@ def _symbols() -> list[str]:
 def _time() -> list[str]:
     scales = ", ".join(map(number, features.STEP_SCALES))
     fractions = ", ".join(map(number, features.TIME_FRACTIONS))
-    rows = (
-        ("`velo`, `velo_s`, `celo`, `celo_adam`", f"`{formulas.TIME_FEATURE}`", fractions),
-        ("`small_fc_lopt`, `mulo`, `elo`", f"`{formulas.STEP_FEATURE}`", scales),
-        ("`rnn_mlp`", f"`{formulas.SINE_FEATURE}`", scales),
-    )
-    return table(("rules", "formula", "tau"), rows)
+    return [
+        f"- rules with a horizon: `{formulas.TIME_FEATURE}`, tau {fractions}",
+        f"- `small_fc_lopt`, `mulo`, `elo`: `{formulas.STEP_FEATURE}`, tau {scales}",
+        f"- `rnn_mlp`: `{formulas.SINE_FEATURE}`, the same",
+    ]
 
 
 def _lr_mults() -> dict[str, str]:
