@@ -100,6 +100,40 @@ void TensorChecks::entries(const Tensor& x, int64_t wanted, int64_t count, const
     STD_TORCH_CHECK(size == 1 || size == count, place(name, index), " is for ", size, " tensors, there are ", count);
 }
 
+void TensorChecks::accumulator(const Tensor& x, const Tensors& scales, const Tensor& param, int64_t depth,
+                               ScalarType codes, const char* name, int64_t index) const {
+    const ScalarType got = x.scalar_type();
+    const int64_t n = param.numel();
+    STD_TORCH_CHECK(got == ScalarType::Float || got == ScalarType::BFloat16 || got == codes, place(name, index),
+                    " must be float32, bfloat16 or codes of type ", torch::headeronly::toString(codes), ", got ",
+                    torch::headeronly::toString(got));
+    device(x, name, index);
+    numel(x, depth * n, name, index);
+    if (got != codes) return;
+    STD_TORCH_CHECK(index < (int64_t)scales.size(), place(name, index), " has codes, but there are scales for ",
+                    scales.size(), " tensors");
+    const Tensor& scale = scales[index];
+    type(scale, ScalarType::Float, "scales", index);
+    // All axes of the parameter before its rows, the decays in front, the blocks of a row at the end.
+    const int64_t axis = scale.dim() - 2;
+    STD_TORCH_CHECK(axis >= 0 && axis < param.dim(), place("scales", index), " has shape ", shape_of(scale),
+                    ", which has no axes for the rows of a parameter of shape ", shape_of(param));
+    int64_t rows = 1, columns = 1;
+    for (int64_t i = 0; i < param.dim(); i++) (i < axis ? rows : columns) *= param.size(i);
+    numel(scale, depth * rows * ((columns + kCodeBlock - 1) / kCodeBlock), "scales", index);
+}
+
+void check_float32_state(const Tensors& momenta, const Tensors& second_moments, const std::optional<Tensor>& step) {
+    STD_TORCH_CHECK(!step, "these kernels round to nearest only, got the number of a step for random rounding");
+    for (const Tensors* list : {&momenta, &second_moments}) {
+        for (size_t t = 0; t < list->size(); t++) {
+            const ScalarType got = (*list)[t].scalar_type();
+            STD_TORCH_CHECK(got == ScalarType::Float, "these kernels take accumulators in float32, got ",
+                            torch::headeronly::toString(got), " for parameter ", t);
+        }
+    }
+}
+
 void TensorChecks::state(const Tensor& x, int64_t wanted, const char* name, int64_t index) const {
     type(x, ScalarType::Float, name, index);
     STD_TORCH_CHECK(x.numel() == wanted && x.is_contiguous(), place(name, index), " must be contiguous and have ",
@@ -125,7 +159,8 @@ ParameterSizes sizes_of(const Tensor& x, int64_t row_axis, int64_t col_axis, int
 }
 
 void check_sums(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
-                const Ints& row_axes, const Ints& col_axes, bool moments) {
+                const Ints& row_axes, const Ints& col_axes, bool moments, const Tensors& momentum_scales,
+                const Tensors& second_scales) {
     check_any(params);
     const size_t count = params.size();
     check_length(grads.size(), count, "grads");
@@ -144,8 +179,9 @@ void check_sums(const Tensors& params, const Tensors& grads, const Tensors& mome
         sizes_of(grads[t], row_axes[t], col_axes[t], (int64_t)t);  // that the axes are there
         if (!moments) continue;
         check.floating(params[t], n, "params", (int64_t)t);
-        check.float32(momenta[t], n_m * n, "momenta", (int64_t)t);
-        check.float32(second_moments[t], n_v * n, "second_moments", (int64_t)t);
+        check.accumulator(momenta[t], momentum_scales, params[t], n_m, ScalarType::Char, "momenta", (int64_t)t);
+        check.accumulator(second_moments[t], second_scales, params[t], n_v, ScalarType::Byte, "second_moments",
+                          (int64_t)t);
     }
 }
 
@@ -218,8 +254,9 @@ void check_common(const CommonArguments& x) {
         const ParameterSizes sizes = sizes_of(x.params[t], x.row_axes[t], x.col_axes[t], i);
         check.floating(x.params[t], sizes.numel, "params", i);
         check.floating(x.grads[t], sizes.numel, "grads", i);
-        check.float32(x.momenta[t], kMomenta * sizes.numel, "momenta", i);
-        check.float32(x.second_moments[t], kSecondMoments * sizes.numel, "second_moments", i);
+        check.accumulator(x.momenta[t], x.momentum_scales, x.params[t], kMomenta, ScalarType::Char, "momenta", i);
+        check.accumulator(x.second_moments[t], x.second_scales, x.params[t], kSecondMoments, ScalarType::Byte,
+                          "second_moments", i);
         if (!sizes.factored) {
             check.float32(x.diagonals[t], kFactored * sizes.numel, "diagonals", i);
             continue;

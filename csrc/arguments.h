@@ -11,6 +11,7 @@
 
 #include "features.h"
 #include "passes.h"
+#include "random_rounding.h"
 #include "strided_view.h"
 
 namespace hf_lopt {
@@ -34,6 +35,10 @@ class TensorChecks {
     void flag(const Tensor& x, const char* name) const;
     // A float32 tensor of `dims` axes, the first of which has `count` entries or one for all.
     void entries(const Tensor& x, int64_t dims, int64_t count, const char* name, int64_t index = kAlone) const;
+    // Momenta or second moments of `depth` decays of a parameter: float32, bfloat16, or codes of the type `codes` with
+    // the scales of their blocks, float32.
+    void accumulator(const Tensor& x, const Tensors& scales, const Tensor& param, int64_t depth, ScalarType codes,
+                     const char* name, int64_t index) const;
     // A contiguous float32 state of `numel` numbers that is written in place.
     void state(const Tensor& x, int64_t numel, const char* name, int64_t index = kAlone) const;
 
@@ -67,7 +72,11 @@ struct ParameterSizes {
 ParameterSizes sizes_of(const Tensor& x, int64_t row_axis, int64_t col_axis, int64_t index);
 
 void check_sums(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
-                const Ints& row_axes, const Ints& col_axes, bool moments);
+                const Ints& row_axes, const Ints& col_axes, bool moments, const Tensors& momentum_scales,
+                const Tensors& second_scales);
+// That there is nothing but float32 among accumulators, and nothing to be rounded at random, for kernels without the
+// other formats.
+void check_float32_state(const Tensors& momenta, const Tensors& second_moments, const std::optional<Tensor>& step);
 
 // A row accumulator as [outer, B, inner], where B is the axis of the columns.
 struct RowAccumulator {

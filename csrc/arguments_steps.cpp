@@ -25,8 +25,8 @@ int64_t check_adam_step(const Tensors& params, const Tensors& grads, const Tenso
         STD_TORCH_CHECK(n % slices == 0, "a tensor of ", n, " elements has no ", slices, " slices");
         check.floating(params[t], n, "params", i);
         check.floating(grads[t], n, "grads", i);
-        check.float32(momenta[t], n, "momenta", i);
-        check.float32(second_moments[t], n, "second_moments", i);
+        check.accumulator(momenta[t], step.momentum_scales, params[t], 1, ScalarType::Char, "momenta", i);
+        check.accumulator(second_moments[t], step.second_scales, params[t], 1, ScalarType::Byte, "second_moments", i);
     }
     return slices;
 }

@@ -24,6 +24,14 @@ struct CommonArguments {
     Ints row_axes, col_axes, slice_axes;
     Floats momentum_decays, second_decays, factored_decays;
     double clip, second_eps, diagonal_eps;
+    Tensors momentum_scales, second_scales;
+};
+
+// What is rounded at random; see hf_lopt/kernels/reference/formats.py.
+struct Rounding {
+    std::optional<Tensor> step;
+    Ints places;
+    bool params;
 };
 
 // The network of pass 2, and what becomes of its outputs.
@@ -33,6 +41,7 @@ struct NetworkArguments {
     double exp_mult;
     Tensor skip;
     Tensors out;
+    Rounding rounding;
     bool tf32;  // products of many units may be in TF32, where a device has it
 };
 
@@ -41,6 +50,8 @@ struct AdamArguments {
     Tensor scale, decay, momentum_correction, second_correction;
     double inner_eps, outer_eps;
     Tensor skip;
+    Tensors momentum_scales, second_scales;
+    Rounding rounding;
 };
 
 // What lies between the decision about a step and pass 2.
@@ -59,7 +70,8 @@ struct SpecializeArguments {
 };
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          Ints row_axes, Ints col_axes, double clip, bool moments);
+                                          Ints row_axes, Ints col_axes, double clip, bool moments,
+                                          Tensors momentum_scales, Tensors second_scales);
 std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
                                                                Tensors col_sums, Tensors row_means, Ints row_sizes,
                                                                Ints col_sizes, Ints row_axes, Ints col_axes,
@@ -69,7 +81,7 @@ std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const Ne
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamArguments& step);
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
-             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip);
+             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip, const Rounding& rounding);
 std::tuple<Tensor, Tensor, Tensor> specialize_networks(const SpecializeArguments& x);
 
 }  // namespace hf_lopt

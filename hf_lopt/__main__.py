@@ -1,4 +1,5 @@
-"""``python -m hf_lopt``: what this installation offers, for a bug report; ``--groups``: what a model's tensors are."""
+"""``python -m hf_lopt``: what this installation offers, for a bug report; ``--groups``: what a model's tensors are;
+``--memory``: what training takes."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import torch
 
 import hf_lopt
 from hf_lopt import rules, weights
-from hf_lopt.hf import groups_table
+from hf_lopt.hf import groups_table, memory
 from hf_lopt.kernels import dispatch, ops
 
 
@@ -79,7 +80,8 @@ def report() -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m hf_lopt", description="Say what this installation offers, or what a model's tensors are."
+        prog="python -m hf_lopt",
+        description="Say what this installation offers, what a model's tensors are, or what memory training takes.",
     )
     parser.add_argument(
         "--groups",
@@ -88,25 +90,36 @@ def _parser() -> argparse.ArgumentParser:
         "with a config.json. No weights are loaded",
     )
     parser.add_argument(
+        "--memory",
+        metavar="MODEL",
+        help="print bytes of parameters, gradients and state for every optimizer and state_dtype, likewise",
+    )
+    parser.add_argument(
         "--rule",
         "--optim",
-        default="celo2",
         choices=hf_lopt.available(),
-        help="optimizer of --groups (default: celo2)",
+        help="optimizer of --groups (default: celo2), or the only one of --memory (default: all)",
     )
     parser.add_argument(
         "--optim_args", help="as in TrainingArguments, of --groups: base_width=256, or branch:PATTERN=adam"
     )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks that share the model of --memory (default: 1)")
     return parser
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    """Print the report, or with ``--groups`` in ``argv`` the table of a model."""
+    """Print the report, or with ``--groups`` or ``--memory`` in ``argv`` the table of a model."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.groups:
+    if args.ranks < 1:
+        parser.error(f"--ranks must be at least 1, got {args.ranks}")
+    if args.groups or args.memory:
         try:
-            sys.stdout.write(f"{groups_table.report(args.groups, args.rule, args.optim_args)}\n")
+            if args.groups:
+                text = groups_table.report(args.groups, args.rule or "celo2", args.optim_args)
+            else:
+                text = memory.report(args.memory, args.rule, args.ranks)
+            sys.stdout.write(f"{text}\n")
         except ValueError as error:
             parser.exit(1, f"{parser.prog}: {error}\n")
         return

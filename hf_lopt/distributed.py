@@ -55,6 +55,13 @@ class Sharding:
                 spans[axis] = (start + first, min(size, length - first))
         return tuple(slice(start, start + length) for start, length in spans)
 
+    def start(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The first index along each axis of what this rank holds of a tensor of ``shape``."""
+        coordinate = self.mesh.get_coordinate()
+        if coordinate is None:  # holds nothing
+            return (0,) * len(shape)
+        return tuple(s.start for s in self.piece(shape, coordinate))
+
     def of_state(self, leading: int, dropped: int = -1) -> tuple[Any, ...]:
         """Placements of a state tensor with ``leading`` axes in front and the axis ``dropped`` left out."""
         from torch.distributed.tensor import Replicate, Shard
@@ -155,21 +162,32 @@ def view(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     )
 
 
-def zeros(p: Tensor, leading: int | None, dropped: int = -1) -> Tensor:
-    """Zero float32 state for the parameter ``p``, sharded as it is: (leading, *shape without the axis ``dropped``), or
-    shaped like ``p`` where ``leading`` is None.
+def zeros(
+    p: Tensor,
+    leading: int | None,
+    dropped: int = -1,
+    dtype: torch.dtype = torch.float32,
+    blocks: tuple[int, int] | None = None,
+) -> Tensor:
+    """Zero state for the parameter ``p``, sharded as it is: (leading, *shape without the axis ``dropped``), or shaped
+    like ``p`` where ``leading`` is None.
 
-    The global shape is given to the DTensor, because uneven and empty shards do not tell it.
+    The global shape is given to the DTensor, because uneven and empty shards do not tell it. ``blocks``: an axis and a
+    number of elements; from that axis on there is one axis, with a number for each block of so many.
     """
+
+    def shape_of(x: Sequence[int]) -> list[int]:
+        if blocks is not None:
+            x = [*x[: blocks[0]], -(-math.prod(x[blocks[0] :]) // blocks[1])]
+        return front + [n for axis, n in enumerate(x) if axis != dropped]
+
     front = [] if leading is None else [leading]
-    shape = front + [n for axis, n in enumerate(p.shape) if axis != dropped]
-    sharding = sharding_of(p)
+    shape, sharding = shape_of(p.shape), sharding_of(p)
     if sharding is None:
-        return torch.zeros(shape, dtype=torch.float32, device=p.device)
+        return torch.zeros(shape, dtype=dtype, device=p.device)
     shard = local(p)
-    local_shape = front + [n for axis, n in enumerate(shard.shape) if axis != dropped]
-    value = torch.zeros(local_shape, dtype=torch.float32, device=shard.device)
-    stride = torch.empty(shape, device="meta", dtype=torch.float32).stride()
+    value = torch.zeros(shape_of(shard.shape), dtype=dtype, device=shard.device)
+    stride = torch.empty(shape, device="meta", dtype=dtype).stride()
     placements = sharding.of_state(len(front), dropped)
     return _dtensor().from_local(
         value, sharding.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride

@@ -16,8 +16,9 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
-from hf_lopt.saved_state import check_saved_state, checked_groups, put_back, with_later_settings
+from hf_lopt.saved_state import check_saved_state, checked_groups, with_later_settings
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
+from hf_lopt.state_formats import put_back, without_cast
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
 from hf_lopt.step.prepared import PreparedStep, to_device
@@ -31,9 +32,9 @@ _Loss = TypeVar("_Loss", bound=Tensor | float)
 class LearnedOptimizer(GivenSettings):
     """A learned optimizer for any rule of :mod:`hf_lopt.rules`.
 
-    State and arithmetic are float32 whatever the dtype of a parameter, and the parameter is rounded once when it is
-    stored. State is created for all trainable parameters at the first step. Parameters without a gradient are left out
-    of that step, as in ``torch.optim``; tensors without elements always are.
+    Arithmetic and, unless ``state_dtype`` says otherwise, state are float32 whatever the dtype of a parameter, which
+    is rounded once when it is stored. State is created for all trainable parameters at the first step. Parameters
+    without a gradient are left out of that step, as in ``torch.optim``; tensors without elements always are.
 
     Args:
         params: parameters or parameter groups, float32, bfloat16 or float16.
@@ -289,12 +290,13 @@ class LearnedOptimizer(GivenSettings):
         # A surrounding autocast would run the meta-network in half precision.
         with torch.autocast(device.type, enabled=False):
             if self._prepared is None or self._prepared.key != key:
-                self._prepared = PreparedStep(key, held.params, held.groups, rule, self._weights.theta)
+                self._prepared = PreparedStep(key, held, rule, self._weights.theta)
                 self._prepared.cache.selection = selection(self.param_groups, held.params)
             run = self._run_state.tensors(device)
             self._monitor.start(run["nonfinite_steps"])
             grads = ready_gradients(held, rule.nan_to_zero, first.get("max_grad_norm", 0.0))
             tensors = self._prepared.tensors(held, grads, self._inputs.numbers, self._run_state.length_multiplier)
+            tensors.step, tensors.round_params = run["step"], first["stochastic_rounding"]
             loss = None if loss is None else to_device(loss, torch.float32, device)
             self._run_state.first_losses(run, loss)
             settings = first | {"num_training_steps": self._run_state.num_updates}
@@ -332,18 +334,17 @@ class LearnedOptimizer(GivenSettings):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its float32.
+        """Restore a state dict. See ``torch.optim.Optimizer.load_state_dict``; state keeps its dtypes.
 
-        A ``num_training_steps`` that was passed or set stays, with a warning where the checkpoint has another.
-        Embedded weights give way to those of the checkpoint, where an earlier version embedded others.
+        A ``num_training_steps`` that was set and the formats of state stay, with a warning where the checkpoint has
+        others. Embedded weights give way to those of the checkpoint, where an earlier version embedded others.
 
         Raises:
             ValueError: if it is of another optimizer, rule or weights, or does not fit. The optimizer stays as it was.
         """
         weights = self._run_state.check_saved(checked_groups(state_dict))
         check_saved_state(self._rule, weights.theta, self.param_groups, self._run_state.initial_values(), state_dict)
-        super().load_state_dict(with_later_settings(state_dict, self.param_groups))
+        super().load_state_dict(without_cast(with_later_settings(state_dict, self.param_groups), self.param_groups))
         self._run_state.adopt(weights)
-        self._run_state.keep_chosen_steps()
-        put_back(self.state, self.param_groups, state_dict)
+        put_back(self.state, self.param_groups, state_dict, self._rule, self._weights.theta)
         self._start_over()

@@ -135,7 +135,7 @@ class RunState:
         return weights
 
     def adopt(self, weights: Weights) -> None:
-        """Go on with these weights, of a checkpoint that has been loaded."""
+        """Go on with these weights, of a checkpoint that has been loaded, and with a length that somebody set."""
         if weights is not self._weights:
             notices.LOG.info(
                 "%s goes on with the weights of the checkpoint, %s", self._rule.class_name, weights.source
@@ -145,6 +145,7 @@ class RunState:
             owner._inputs.use(weights.theta)
             for values in (owner.defaults, *self.groups):
                 values |= {"weights_source": weights.source, "weights_sha256": weights.sha256}
+        self._keep_chosen_steps()
 
     # ---- length -----------------------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class RunState:
         self.chosen_steps = positive_int("num_training_steps", value)
         self._set_length(self.chosen_steps)
 
-    def keep_chosen_steps(self) -> None:
+    def _keep_chosen_steps(self) -> None:
         """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
         saved, chosen = self.num_training_steps, self.chosen_steps
         if chosen and saved != chosen:

@@ -18,14 +18,20 @@ from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
-from hf_lopt.settings import MOST_STEPS, check_settings
+from hf_lopt.settings import MOST_STEPS, STORAGE, check_settings
+from hf_lopt.state_formats import saved_format
 from hf_lopt.step.networks import Theta
 
 
 # How many differences an error lists.
 _LISTED = 10
 # Averages of squares.
-_NON_NEGATIVE = frozenset(("second_moment", "factored_row", "factored_col", "factored_diag", "min_param_scale"))
+_NON_NEGATIVE = frozenset(
+    (
+        *("second_moment", "momentum_scales", "second_moment_scales"),
+        *("factored_row", "factored_col", "factored_diag", "min_param_scale"),
+    )
+)
 # Kept per parameter where one update takes several calls of step().
 _GRADIENT_SUM, _GRADIENTS_SUMMED = "gradient_sum", "gradients_summed"
 # Kept where a group leaves it to the optimizer. Checkpoints from before that have a number in every group.
@@ -34,7 +40,7 @@ _OWN_FLOOR = "min_param_scale"
 # checkpoint from the middle of it is as good as any other.
 _GATHERED = (_GRADIENT_SUM, "accumulated_loss")
 # Settings that rules have not always had: an older state dict lacks them, and leaves them as they are.
-_LATER = frozenset(("precision",))
+_LATER = frozenset(("precision", *STORAGE))
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -91,10 +97,10 @@ class _Values:
     extremes: list[Tensor] = field(default_factory=list)
 
     def add(self, name: str, key: str, values: Tensor) -> None:
-        """``values`` (…) float32 of the state ``key``."""
+        """``values`` (…) of the state ``key``, in any format."""
         self.names.append(name)
         self.keys.append(key)
-        self.extremes += torch.aminmax(values.detach())
+        self.extremes += [x.float() for x in torch.aminmax(values.detach())]
 
     def differences(self) -> Iterable[str]:
         """What is wrong with the numbers of the tensors that were added."""
@@ -235,7 +241,8 @@ def _state_differences(
     ``any_state``: the state dict has state of some parameter.
     """
     try:
-        wanted = wanted_of(tuple(p.shape), p.dtype, **{name: group[name] for name in rule.words})
+        words = {name: group[name] for name in rule.words if name not in STORAGE}
+        wanted = wanted_of(tuple(p.shape), p.dtype, **words, state_dtype=saved_format(saved))
     except (ValueError, TypeError, KeyError) as error:  # a group's axis order or branch that means nothing
         yield f"{name}: {error}"
         return
@@ -313,39 +320,11 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.40}"
 
 
-def _own_memory(state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Give memory of its own to each tensor whose numbers lie in that of another one, or of one another.
-
-    Steps write in place. A tensor that was expanded or is there twice would have what was written for another.
-    """
-    seen: set[int] = set()
-    for values in state.values():
-        for key, value in values.items():
-            if not isinstance(value, Tensor) or distributed.local(value).is_meta:
-                continue
-            local = distributed.local(value)
-            storage = local.untyped_storage().data_ptr()
-            expanded = any(stride == 0 and n > 1 for stride, n in zip(local.stride(), local.shape, strict=True))
-            if expanded or (storage in seen and local.numel()):
-                values[key] = value.clone(memory_format=torch.contiguous_format)
-            seen.add(storage)
-
-
 def with_later_settings(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state dict, with those of the ``groups`` for settings that it is too old to have."""
+    """The state dict, with those of the ``groups`` for settings that it is too old to have or does not decide."""
     pairs = zip(state_dict["param_groups"], groups, strict=True)
-    completed = [{key: ours[key] for key in _LATER & ours.keys()} | theirs for theirs, ours in pairs]
+    completed = [
+        {key: ours[key] for key in _LATER & ours.keys()} | theirs | {key: ours[key] for key in STORAGE}
+        for theirs, ours in pairs
+    ]
     return state_dict | {"param_groups": completed}
-
-
-def put_back(
-    state: Mapping[Tensor, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
-) -> None:
-    """After ``torch.optim.Optimizer.load_state_dict``, which casts state to the dtype of its parameter and takes the
-    caller's tensors: state as it was saved, in memory of its own."""
-    for ours, theirs in zip(groups, state_dict["param_groups"], strict=True):
-        for p, i in zip(ours["params"], theirs["params"], strict=True):
-            for key, value in state_dict["state"].get(i, {}).items() if p.dtype != torch.float32 else ():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    state[p][key] = value.to(device=p.device, copy=True)
-    _own_memory(state)

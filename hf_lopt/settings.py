@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_lopt import distributed
 from hf_lopt.arguments_given import unknown_settings
 from hf_lopt.rules.base import Rule
-from hf_lopt.step.accumulators import check_axis_order, matrix_shape
+from hf_lopt.step.accumulators import STATE_DTYPES, check_axis_order, matrix_shape
 
 
 # What parameters may be.
@@ -24,7 +24,9 @@ _NON_NEGATIVE = (
 _MOST = torch.finfo(torch.float32).max
 # More than any run; the step counts in int64 and computes in float64.
 MOST_STEPS = 2**53
-_SWITCHES = ("orthogonalize", "adam_bias_correction")
+_SWITCHES = ("orthogonalize", "adam_bias_correction", "stochastic_rounding")
+# How parameters and state are stored: a matter of this machine, which a checkpoint does not decide.
+STORAGE = ("state_dtype", "stochastic_rounding")
 # What the Newton-Schulz iteration may run in.
 NS_DTYPES = ("float32", "tf32", "bfloat16", "auto")
 # How the network of small_fc_lopt is evaluated on a GPU.
@@ -84,7 +86,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_rate(value):
             raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
     check_axis_order(settings.get("axis_order", "torch"))
-    for name, known in (("ns_dtype", NS_DTYPES), ("precision", PRECISIONS)):
+    for name, known in (("ns_dtype", NS_DTYPES), ("precision", PRECISIONS), ("state_dtype", STATE_DTYPES)):
         word = settings.get(name, known[0])
         if not isinstance(word, str) or word not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {word!r}")

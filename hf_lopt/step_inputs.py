@@ -18,6 +18,7 @@ from hf_lopt import distributed
 from hf_lopt.rules.base import Rule
 from hf_lopt.saved_state import wanted_state
 from hf_lopt.settings import DTYPES, check_gradient, is_rate
+from hf_lopt.state_formats import stored_words
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.networks import Theta
 
@@ -33,7 +34,7 @@ class _Expected:
     parameter: Tensor
     shape: torch.Size
     labels: tuple[Any, ...]
-    state: dict[str, torch.Size]
+    state: dict[str, tuple[torch.Size, torch.dtype]]
 
 
 class StepInputs:
@@ -129,23 +130,27 @@ class StepInputs:
         labels = tuple(group[word] for word in self.words)
         expected = self._known.get(id(p))
         if expected is None or expected.parameter is not p or expected.shape != shape or expected.labels != labels:
-            wanted = wanted_state(self._rule, self._theta, tuple(shape), p.dtype, group)
-            expected = _Expected(p, shape, labels, {key: x.shape for key, x in wanted.items()})
+            words = stored_words(p, group)
+            wanted = wanted_state(self._rule, self._theta, tuple(shape), p.dtype, {**group, **words})
+            expected = _Expected(p, shape, labels, {key: (x.shape, x.dtype) for key, x in wanted.items()})
             self._known[id(p)] = expected
-        for key, size in expected.state.items():
-            self._check_state(p, key, state.get(key), size, device)
+        for key, (size, dtype) in expected.state.items():
+            self._check_state(p, key, state.get(key), size, dtype, device)
         if "min_param_scale" in state:
-            self._check_state(p, "min_param_scale", state["min_param_scale"], torch.Size(), device)
+            self._check_state(p, "min_param_scale", state["min_param_scale"], torch.Size(), torch.float32, device)
         if "gradient_sum" in state:
-            self._check_state(p, "gradient_sum", state["gradient_sum"], shape, device)
+            self._check_state(p, "gradient_sum", state["gradient_sum"], shape, torch.float32, device)
 
-    def _check_state(self, p: Tensor, key: str, value: Any, shape: torch.Size, device: torch.device) -> None:
+    def _check_state(
+        self, p: Tensor, key: str, value: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device
+    ) -> None:
         if not isinstance(value, Tensor):
             self._refuse(f"{_name(p)}: its {key} is {value!r:.40}, not a tensor")
-        if value.shape != shape or value.dtype != torch.float32 or value.device != device:
+        if value.shape != shape or value.dtype != dtype or value.device != device:
             name = f"{_name(p)}: its {key}"
             got = f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
-            self._refuse(f"{name} is {got}, wanted float32 of shape {tuple(shape)} on {device}")
+            wanted = str(dtype).removeprefix("torch.")
+            self._refuse(f"{name} is {got}, wanted {wanted} of shape {tuple(shape)} on {device}")
 
     def _refuse(self, problem: str) -> None:
         raise RuntimeError(

@@ -25,7 +25,7 @@ from hf_lopt.kernels.arguments import (
 )
 from hf_lopt.kernels.reference.passes import slice_indices
 from hf_lopt.step.accumulators import factored_axes
-from hf_lopt.step.tensors import matrix_axes
+from hf_lopt.step.layout import matrix_axes
 
 
 # Features and units of the hidden layers: of VeLO and Celo, of the small networks, of Celo2.
@@ -80,6 +80,8 @@ class Case:
     scale: float = 1e-3
     decay: float = 1e-4
     compared: dict[str, list] = field(default_factory=dict)
+    scales: dict[str, list[Tensor]] = field(default_factory=lambda: {"momentum_scales": [], "second_scales": []})
+    rounding: dict = field(default_factory=lambda: {"step": None, "places": [], "round_params": False})
 
     def slices(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """The parts of parameter-shaped tensors that have results of their own."""
@@ -116,6 +118,7 @@ class Case:
             col_axes=self.col_axes,
             clip=self.features.clip,
             moments=moments,
+            **self.scales,
         )
 
     def update_factored(self) -> UpdateFactored:
@@ -164,6 +167,7 @@ class Case:
             "clip": self.features.clip,
             "second_eps": self.features.second_eps,
             "diagonal_eps": self.features.diagonal_eps,
+            **self.scales,
         }
 
     def feature_sums(self) -> FeatureSums:
@@ -203,6 +207,7 @@ class Case:
             exp_mult=1e-3,
             skip=self.flag(skip),
             out=[torch.empty(p.shape, device=self.device) for p in self.params] if into_out else [],
+            **self.rounding,
         )
 
     def adam_step(self, skip: bool = False) -> AdamStep:
@@ -221,6 +226,8 @@ class Case:
             inner_eps=1e-10,
             outer_eps=1e-8,
             skip=self.flag(skip),
+            **{name: [x[:1].clone() for x in scales] for name, scales in self.scales.items()},
+            **self.rounding,
         )
 
     def steps(self, layout: str = "contiguous") -> list[Tensor]:
@@ -240,6 +247,7 @@ class Case:
             norm_eps=0.0,
             slice_axes=[],
             skip=self.flag(skip),
+            **self.rounding,
         )
 
 

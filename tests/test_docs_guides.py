@@ -22,6 +22,7 @@ import arguments  # noqa: E402
 
 
 GUIDES = (
+    "memory",
     "getting_started",
     "trainer",
     "accelerate",

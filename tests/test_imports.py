@@ -24,10 +24,11 @@ ALLOWED = {
     "kernels.remedy": set(),
     "kernels.schema": set(),
     "kernels.small_matrices": set(),
-    "kernels.arguments": {"kernels.schema"},
+    "kernels.run_arguments": {"kernels.schema"},
+    "kernels.arguments": {"kernels.run_arguments", "kernels.schema"},
     "kernels.cards": set(),
     "kernels.dispatch": {
-        *("features", "kernels.arguments", "kernels.cards", "kernels.remedy", "kernels.schema"),
+        *("features", "kernels.arguments", "kernels.cards", "kernels.reference", "kernels.remedy", "kernels.schema"),
         "kernels.small_matrices",
     },
     "kernels.reference": {"features", "kernels.arguments", "kernels.reference", "kernels.small_matrices"},
@@ -61,8 +62,9 @@ ALLOWED = {
     "settings": {"arguments_given", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "rules"},
-    "saved_state": {"settings", "rules", "step", "distributed"},
-    "step_inputs": {"saved_state", "settings", "rules", "step", "distributed"},
+    "state_formats": {"rules", "step", "distributed", "kernels.reference"},
+    "saved_state": {"state_formats", "settings", "rules", "step", "distributed"},
+    "step_inputs": {"state_formats", "saved_state", "settings", "rules", "step", "distributed"},
     "rank_agreement": {"settings", "step", "distributed"},
     "run_state": {"pending", "settings", "step", "rules", "distributed", "weights"},
     "optimizer": {
@@ -72,6 +74,7 @@ ALLOWED = {
         "run_state",
         "least_sizes",
         "saved_state",
+        "state_formats",
         "step_inputs",
         "rank_agreement",
         "settings",
@@ -100,11 +103,15 @@ ALLOWED = {
         *LEAVES,
     },
     "hf.checkpoints": set(),
+    "hf.memory": {"hf", "optimizers", "rules", "param_groups", "step"},
     "launch": {"hf"},
     "plot": set(),
     "meta": {"features", "step", "rules", "weights.publish", "meta", *KERNELS, *LEAVES},
     "__init__": {"kernels.ops", "optimizers", "optimizer", "feed", "rules", "param_groups", "hf"},
-    "__main__": {"__init__", "kernels.dispatch", "optimizers", "optimizer", "rules", "hf", *KERNELS, *LEAVES},
+    "__main__": {
+        *("__init__", "kernels.dispatch", "optimizers", "optimizer", "rules", "hf", "hf.memory"),
+        *(*KERNELS, *LEAVES),
+    },
 }
 
 

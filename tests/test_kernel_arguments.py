@@ -67,10 +67,17 @@ def wrong(value: Tensor | list[Tensor], fault: str) -> Tensor | list[Tensor]:
     return [change(x) if i == place else x for i, x in enumerate(value)]
 
 
+def has_numbers(value: Tensor | list[Tensor] | None) -> bool:
+    """Whether there is a tensor that could be wrong."""
+    tensors = [value] if isinstance(value, Tensor) else value or []
+    return any(x.numel() > 0 for x in tensors)
+
+
 FAULTS = [
     (name, field, fault)
     for name, arguments in SAMPLES.items()
     for field in pointers(arguments)
+    if has_numbers(getattr(arguments, field))
     for fault in ("smaller", "type", "fewer")
     if (fault != "fewer" or not isinstance(getattr(arguments, field), Tensor)) and (name, field, fault) not in VALID
 ]

@@ -33,9 +33,10 @@ def values(arguments) -> tuple:
 
 # What the operators change in place.
 STATE = {"params", "momenta", "second_moments"}
+SCALES = {"momentum_scales", "second_scales"}
 CHANGED = {
-    "apply_network": {*STATE, "diagonals", "out"},
-    "adam_step": STATE,
+    "apply_network": {*STATE, *SCALES, "diagonals", "out"},
+    "adam_step": {*STATE, *SCALES},
     "descend": {"params"},
     "advance": {"counters", "loss_buffer"},
     "lstm_step": {"hidden", "cell"},

@@ -46,7 +46,7 @@ def reference(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def errors(reference, tmp_path_factory):
-    """(world size) -> {layout: {rule: [error of parameters, error of states]}}, run when first asked for."""
+    """(world size) -> what the script writes, run when first asked for."""
     found: dict[int, dict] = {}
 
     def of(world: int) -> dict:
@@ -63,13 +63,20 @@ def errors(reference, tmp_path_factory):
 @pytest.mark.parametrize(("world", "layout"), CASES)
 def test_twelve_steps_are_those_of_one_process(errors, world, layout, name):
     """Within 2e-6 of the largest element of each parameter, and 2e-5 of each state."""
-    parameters, states = errors(world)[layout][name]
+    parameters, states = errors(world)["errors"][layout][name]
     assert parameters <= 2e-6
     assert states <= 2e-5
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("world", "layout"), CASES)
+def test_random_rounding_is_that_of_one_process(errors, world, layout, kind):
+    """Parameters and state of matrices to the bit, whatever the cut: the random numbers belong to the elements."""
+    assert errors(world)["rounding"][layout][kind]
+
+
 def test_every_layout_was_looked_at(errors):
-    assert {world: set(errors(world)) for world, _ in CASES} == {
+    assert {world: set(errors(world)["errors"]) for world, _ in CASES} == {
         world: {layout for w, layout in CASES if w == world} for world, _ in CASES
     }
 

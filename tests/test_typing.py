@@ -17,7 +17,7 @@ import hf_lopt
 from hf_lopt import LearnedOptimizer, rules, settings
 from hf_lopt.optimizers import OPTIMIZERS, argument_types
 from hf_lopt.rules import celo2
-from hf_lopt.step.accumulators import AXIS_ORDERS
+from hf_lopt.step.accumulators import AXIS_ORDERS, STATE_DTYPES
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +76,7 @@ def test_literals_are_what_the_checks_accept():
     assert get_args(argument_types.AxisOrder) == AXIS_ORDERS
     assert get_args(argument_types.Branch) == celo2.BRANCHES
     assert get_args(argument_types.NewtonSchulzDtype) == settings.NS_DTYPES
+    assert get_args(argument_types.StateDtype) == STATE_DTYPES
 
 
 @pytest.mark.slow  # half a minute, most of it for torch, until mypy has it in its cache

@@ -25,6 +25,7 @@ class Applier {
     Applier(PassOperands&& operands, const NetworkArguments& network)
         : operands_(std::move(operands)),
           exp_mult_((float)network.exp_mult),
+          round_params_(network.rounding.step && network.rounding.params),
           scale_(view_of(network.scale)),
           decay_(view_of(network.decay)) {
         for (const Tensor& x : network.weights) weights_.push_back(view_of(x));
@@ -38,7 +39,7 @@ class Applier {
         const std::vector<Tile> tiles = make_tiles(operands_.shapes, row_elements);
         std::vector<double> partial(tiles.size() * kUpdateStats);
         std::vector<Buffers> buffers;
-        for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(U, row_elements);
+        for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(U, row_elements, operands_.stored);
         for_each_tile(
             tiles, [&](int64_t i, int64_t worker) { apply(tiles[i], buffers[worker], &partial[i * kUpdateStats]); });
         operands_.store_copies();
@@ -135,7 +136,8 @@ class Applier {
                 }
             }
             const double p2 = stats[1];
-            run_rows(kernel, shape.factored, rows, count, net, stats);
+            run_rows(kernel, x, rows, count, net, stats);
+            if (x.state.format() == kCodes) kernel.store_codes(rows, count, stats);
             if (!out_.empty()) {
                 for (int i = 0; i < count; i++) {
                     out_[tile.tensor].write(rows[i].step_out, line_of(i), tile.start, tile.n, shape.columns);
@@ -143,7 +145,13 @@ class Applier {
             } else if (!x.p.in_place()) {
                 const float* stored[kGroupRows];
                 for (int i = 0; i < count; i++) {
-                    x.p.write(rows[i].p_out, line_of(i), tile.start, tile.n, shape.columns);
+                    const int64_t line = line_of(i);
+                    if (round_params_) {
+                        const RandomRow random = x.place.row(line, tile.start);
+                        x.p.write(rows[i].p_out, line, tile.start, tile.n, shape.columns, random);
+                    } else {
+                        x.p.write(rows[i].p_out, line, tile.start, tile.n, shape.columns);
+                    }
                     stored[i] = rows[i].p_out;
                 }
                 double unused = 0.0;
@@ -184,16 +192,19 @@ class Applier {
         return buffers.line_bias;
     }
 
-    void run_rows(const Kernels& k, bool factored, const RowData* rows, int n, const Network<U>& net,
+    void run_rows(const Kernels& k, const Operands& x, const RowData* rows, int n, const Network<U>& net,
                   double* stats) const {
+        const bool factored = x.shape.factored;
+        const Format format = x.state.format();
         const FeatureConstants& c = operands_.constants;
-        if constexpr (U == 4) (factored ? k.apply_4 : k.apply_diagonal_4)(rows, n, c, net, stats);
-        if constexpr (U == 8) (factored ? k.apply_8 : k.apply_diagonal_8)(rows, n, c, net, stats);
-        if constexpr (U == 32) (factored ? k.apply_32 : k.apply_diagonal_32)(rows, n, c, net, stats);
+        if constexpr (U == 4) (factored ? k.apply_4[format] : k.apply_diagonal_4)(rows, n, c, net, stats);
+        if constexpr (U == 8) (factored ? k.apply_8[format] : k.apply_diagonal_8)(rows, n, c, net, stats);
+        if constexpr (U == 32) (factored ? k.apply_32[format] : k.apply_diagonal_32)(rows, n, c, net, stats);
     }
 
     PassOperands operands_;
     float exp_mult_;
+    bool round_params_;
     std::vector<StridedView<float>> weights_, biases_;
     StridedView<float> scale_, decay_;
     std::vector<Array> out_;
@@ -202,7 +213,7 @@ class Applier {
 }  // namespace
 
 std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const NetworkArguments& network) {
-    PassOperands operands(common);
+    PassOperands operands(common, &network.rounding);
     const int64_t units = check_network(common, operands.columns, network), rows = slice_count(operands.shapes);
     check_network_rows(network, rows);
     const Tensor& like = common.params[0];

@@ -25,13 +25,14 @@ Tensor feature_sums(const CommonArguments& common) {
     const std::vector<Tile> tiles = make_tiles(operands.shapes);
     std::vector<double> partial(tiles.size() * kSums);
     std::vector<Buffers> buffers;
-    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements, operands.stored);
 
     for_each_tile(tiles, [&](int64_t index, int64_t worker) {
         const Tile& tile = tiles[index];
         const Operands& x = operands.tensors[tile.tensor];
         const Shape& shape = x.shape;
-        const auto kernel = shape.factored ? kernels().feature_sums : kernels().feature_sums_diagonal;
+        const auto kernel =
+            shape.factored ? kernels().feature_sums[x.state.format()] : kernels().feature_sums_diagonal;
         double* sums = &partial[index * kSums];
         double (*vectors)[kFactored] = reinterpret_cast<double (*)[kFactored]>(sums + kInputs);
         const bool row = shape.row_is_line;

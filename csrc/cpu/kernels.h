@@ -7,11 +7,16 @@
 #include <stdint.h>
 
 #include "../network.h"
+#include "../random_rounding.h"
 #include "../statistics.h"
 
 namespace hf_lopt {
 
-// Tensors of one row; float32, `n` elements.
+// How momenta and second moments are stored.
+enum Format { kFloat32, kBFloat16, kCodes, kFormats };
+constexpr int kPlanes = kMomenta + 1;  // momenta, then the second moment
+
+// Tensors of one row; float32, `n` elements. Of accumulators in another format `m` and `v` are buffers for codes.
 struct RowData {
     int64_t n;
     const float* g;
@@ -25,7 +30,10 @@ struct RowData {
     int64_t bias_stride;
     const float* row_bias;  // (units,): the same for the features that are constant along the row
     float* p_out;
-    float* step_out;  // null: update the parameter
+    float* step_out;         // null: update the parameter
+    void* stored[kPlanes];   // accumulators in another format
+    float* scales[kPlanes];  // of codes
+    RandomRow random;
 };
 
 // p <- p - decay p - step,  step = step_scale m / (sqrt(second_scale v + inner_eps) + outer_eps).
@@ -57,21 +65,30 @@ struct Kernels {
     void (*to_half)(const float* x, int64_t n, uint16_t* out);
     void (*from_bfloat16)(const uint16_t* x, int64_t n, float* out);
     void (*to_bfloat16)(const float* x, int64_t n, uint16_t* out);
+    // Rounds one or two rows at random, in place too; `slot` is the place of the first one's random numbers.
+    void (*round_bfloat16)(float* const* x, int count, int64_t n, const RandomRow& row, int slot,
+                           uint16_t* const* out);
+    // Stores the buffers of rows as codes, and adds what is stored to stats[kUpdateStats].
+    void (*store_codes)(const RowData* rows, int count, double* stats);
+    // Stores a momentum and a second moment as codes. A row begins with a block.
+    void (*encode_codes)(float* const* x, int64_t n, const RandomRow& row, int8_t* const* codes, float* const* scales);
+    void (*decode_codes)(const int8_t* codes, const float* scales, bool is_signed, int64_t n, float* out);
     // Adds Σx and Σx² of several rows, as the update does: bit by bit what it would have left.
     void (*moments)(const float* const* rows, int count, int64_t n, double* sum, double* squares);
     void (*moments_diagonal)(const float* const* rows, int count, int64_t n, double* sum, double* squares);
     // Adds the squares of the clipped gradient to `columns`, and returns the sums over the row.
     GradientSums (*gradient_sums)(const float* g, int64_t n, float clip, float* columns);
     // Add to sums[kInputs]; rows of one length.
-    void (*feature_sums)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
+    void (*feature_sums[kFormats])(const RowData* rows, int count, const FeatureConstants& c, double* sums);
     void (*feature_sums_diagonal)(const RowData* rows, int count, const FeatureConstants& c, double* sums);
     // bias[j][i] = Σ_k w[k][j] x_k[i] + u[k][j] / sqrt(x_k[i] + eps), for the vector features of a row.
     void (*vector_bias)(const float* const* x, const float* w, const float* u, int units, int64_t n, float* bias,
                         int64_t bias_stride);
     // Evaluate the network, update the accumulators and write the result; add to stats[kUpdateStats].
-    void (*apply_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
-    void (*apply_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
-    void (*apply_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
+    // With codes the new accumulators are in the buffers then, and not among the statistics.
+    void (*apply_4[kFormats])(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
+    void (*apply_8[kFormats])(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
+    void (*apply_32[kFormats])(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);
     void (*apply_diagonal_4)(const RowData*, int, const FeatureConstants&, const Network<4>&, double* stats);
     void (*apply_diagonal_8)(const RowData*, int, const FeatureConstants&, const Network<8>&, double* stats);
     void (*apply_diagonal_32)(const RowData*, int, const FeatureConstants&, const Network<32>&, double* stats);

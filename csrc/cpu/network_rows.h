@@ -28,10 +28,14 @@ template <class S>
 struct Stats {
     S step2{}, p2{}, v{}, v2{}, m[kMomenta]{}, m2[kMomenta]{};
 
-    HF_LOPT_MEMBER void add(vf step_, vf p_, vf v_, const vf* m_) {
-        S s = convert(step_, S{}), p = convert(p_, S{}), y = convert(v_, S{});
+    HF_LOPT_MEMBER void add(vf step_, vf p_) {
+        S s = convert(step_, S{}), p = convert(p_, S{});
         step2 += s * s;
         p2 += p * p;
+    }
+
+    HF_LOPT_MEMBER void add_state(vf v_, const vf* m_) {
+        S y = convert(v_, S{});
         v += y;
         v2 += y * y;
         for (int d = 0; d < kMomenta; d++) {
@@ -53,26 +57,46 @@ struct Stats {
     }
 };
 
+// Stores the accumulators of a vector. Codes are made when all of a block is there: until then they are in the
+// buffers.
+template <int F, class S>
+HF_LOPT_INLINE void store_state(const RowData& row, const Elements<vf>& a, int64_t i, int k, Stats<S>& stats) {
+    if (F != kBFloat16) {
+        for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
+        put(row.v + i, a.v, k);
+        if (F == kFloat32) stats.add_state(a.v, a.m);
+        return;
+    }
+    vu hash = first_hash(row.random, i);
+    vf rounded[kPlanes];
+    for (int d = 0; d < kPlanes; d++) {
+        if (d == 2) hash = next_hash(hash);
+        const vu bits = (vu)(d < kMomenta ? a.m[d] : a.v) + draw(row.random, hash, d);
+        rounded[d] = only((vf)(bits & 0xffff0000u), k);
+        put_bfloat16(static_cast<uint16_t*>(row.stored[d]) + i, bits, k);
+    }
+    stats.add_state(rounded[kMomenta], rounded);
+}
+
 // Stores what a vector of outputs decides, and adds to the statistics.
-template <class S>
+template <int F, class S>
 HF_LOPT_INLINE void finish(const RowData& row, float decay, const Elements<vf>& a, vf direction, vf magnitude,
                            int64_t i, int k, Stats<S>& stats) {
     vf step = direction * exponential(magnitude), p = a.p;
-    for (int d = 0; d < kMomenta; d++) put(row.m[d] + i, a.m[d], k);
-    put(row.v + i, a.v, k);
+    store_state<F>(row, a, i, k, stats);
     if (row.step_out) {
         put(row.step_out + i, step, k);
     } else {
         p = a.p - decay * a.p - step;
         put(row.p_out + i, p, k);
     }
-    stats.add(only(step, k), only(p, k), a.v, a.m);
+    stats.add(only(step, k), only(p, k));
 }
 
 // Few units: the layers stay in registers, and the features that are products with a row's or a column's factor are
 // never formed. With rho the factors of the row and kappa those of the column, unit j of the first layer is
 //   z = bias + g (a + Σ_k w_k rho_k kappa_k) + Σ_k m_k (a_k + u_k rho_k kappa_k) + q (h + b g + Σ_k b_k m_k) + ...
-template <int U>
+template <int U, int F>
 void apply(const RowData* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float fac_g[kFactored][U], fac_m[kMomenta][U], g_and_clip_g[U];
     for (int j = 0; j < U; j++) g_and_clip_g[j] = w.first[kG][j] + w.first[kClipG][j];
@@ -89,7 +113,7 @@ void apply(const RowData* rows, int count, const FeatureConstants& c, const Netw
             // Each use reads one number for all lanes; vectors of them would first have to be made, for every row.
             asm("" : "+m"(fac_g), "+m"(fac_m));
             bool large;
-            Elements<vf> a = updated(row, c, i, n, &large);
+            Elements<vf> a = updated<F>(row, c, i, n, &large);
             vf q = rsqrt(a.v + c.second_eps);
             const float* on_g_alone = large ? w.first[kG] : g_and_clip_g;
             vf factor[kFactored], z[U];
@@ -117,7 +141,7 @@ void apply(const RowData* rows, int count, const FeatureConstants& c, const Netw
             }
             vf direction, magnitude;
             finish_network<U>(w, z, [](vf x) HF_LOPT_LAMBDA { return relu(x); }, &direction, &magnitude);
-            finish(row, w.decay, a, direction, magnitude, i, n, stats);
+            finish<F>(row, w.decay, a, direction, magnitude, i, n, stats);
         });
     }
     stats.flush(out);
@@ -155,7 +179,7 @@ struct Places {
     HF_LOPT_MEMBER const RowData& row_of(int b) const { return *row[kOneRow ? 0 : b]; }
 };
 
-template <int U, bool kDiagonal, int B, bool kOneRow, class S>
+template <int U, bool kDiagonal, int F, int B, bool kOneRow, class S>
 HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const FeatureConstants& c, const Network<U>& w,
                                 const float (&first)[kBlockInputs<kDiagonal>][U], Stats<S>& stats) {
     constexpr int kIn = kBlockInputs<kDiagonal>;
@@ -163,7 +187,7 @@ HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const FeatureConst
     Elements<vf> a[B];
     for (int b = 0; b < B; b++) {
         bool large;
-        a[b] = updated(at.row_of(b), c, at.start[b], at.lanes[b], &large);
+        a[b] = updated<F>(at.row_of(b), c, at.start[b], at.lanes[b], &large);
         vf all[kInputs];
         features<kDiagonal>(at.row_of(b), c, a[b], at.start[b], at.lanes[b], all, d[b]);
         for (int f = 0; f < kIn; f++) x[f][b] = all[kDiagonal ? f : kMatrixInputs[f]];
@@ -206,12 +230,12 @@ HF_LOPT_INLINE void apply_block(const Places<B, kOneRow>& at, const FeatureConst
     for (int b = 0; b < B; b++) {
         if (!at.lanes[b]) continue;
         const RowData& row = at.row_of(b);
-        finish(row, w.decay, a[b], direction[b], magnitude[b], at.start[b], at.lanes[b], stats);
+        finish<F>(row, w.decay, a[b], direction[b], magnitude[b], at.start[b], at.lanes[b], stats);
         for (int k = 0; kDiagonal && k < kFactored; k++) put(row.d[k] + at.start[b], d[b][k], at.lanes[b]);
     }
 }
 
-template <int U, bool kDiagonal, class S>
+template <int U, bool kDiagonal, class S, int F>
 void apply_blocks(const RowData* rows, int count, const FeatureConstants& c, const Network<U>& w, double* out) {
     float first[kBlockInputs<kDiagonal>][U];
     for (int f = 0; f < kBlockInputs<kDiagonal>; f++) {
@@ -221,7 +245,7 @@ void apply_blocks(const RowData* rows, int count, const FeatureConstants& c, con
     const int64_t n = rows[0].n;  // of all of them
     const auto lanes = [&](int64_t i) { return n - i >= kWidth ? kWidth : n > i ? (int)(n - i) : 0; };
     if (count == 1 && n <= kWidth) {
-        apply_block<U, kDiagonal>(Places<1, true>{{rows}, {0}, {(int)n}}, c, w, first, stats);
+        apply_block<U, kDiagonal, F>(Places<1, true>{{rows}, {0}, {(int)n}}, c, w, first, stats);
     } else if (count == 1 || n > (kBlock - 1) * kWidth) {
         for (int r = 0; r < count; r++) {
             for (int64_t start = 0; start < n; start += kBlock * kWidth) {
@@ -231,7 +255,7 @@ void apply_blocks(const RowData* rows, int count, const FeatureConstants& c, con
                     at.lanes[b] = lanes(start + b * kWidth);
                     at.start[b] = at.lanes[b] ? start + b * kWidth : start;
                 }
-                apply_block<U, kDiagonal>(at, c, w, first, stats);
+                apply_block<U, kDiagonal, F>(at, c, w, first, stats);
             }
         }
     } else {  // short rows share a block
@@ -249,7 +273,7 @@ void apply_blocks(const RowData* rows, int count, const FeatureConstants& c, con
                     r++;
                 }
             }
-            apply_block<U, kDiagonal>(at, c, w, first, stats);
+            apply_block<U, kDiagonal, F>(at, c, w, first, stats);
         }
     }
     stats.flush(out);

@@ -23,20 +23,24 @@ int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
     return slices;
 }
 
-PassOperands::PassOperands(const CommonArguments& x)
+PassOperands::PassOperands(const CommonArguments& x, const Rounding* rounding)
     : columns(feature_columns(x.features)), constants(feature_constants(x)) {
     check_common(x);
     const size_t count = x.params.size();
     tensors.resize(count);
     shapes.reserve(count);
+    std::vector<RandomPlace> places = random_places(x.params, rounding ? *rounding : Rounding{});
     for (size_t t = 0; t < count; t++) {
         Operands& o = tensors[t];
         o.shape = Shape(x.params[t], x.row_axes[t], x.col_axes[t], slices_of(x.params, x.slice_axes, t));
-        shapes.push_back(o.shape);
         o.p = Array(x.params[t]);
         o.g = Array(x.grads[t]);
-        o.m = float_data(copies_.writable(x.momenta[t]));
-        o.v = float_data(copies_.writable(x.second_moments[t]));
+        o.place = std::move(places[t]);
+        o.state = StoredState(x.momenta[t], x.second_moments[t], scales_of(x.momentum_scales, t),
+                              scales_of(x.second_scales, t), rounding != nullptr, copies_);
+        align(o.shape, &o.state, o.place);
+        stored = stored || o.state.format() == kCodes;
+        shapes.push_back(o.shape);
         if (!o.shape.factored) {
             o.d = float_data(copies_.writable(x.diagonals[t]));
             continue;
@@ -78,10 +82,11 @@ void ResultPieces::allocate(const Tensor& like) {
     }
 }
 
-Buffers::Buffers(int units, int64_t row_elements) {
+Buffers::Buffers(int units, int64_t row_elements, bool stored) {
     // An odd number of cache lines apart, so that the rows of a buffer do not compete for the same cache sets.
     stride = row_elements + 16;
-    memory_.reset(new float[3 * kRowElements + (2 * kFactored + 2 * units) * stride]);
+    const int64_t planes = stored ? StoredState::kMost : 0;
+    memory_.reset(new float[(3 + planes) * kRowElements + (2 * kFactored + 2 * units) * stride]);
     g = memory_.get();
     p = g + kRowElements;
     step = p + kRowElements;
@@ -89,6 +94,7 @@ Buffers::Buffers(int units, int64_t row_elements) {
     expanded = factor + kFactored * stride;
     bias = expanded + kFactored * stride;
     line_bias = bias + units * stride;
+    state = line_bias + units * stride;
 }
 
 void expand(const float* accumulator, const Shape& shape, const Tile& tile, int64_t line, float* out, int64_t stride) {
@@ -104,14 +110,19 @@ void expand(const float* accumulator, const Shape& shape, const Tile& tile, int6
 
 void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row) {
     const Shape& shape = x.shape;
-    const int64_t offset = line * shape.columns + tile.start;
     row.step_out = nullptr;
     row.n = tile.n;
     row.g = x.g.read(line, tile.start, tile.n, shape.columns, buffers.g + slot * tile.n);
     row.p = row.p_out = x.p.read(line, tile.start, tile.n, shape.columns, buffers.p + slot * tile.n);
-    for (int k = 0; k < kMomenta; k++) row.m[k] = x.m + k * shape.numel + offset;
-    row.v = x.v + offset;
+    for (int k = 0; k <= kMomenta; k++) {
+        // What is not float32 is read by the kernels; codes are made from buffers.
+        float* const buffer = buffers.state + k * kRowElements + slot * tile.n;
+        float*& plane = k < kMomenta ? row.m[k] : row.v;
+        plane = x.state.in_place() ? x.state.read(k, line, tile.start, tile.n, shape.columns, nullptr) : buffer;
+    }
+    if (!x.state.in_place()) x.state.locate(row, line, tile.start, shape.columns, x.place);
     if (!shape.factored) {
+        const int64_t offset = line * shape.columns + tile.start;
         for (int k = 0; k < kFactored; k++) row.d[k] = x.d + k * shape.numel + offset;
         return;
     }

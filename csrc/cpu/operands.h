@@ -3,6 +3,7 @@
 
 #include "../arguments.h"
 #include "../contiguous.h"
+#include "stored.h"
 #include "tensors.h"
 
 namespace hf_lopt {
@@ -10,8 +11,8 @@ namespace hf_lopt {
 struct Operands {
     Shape shape;
     Array p, g;
-    float* m;
-    float* v;
+    StoredState state;
+    RandomPlace place;
     float* d;
     // The accumulators without L (a number per line) and without K (a vector along the line), and their factors.
     const float *line, *line_factor, *vector, *vector_factor;
@@ -29,9 +30,10 @@ class PassOperands {
     FeatureConstants constants;
     std::vector<Operands> tensors;
     std::vector<Shape> shapes;
+    bool stored = false;  // whether there are accumulators that are codes
 
     // Checks the arguments.
-    explicit PassOperands(const CommonArguments& common);
+    explicit PassOperands(const CommonArguments& common, const Rounding* rounding = nullptr);
     // After the accumulators have been written.
     void store_copies() { copies_.store(); }
 
@@ -59,8 +61,10 @@ class ResultPieces {
 class Buffers {
   public:
     Buffers() = default;
-    Buffers(int units, int64_t row_elements);
+    // `stored`: whether there are accumulators that go through buffers.
+    Buffers(int units, int64_t row_elements, bool stored);
     float *g, *p, *step;      // (kRowElements,): as many rows as are worked on together
+    float* state;             // (StoredState::kMost, kRowElements), likewise
     float* factor;            // (kFactored, stride)
     float* expanded;          // (kFactored, stride)
     float *bias, *line_bias;  // (units, stride)
@@ -69,6 +73,9 @@ class Buffers {
   private:
     std::unique_ptr<float[]> memory_;
 };
+
+// The scales of tensor `t`, null where no tensor has codes.
+inline const Tensor* scales_of(const Tensors& scales, size_t t) { return scales.empty() ? nullptr : &scales[t]; }
 
 // The part of line `line` in a tile: pointers into the tensors, or into the buffers where numbers had to be converted
 // or a factor varies with the inner axes. `slot` is its number among the rows that are in the buffers together.

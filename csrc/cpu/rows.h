@@ -4,6 +4,7 @@
 
 #include "formats.h"
 #include "kernels.h"
+#include "random_rows.h"
 #include "simd.h"
 
 namespace hf_lopt {
@@ -93,8 +94,30 @@ struct Arithmetic {
     HF_LOPT_INLINE vf at_least(vf x, float bound) { return max(splat(bound), x); }
 };
 
+// A vector of momentum or, for the last of the planes, second moment `a` before the update.
+template <int F>
+HF_LOPT_INLINE vf state_at(const RowData& row, int a, int64_t i, int k) {
+    if (F == kBFloat16) {
+        const uint16_t* p = static_cast<const uint16_t*>(row.stored[a]) + i;
+        __builtin_prefetch(p + kPrefetch);
+        return (vf)bfloat16_at(p, k);
+    }
+    if (F == kCodes) {
+        const vf scale = splat(row.scales[a][(uint64_t)i / kCodeBlock]);
+        const int8_t* p = static_cast<const int8_t*>(row.stored[a]) + i;
+        __builtin_prefetch(p + kPrefetch);
+        if (a < kMomenta) return momentum_of(codes_at(p, k)) * scale;
+        const vf c = codes_at(reinterpret_cast<const uint8_t*>(p), k), root = c * c * scale;
+        return root * root;
+    }
+    const float* p = (a < kMomenta ? row.m[a] : row.v) + i;
+    prefetch(p);
+    return get(p, k);
+}
+
 // The gradient and the accumulators after their update. The clips of the gradient are skipped for a vector that
 // reaches neither: `large` says that it may.
+template <int F>
 HF_LOPT_INLINE Elements<vf> updated(const RowData& row, const FeatureConstants& c, int64_t i, int k, bool* large) {
     Elements<vf> a;
     prefetch(row.g + i);
@@ -103,12 +126,8 @@ HF_LOPT_INLINE Elements<vf> updated(const RowData& row, const FeatureConstants& 
     *large = __builtin_expect(any_not_below(a.g, c.unclipped), 0);
     if (*large) a.g = clamp(a.g, c.clip);
     a.p = get(row.p + i, k);
-    for (int d = 0; d < kMomenta; d++) {
-        prefetch(row.m[d] + i);
-        a.m[d] = ema(get(row.m[d] + i, k), a.g, c.keep_m[d], c.add_m[d]);
-    }
-    prefetch(row.v + i);
-    a.v = ema(get(row.v + i, k), a.g * a.g, c.keep_v, c.add_v);
+    for (int d = 0; d < kMomenta; d++) a.m[d] = ema(state_at<F>(row, d, i, k), a.g, c.keep_m[d], c.add_m[d]);
+    a.v = ema(state_at<F>(row, kMomenta, i, k), a.g * a.g, c.keep_v, c.add_v);
     return a;
 }
 
@@ -128,6 +147,7 @@ HF_LOPT_INLINE void features(const RowData& row, const FeatureConstants& c, cons
 
 // ---- pass 1 -------------------------------------------------------------------------------------------------------
 
+template <int F>
 void feature_sums(const RowData* rows, int count, const FeatureConstants& c, double* sums) {
     vf g2s = splat(0.0f), clip2 = g2s, v2 = g2s, p2 = g2s, q2 = g2s, gq2 = g2s;
     vf m2s[kMomenta] = {g2s, g2s, g2s}, mq2[kMomenta] = {g2s, g2s, g2s};
@@ -138,7 +158,7 @@ void feature_sums(const RowData* rows, int count, const FeatureConstants& c, dou
         for (int j = 0; j < kFactored; j++) fac_g2[j] = fac_m2[j] = splat(0.0f);
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
-            Elements<vf> a = updated(row, c, i, k, &large);
+            Elements<vf> a = updated<F>(row, c, i, k, &large);
             vf g2 = a.g * a.g;
             vf q_squared = reciprocal(a.v + c.second_eps);  // no root: only its square is needed
             if (large) {
@@ -187,7 +207,7 @@ void feature_sums_diagonal(const RowData* rows, int count, const FeatureConstant
         const RowData& row = rows[r];
         for_each_vector(row.n, [&](int64_t i, int k) HF_LOPT_LAMBDA {
             bool large;
-            Elements<vf> a = updated(row, c, i, k, &large);
+            Elements<vf> a = updated<kFloat32>(row, c, i, k, &large);
             vf x[kInputs], d[kFactored];
             features<true>(row, c, a, i, k, x, d);
             for (int f = 0; f < kInputs; f++) {

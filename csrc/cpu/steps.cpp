@@ -5,6 +5,19 @@
 
 namespace hf_lopt {
 
+namespace {
+
+void write_parameter(const Array& p, float* values, const Tile& tile, int64_t line, int64_t columns, bool rounded,
+                     const RandomPlace& place) {
+    if (rounded) {
+        p.write(values, line, tile.start, tile.n, columns, place.row(line, tile.start));
+    } else {
+        p.write(values, line, tile.start, tile.n, columns);
+    }
+}
+
+}  // namespace
+
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamArguments& step) {
     const int64_t slices = check_adam_step(params, grads, momenta, second_moments, step);
@@ -31,31 +44,42 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     std::vector<Operands> operands(count);
     std::vector<Shape> shapes;
     ContiguousCopies copies;
+    std::vector<RandomPlace> places = random_places(params, step.rounding);
+    bool stored = false;
     for (size_t t = 0; t < count; t++) {
         Operands& o = operands[t];
         o.shape = Shape(params[t], -1, -1, slices);
-        shapes.push_back(o.shape);
         o.p = Array(params[t]);
         o.g = Array(grads[t]);
-        o.m = float_data(copies.writable(momenta[t]));
-        o.v = float_data(copies.writable(second_moments[t]));
+        o.place = std::move(places[t]);
+        o.state = StoredState(momenta[t], second_moments[t], scales_of(step.momentum_scales, t),
+                              scales_of(step.second_scales, t), true, copies);
+        align(o.shape, &o.state, o.place);
+        stored = stored || !o.state.in_place();
+        shapes.push_back(o.shape);
     }
+    const bool round_params = step.rounding.step && step.rounding.params;
     const std::vector<Tile> tiles = make_tiles(shapes);
     std::vector<double> partial(tiles.size());
     std::vector<Buffers> buffers;
-    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements, stored);
     for_each_tile(tiles, [&](int64_t i, int64_t worker) {
         const Tile& tile = tiles[i];
         const Operands& x = operands[tile.tensor];
-        RowData row{};
-        row.n = tile.n;
-        const int64_t columns = x.shape.columns, offset = tile.line * columns + tile.start;
-        row.g = x.g.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);
-        row.p = row.p_out = x.p.read(tile.line, tile.start, tile.n, columns, buffers[worker].p);
-        row.m[0] = x.m + offset;
-        row.v = x.v + offset;
-        partial[i] = kernels().adam(row, constants[tile.slice]);
-        x.p.write(row.p_out, tile.line, tile.start, tile.n, columns);
+        const int64_t columns = x.shape.columns;
+        Buffers& own = buffers[worker];
+        for (int64_t line = tile.line; line < tile.line + tile.rows; line++) {
+            RowData row{};
+            row.n = tile.n;
+            row.g = x.g.read(line, tile.start, tile.n, columns, own.g);
+            row.p = row.p_out = x.p.read(line, tile.start, tile.n, columns, own.p);
+            row.m[0] = x.state.read(0, line, tile.start, tile.n, columns, own.state);
+            row.v = x.state.read(1, line, tile.start, tile.n, columns, own.state + kRowElements);
+            partial[i] += kernels().adam(row, constants[tile.slice]);
+            float* planes[] = {row.m[0], row.v};
+            x.state.write(planes, line, tile.start, tile.n, columns, x.place);
+            write_parameter(x.p, row.p_out, tile, line, columns, round_params, x.place);
+        }
     });
     copies.store();
     double* out = static_cast<double*>(result.data_ptr());
@@ -73,7 +97,7 @@ struct Pair {
 }  // namespace
 
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
-             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip) {
+             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip, const Rounding& rounding) {
     check_pairs(params, steps, "params", "steps");
     check_slice_axes(params, slice_axes);
     if (params.empty()) return;
@@ -81,8 +105,11 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
     check.flag(skip, "skip");
     std::vector<Pair> pairs;
     std::vector<Shape> shapes;
+    const std::vector<RandomPlace> places = random_places(params, rounding);
+    const bool round_params = rounding.step && rounding.params;
     for (size_t t = 0; t < params.size(); t++) {
         shapes.emplace_back(params[t], -1, -1, slices_of(params, slice_axes, t));
+        align(shapes.back(), nullptr, places[t]);
         pairs.push_back({Array(params[t]), Array(steps[t])});
     }
     const int64_t slices = slice_count(shapes);
@@ -98,7 +125,7 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
     }
     const std::vector<Tile> tiles = make_tiles(shapes);
     std::vector<Buffers> buffers;
-    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements);
+    for (int64_t i = 0; i < worker_count(tiles); i++) buffers.emplace_back(0, kRowElements, false);
     for_each_tile(tiles, [&](int64_t i, int64_t worker) {
         const Tile& tile = tiles[i];
         const float rate = rates(rate_of_slice ? tile.slice : tile.tensor);
@@ -106,10 +133,12 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
         const float unit = squares ? (float)(1.0 / std::sqrt(sums(tile.slice) / sizes(tile.slice) + norm_eps)) : 1.0f;
         const Pair& x = pairs[tile.tensor];
         const int64_t columns = shapes[tile.tensor].columns;
-        float* p = x.p.read(tile.line, tile.start, tile.n, columns, buffers[worker].p);
-        const float* step = x.step.read(tile.line, tile.start, tile.n, columns, buffers[worker].g);
-        kernels().descend(p, step, tile.n, rate * unit, decay);
-        x.p.write(p, tile.line, tile.start, tile.n, columns);
+        for (int64_t line = tile.line; line < tile.line + tile.rows; line++) {
+            float* p = x.p.read(line, tile.start, tile.n, columns, buffers[worker].p);
+            const float* step = x.step.read(line, tile.start, tile.n, columns, buffers[worker].g);
+            kernels().descend(p, step, tile.n, rate * unit, decay);
+            write_parameter(x.p, p, tile, line, columns, round_params, places[tile.tensor]);
+        }
     });
 }
 

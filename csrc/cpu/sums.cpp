@@ -20,7 +20,7 @@ std::vector<int64_t> shape_without(const Tensor& like, int64_t axis) {
 // A tensor of the list. With moments also the parameter, the momenta and the second moments.
 struct SumsOperand {
     Array g, p;
-    const float *m, *v;
+    StoredState state;
     // Results, and partial results where a line or a column is divided among tiles.
     float *line_out, *vector_out, *line_part;
 };
@@ -41,8 +41,11 @@ void add_moments(const Shape& shape, const Tile& tile, const SumsOperand& o, int
         double unused = 0.0;
         kernel(rows, count, tile.n, &unused, stats + kGradientStats);
         for (int64_t j = 0; j < n_v + n_m; j++) {
-            const float* x = j < n_v ? o.v + j * shape.numel : o.m + (j - n_v) * shape.numel;
-            for (int i = 0; i < count; i++) rows[i] = x + line_of(i) * shape.columns + tile.start;
+            // Second moments are the last planes of the state, but the first statistics.
+            const int plane = (int)(j < n_v ? n_m + j : j - n_v);
+            for (int i = 0; i < count; i++) {
+                rows[i] = o.state.read(plane, line_of(i), tile.start, tile.n, shape.columns, buffer + i * tile.n);
+            }
             double* pair = stats + kGradientStats + 1 + 2 * j;
             kernel(rows, count, tile.n, pair, pair + 1);
         }
@@ -53,7 +56,8 @@ void add_moments(const Shape& shape, const Tile& tile, const SumsOperand& o, int
 class Sums {
   public:
     Sums(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
-         const Ints& row_axes, const Ints& col_axes, double clip, bool moments)
+         const Ints& row_axes, const Ints& col_axes, double clip, bool moments, const Tensors& momentum_scales,
+         const Tensors& second_scales)
         : n_v_(second_moments[0].size(0)),
           n_m_(momenta[0].size(0)),
           width_(statistics_width(n_v_, n_m_)),
@@ -66,8 +70,9 @@ class Sums {
             o.g = Array(grads[t]);
             if (moments) {
                 o.p = Array(params[t]);
-                o.m = float_data(copies_.readable(momenta[t]));
-                o.v = float_data(copies_.readable(second_moments[t]));
+                o.state = StoredState(momenta[t], second_moments[t], scales_of(momentum_scales, t),
+                                      scales_of(second_scales, t), false, copies_);
+                align(shapes_.back(), &o.state, RandomPlace());
             }
             results_.add(shape_without(grads[t], row_axes[t]));
             results_.add(shape_without(grads[t], col_axes[t]));
@@ -225,9 +230,12 @@ class Sums {
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          Ints row_axes, Ints col_axes, double clip, bool moments) {
-    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments);
-    return Sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments).run(params[0]);
+                                          Ints row_axes, Ints col_axes, double clip, bool moments,
+                                          Tensors momentum_scales, Tensors second_scales) {
+    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments, momentum_scales, second_scales);
+    return Sums(params, grads, momenta, second_moments, row_axes, col_axes, clip, moments, momentum_scales,
+                second_scales)
+        .run(params[0]);
 }
 
 }  // namespace hf_lopt

@@ -123,6 +123,15 @@ void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t
     (type_ == Type::kHalf ? kernels().from_half : kernels().from_bfloat16)(target, n, values);
 }
 
+void Array::write(float* values, int64_t line, int64_t start, int64_t n, int64_t columns, const RandomRow& row) const {
+    if (type_ != Type::kBFloat16) return write(values, line, start, n, columns);
+    const int64_t first = line * columns + start;
+    uint16_t raw[kRowElements];
+    uint16_t* target = dense_ ? reinterpret_cast<uint16_t*>(data_) + first : raw;
+    kernels().round_bfloat16(&values, 1, n, row, kParameterSlot, &target);
+    if (!dense_) walk<uint16_t>(first, n, [&](uint16_t* x, int64_t i) { *x = raw[i]; });
+}
+
 Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices_)
     : numel(p.numel()), slices(slices_) {
     factored = row_axis >= 0;
@@ -152,7 +161,7 @@ std::vector<Tile> make_tiles(const std::vector<Shape>& shapes, int64_t row_eleme
         next_slice += s.slices;
         if (s.numel == 0) continue;
         const int64_t chunks = (s.columns + row_elements - 1) / row_elements;
-        const int64_t n = ((s.columns + chunks - 1) / chunks + 15) / 16 * 16;
+        const int64_t n = ((s.columns + chunks - 1) / chunks + s.unit - 1) / s.unit * s.unit;
         const int64_t rows = std::max<int64_t>(1, kTileElements / std::min(n, s.columns));
         for (int64_t group = 0; group < s.pre * s.mid; group++) {
             const int64_t line = group / s.mid * s.k * s.mid + group % s.mid;

@@ -9,7 +9,7 @@
 // and L are its last two axes, and a stack of vectors has a line for each.
 //
 // Parameters, gradients and outputs may have any strides and may be float32, bfloat16 or float16: what is not
-// contiguous float32 goes through a buffer of one row. Accumulators must be contiguous float32.
+// contiguous float32 goes through a buffer of one row. So do accumulators in fewer bits (stored.h).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -43,6 +43,8 @@ class Array {
     }
     // Writes back what `read` returned; rounds the numbers in the buffer as they were stored.
     void write(float* values, int64_t line, int64_t start, int64_t n, int64_t columns) const;
+    // Likewise, a bfloat16 tensor rounded at random.
+    void write(float* values, int64_t line, int64_t start, int64_t n, int64_t columns, const RandomRow& row) const;
     bool in_place() const { return dense_ && type_ == Type::kFloat; }
 
   private:
@@ -62,6 +64,7 @@ struct Shape {
     bool factored = false;
     bool row_is_line = false;  // whether the row accumulator is the one with a number per line
     int64_t slices = 1;
+    int64_t unit = 16;  // of the columns of a tile
 
     Shape() = default;
     // Axes and slices have passed the checks of arguments.h.

@@ -5,8 +5,10 @@
 namespace hf_lopt {
 
 std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors momenta, Tensors second_moments,
-                                          Ints row_axes, Ints col_axes, double clip, bool moments) {
-    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments);
+                                          Ints row_axes, Ints col_axes, double clip, bool moments,
+                                          Tensors momentum_scales, Tensors second_scales) {
+    check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments, momentum_scales, second_scales);
+    if (moments) check_float32_state(momenta, second_moments, std::nullopt);
     const size_t count = params.size();
     const Device device(params[0]);
     SumsArgs args{};
@@ -173,6 +175,7 @@ void add_entries(const CommonArguments& x, TensorTableBuilder& builder, Contiguo
 
 Tensor feature_sums(const CommonArguments& common) {
     check_common(common);
+    check_float32_state(common.momenta, common.second_moments, std::nullopt);
     const Device device(common.params[0]);
     FeatureSumsArgs args{};
     args.constants = feature_constants(common);
@@ -193,6 +196,7 @@ Tensor feature_sums(const CommonArguments& common) {
 
 std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const NetworkArguments& network) {
     check_common(common);
+    check_float32_state(common.momenta, common.second_moments, network.rounding.step);
     const Tensor& like = common.params[0];
     const Device device(like);
     ApplyArgs args{};
@@ -234,6 +238,7 @@ std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const Ne
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamArguments& step) {
     const int64_t slices = check_adam_step(params, grads, momenta, second_moments, step);
+    check_float32_state(momenta, second_moments, step.rounding.step);
     const size_t count = params.size();
     const Device device(params[0]);
     AdamArgs args{};
@@ -285,9 +290,10 @@ TensorTable pairs(const Tensors& targets, const Tensors& values, const Ints& sli
 }  // namespace
 
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
-             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip) {
+             std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip, const Rounding& rounding) {
     check_pairs(params, steps, "params", "steps");
     check_slice_axes(params, slice_axes);
+    check_float32_state({}, {}, rounding.step);
     if (params.empty()) return;
     const TensorChecks check(params[0]);
     check.flag(skip, "skip");

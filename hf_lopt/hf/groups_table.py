@@ -33,7 +33,7 @@ def empty_model(name: str) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"--groups builds models with transformers, which cannot be imported: {error}") from None
+        raise ValueError(f"models are built with transformers, which cannot be imported: {error}") from None
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         with torch.device("meta"):

@@ -6,9 +6,10 @@ Everything is local: tensors are never DTensors but the shards of them that this
 
 Axes: T tensors, D decays of a kind of accumulator, F feature columns, S statistics of a tensor, U units, P weights of
 a network, H hidden units of a scheduler, K networks in its bank, I inputs of a scheduler. State of a parameter of
-shape ``s``: momenta and second moments (D, *s); for rank >= 2 row accumulators (D, *s without axis A) and column
-accumulators (D, *s without axis B), where A and B are the largest and the second largest axis; for rank < 2 diagonal
-accumulators (D, *s) instead. Lists have an empty tensor, or an axis of -1, where a parameter has no such thing.
+shape ``s``: momenta and second moments (D, *s), float32, bfloat16 or 8-bit codes; for rank >= 2 row accumulators
+(D, *s without axis A) and column accumulators (D, *s without axis B), where A and B are the largest and the second
+largest axis; for rank < 2 diagonal accumulators (D, *s) instead. Lists have an empty tensor, or an axis of -1, where a
+parameter has no such thing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hf_lopt.kernels.run_arguments import Advance as Advance
+from hf_lopt.kernels.run_arguments import Assign as Assign
+from hf_lopt.kernels.run_arguments import LstmStep as LstmStep
+from hf_lopt.kernels.run_arguments import Pool as Pool
+from hf_lopt.kernels.run_arguments import SpecializeNetworks as SpecializeNetworks
+from hf_lopt.kernels.run_arguments import ZeroNan as ZeroNan
 from hf_lopt.kernels.schema import (
     Arguments,
     Flag,
@@ -29,7 +36,6 @@ from hf_lopt.kernels.schema import (
     OneTensor,
     ScalarType,
     Tensors,
-    WrittenTensor,
     WrittenTensors,
 )
 
@@ -40,10 +46,11 @@ class Sums(Arguments):
 
     Attributes:
         params, grads: float32, bfloat16 or float16.
-        momenta, second_moments: float32; read only where ``moments`` asks for their statistics.
+        momenta, second_moments: read only where ``moments`` asks for their statistics.
         row_axes, col_axes: axes A and B of each tensor.
         clip: bound on the gradient (inf: none).
         moments: whether the statistics of parameters and accumulators are wanted too.
+        momentum_scales, second_scales: see :class:`FeatureSums`.
     """
 
     OPERATOR: ClassVar[str] = "sums"
@@ -58,6 +65,8 @@ class Sums(Arguments):
     col_axes: Integers
     clip: Number
     moments: Flag
+    momentum_scales: Tensors
+    second_scales: Tensors
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,8 @@ class FeatureSums(Arguments):
             axis twice: every vector along it.
         momentum_decays, second_decays, factored_decays: of the accumulators.
         clip, second_eps, diagonal_eps: see :class:`hf_lopt.features.ElementFeatures`.
+        momentum_scales, second_scales: scales of the accumulators that are 8-bit codes, empty for others
+            (:mod:`hf_lopt.kernels.reference.formats`); no entries at all where none is.
     """
 
     OPERATOR: ClassVar[str] = "feature_sums"
@@ -128,6 +139,8 @@ class FeatureSums(Arguments):
     clip: Number
     second_eps: Number
     diagonal_eps: Number
+    momentum_scales: Tensors
+    second_scales: Tensors
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,9 @@ class ApplyNetwork(FeatureSums):
         exp_mult: what the second output is multiplied with under the exponential.
         skip: bool, 0-d; where it is true nothing is changed.
         out: empty, or a float32 tensor for each parameter that receives the step instead of the parameter.
+        step: number of the step, 0-d int64, which the random rounding depends on; None where nothing is so rounded.
+        places: where each parameter lies in the whole one, see ``read_places`` of that module; empty likewise.
+        round_params: whether bfloat16 parameters are rounded at random.
         tf32: products of networks of 32 units may be in TF32 on a GPU; elsewhere all are float32.
 
     The others are those of :class:`FeatureSums`.
@@ -154,6 +170,8 @@ class ApplyNetwork(FeatureSums):
     momenta: WrittenTensors
     second_moments: WrittenTensors
     diagonals: WrittenTensors
+    momentum_scales: WrittenTensors
+    second_scales: WrittenTensors
     weights: Tensors
     biases: Tensors
     scale: OneTensor
@@ -161,6 +179,9 @@ class ApplyNetwork(FeatureSums):
     exp_mult: Number
     skip: OneTensor
     out: WrittenTensors
+    step: MaybeTensor
+    places: Integers
+    round_params: Flag
     tf32: Flag = False
 
 
@@ -177,6 +198,8 @@ class AdamStep(Arguments):
         momentum_correction, second_correction: bias corrections 1 / (1 - d^n), 0-d float32.
         inner_eps, outer_eps: added under the root and to it.
         skip: bool, 0-d; where it is true nothing is changed.
+        momentum_scales, second_scales: see :class:`FeatureSums`.
+        step, places, round_params: see :class:`ApplyNetwork`.
     """
 
     OPERATOR: ClassVar[str] = "adam_step"
@@ -197,6 +220,11 @@ class AdamStep(Arguments):
     inner_eps: Number
     outer_eps: Number
     skip: OneTensor
+    momentum_scales: WrittenTensors
+    second_scales: WrittenTensors
+    step: MaybeTensor
+    places: Integers
+    round_params: Flag
 
 
 @dataclass(frozen=True)
@@ -210,6 +238,7 @@ class Descend(Arguments):
         norm_eps: added to the mean square.
         slice_axes: as in :class:`FeatureSums`.
         skip: bool, 0-d; where it is true nothing is changed.
+        step, places, round_params: see :class:`ApplyNetwork`.
     """
 
     OPERATOR: ClassVar[str] = "descend"
@@ -225,6 +254,9 @@ class Descend(Arguments):
     norm_eps: Number
     slice_axes: Integers
     skip: OneTensor
+    step: MaybeTensor
+    places: Integers
+    round_params: Flag
 
 
 @dataclass(frozen=True)
@@ -250,151 +282,3 @@ class Orthogonalize(Arguments):
     steps: Integer
     eps: Number
     norm_eps: MaybeNumber
-
-
-@dataclass(frozen=True)
-class Advance(Arguments):
-    """Decides about a step, counts it, and forms the features of the run and the inputs of the scheduler.
-
-    Attributes:
-        stats: statistics of pass 0, (T, S) float64, whose gradients have to be finite.
-        sums: sums of pass 1, (T, F) float64, which have to be finite.
-        nonfinite: None, or a bool, 0-d, that says the same of all shards.
-        loss: the mean over ranks, 0-d float32; None where the rule has none.
-        counters: (3,) int64, steps taken, steps skipped, steps skipped in a row.
-        loss_buffer: none, or the averages of the loss and their running minimum, (10,) float32 each.
-        horizon: length of the run in steps, 0 where the rule has none.
-        correction_decays: decays whose bias corrections are wanted.
-        tensor_inputs: none, or what VeLO's features of a tensor are made from: statistics with moments (T, S), sums
-            of squares (T, F), sizes (T,), all float64, and one-hot ranks (T, 5) float32.
-        p_column: the column of Σp² among the sums of squares.
-        rows: number of tensors that the scheduler has an input for.
-    """
-
-    OPERATOR: ClassVar[str] = "advance"
-    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
-    DEVICE_OF: ClassVar[str] = "counters"
-
-    stats: Tensors
-    sums: Tensors
-    nonfinite: MaybeTensor
-    loss: MaybeTensor
-    counters: WrittenTensor
-    loss_buffer: WrittenTensors
-    horizon: Number
-    correction_decays: Numbers
-    tensor_inputs: Tensors
-    p_column: Integer
-    rows: Integer
-
-
-@dataclass(frozen=True)
-class Pool(Arguments):
-    """The scheduler's mixing layer: a maximum over all tensors, added to the row of each.
-
-    Attributes:
-        mixed: both linear maps of the inputs side by side, (T, 2H) float32.
-        hidden: T hidden states (H,) float32.
-    """
-
-    OPERATOR: ClassVar[str] = "pool"
-    RETURNS: ClassVar[str] = "Tensor"
-    DEVICE_OF: ClassVar[str] = "mixed"
-
-    mixed: OneTensor
-    hidden: Tensors
-
-
-@dataclass(frozen=True)
-class LstmStep(Arguments):
-    """The scheduler's LSTM and its heads.
-
-    Attributes:
-        gates: (T, 4H) float32.
-        hidden, cell: T states (H,) float32 each.
-        heads: weights of the heads (H, K + 1), the last column for the multiplier of the step size.
-        heads_bias: (K + 1,).
-        bank: the bank of networks (K, P).
-        softmax: whether controls pass a softmax and the multiplier an exponential, as in Celo.
-        skip: bool, 0-d; where it is true the states stay.
-    """
-
-    OPERATOR: ClassVar[str] = "lstm_step"
-    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
-    DEVICE_OF: ClassVar[str] = "gates"
-
-    gates: OneTensor
-    hidden: WrittenTensors
-    cell: WrittenTensors
-    heads: OneTensor
-    heads_bias: OneTensor
-    bank: OneTensor
-    softmax: Flag
-    skip: OneTensor
-
-
-@dataclass(frozen=True)
-class SpecializeNetworks(Arguments):
-    """The network of each tensor for features that are not normalised, the size of its step and its decay.
-
-    Attributes:
-        networks: flat weights (T or 1, P), layer by layer the matrix and then the bias.
-        sizes: widths of the layers; none: there is no network.
-        outputs: how many outputs are kept.
-        constants: values of the last inputs, which are constant over a tensor, (C,) or (T, C); None without any.
-        sums: sums of squares of the features, (T, F) float64, or empty.
-        numel: over how many elements they were taken, (T,) float64.
-        norm_eps: added to the mean squares.
-        lr, weight_decay: (T,) float32.
-        factors: more factors of the step size, (T,) float32 each.
-        floor: None, or the least size of a parameter that the step is relative to, (T,) float32.
-        step_mult: a factor of all step sizes.
-        p_column: the column of Σp² in ``sums``, -1 for none.
-    """
-
-    OPERATOR: ClassVar[str] = "specialize_networks"
-    RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
-    DEVICE_OF: ClassVar[str] = "lr"
-
-    networks: OneTensor
-    sizes: Integers
-    outputs: Integer
-    constants: MaybeTensor
-    sums: OneTensor
-    numel: OneTensor
-    norm_eps: Number
-    lr: OneTensor
-    weight_decay: OneTensor
-    factors: Tensors
-    floor: MaybeTensor
-    step_mult: Number
-    p_column: Integer
-
-
-@dataclass(frozen=True)
-class Assign(Arguments):
-    """Writes values into targets unless the step is skipped.
-
-    Attributes:
-        targets, values: pairs of one shape.
-        skip: bool, 0-d.
-    """
-
-    OPERATOR: ClassVar[str] = "assign"
-    RETURNS: ClassVar[str] = "()"
-    DEVICE_OF: ClassVar[str] = "skip"
-
-    targets: WrittenTensors
-    values: Tensors
-    skip: OneTensor
-
-
-@dataclass(frozen=True)
-class ZeroNan(Arguments):
-    """Writes 0 where there is NaN."""
-
-    OPERATOR: ClassVar[str] = "zero_nan"
-    RETURNS: ClassVar[str] = "()"
-    DEVICE_OF: ClassVar[str] = "tensors"
-
-    tensors: WrittenTensors

@@ -7,7 +7,9 @@ The kernels change speed, not numbers: without them, and for calls that they do 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import itertools
 import operator
 import os
 import threading
@@ -35,12 +37,15 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
+from hf_lopt.kernels.reference.formats import read_places
 from hf_lopt.kernels.schema import Arguments
 from hf_lopt.kernels.small_matrices import is_small
 
 
 # What the kernels are written for.
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_FLOAT32 = frozenset((torch.float32,))
+STATE_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.int8, torch.uint8))
 _FEATURES = frozenset(FEATURES) - {"log_abs_p"}
 _NOT_WITH_32_UNITS = frozenset(("clip_g", "g_rsqrt_v"))
 _UNITS = (4, 8, 32)
@@ -190,15 +195,50 @@ def _are_floating(*lists: Sequence[Tensor]) -> bool:
     return all(_DTYPES.issuperset(map(_dtype, tensors)) for tensors in lists)
 
 
-def _supports_pairs(x: Sums | AdamStep, device: str) -> bool:
-    return _are_floating(x.params, x.grads)
+def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -> bool:
+    """Accumulators that are not float32, and parameters that are rounded at random: of tensors that are cut along the
+    first axis of their rows at most, and whose rows are no longer than a slice. None on a GPU; warns once of that."""
+    has_step = isinstance(x, (ApplyNetwork, AdamStep, Descend)) and x.step is not None
+    if device != "cpu":
+        state = () if isinstance(x, Descend) else itertools.chain(x.momenta, x.second_moments)
+        if not has_step and _FLOAT32.issuperset(map(_dtype, state)):
+            return True
+        _tell_plain_formats()
+        return False
+    if not has_step:
+        return True
+    slice_axes = [] if isinstance(x, AdamStep) else x.slice_axes
+    for p, place in zip(x.params, read_places(x.places, x.params), strict=True):
+        behind = range(place.row_axis + 1, p.dim())
+        if any(place.starts[i] or place.sizes[i] != p.shape[i] for i in behind):
+            return False
+        if slice_axes and p.dim() > 2 and place.row_axis < p.dim() - 2:
+            return False
+    return True
+
+
+@functools.cache
+def _tell_plain_formats() -> None:
+    notices.warn(
+        "state in bfloat16 or 8-bit codes, and parameters that are rounded at random, have no CUDA kernels yet: "
+        "the step runs in plain PyTorch, several times slower than with state_dtype='float32'."
+    )
+
+
+def _supports_sums(x: Sums, device: str) -> bool:
+    # Also without moments: a resumed run takes them, and has to find the same sums over rows and columns.
+    return _are_floating(x.params, x.grads) and _supports_formats(x, device)
+
+
+def _supports_adam(x: AdamStep, device: str) -> bool:
+    return _are_floating(x.params, x.grads) and _supports_formats(x, device)
 
 
 def _supports_factored(x: UpdateFactored, device: str) -> bool:
     if device == "cuda" and len(x.decays) != 3:
         return False
     lists = (x.rows, x.cols, x.row_sums, x.col_sums, x.row_means)
-    return bool(x.rows) and all({torch.float32}.issuperset(map(_dtype, tensors)) for tensors in lists)
+    return bool(x.rows) and all(_FLOAT32.issuperset(map(_dtype, tensors)) for tensors in lists)
 
 
 def _supports_features(x: FeatureSums, device: str) -> bool:
@@ -207,6 +247,7 @@ def _supports_features(x: FeatureSums, device: str) -> bool:
         _FEATURES.issuperset(x.features)
         and decays == _DECAYS
         and _are_floating(x.params, x.grads)
+        and _supports_formats(x, device)
         and _supports_slices(x.params, x.row_axes, x.col_axes, x.slice_axes, device)
     )
 
@@ -242,7 +283,8 @@ def _supports_network(x: ApplyNetwork, device: str) -> bool:
 
 def _supports_descend(x: Descend, device: str) -> bool:
     none = [-1] * len(x.params)
-    return _are_floating(x.params, x.steps) and _supports_slices(x.params, none, none, x.slice_axes, device)
+    floating = _are_floating(x.params, x.steps) and _supports_formats(x, device)
+    return floating and _supports_slices(x.params, none, none, x.slice_axes, device)
 
 
 def _supports_matrices(x: Orthogonalize, device: str) -> bool:
@@ -277,11 +319,11 @@ def _supports_zero_nan(x: ZeroNan, device: str) -> bool:
 
 
 _SUPPORTS: dict[type[Arguments], Callable[[Any, str], bool]] = {
-    Sums: _supports_pairs,
+    Sums: _supports_sums,
     UpdateFactored: _supports_factored,
     FeatureSums: _supports_features,
     ApplyNetwork: _supports_network,
-    AdamStep: _supports_pairs,
+    AdamStep: _supports_adam,
     Descend: _supports_descend,
     Orthogonalize: _supports_matrices,
     Advance: _supports_advance,

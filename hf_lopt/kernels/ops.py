@@ -58,9 +58,10 @@ def _check_tensors(x: Sums | FeatureSums | AdamStep) -> None:
         torch._check(p.shape == g.shape, lambda p=p, g=g: f"parameter {tuple(p.shape)} has gradient {tuple(g.shape)}")
         for name, state in (("momentum", m), ("second moment", v)):
             torch._check(
-                state.shape[1:] == p.shape and state.dtype == torch.float32,
+                state.shape[1:] == p.shape and state.dtype in dispatch.STATE_DTYPES,
                 lambda n=name, s=state, p=p: (
-                    f"{n} must be float32 of shape (decays, *{tuple(p.shape)}), got {s.dtype} {tuple(s.shape)}"
+                    f"{n} must be float32, bfloat16 or codes of shape (decays, *{tuple(p.shape)}), got {s.dtype} "
+                    f"{tuple(s.shape)}"
                 ),
             )
 

@@ -75,6 +75,8 @@ class Particles:
         unknown = sorted(set(settings or {}) - set(self.rule.defaults))
         if unknown:
             raise ValueError(f"{rule} takes no setting {', '.join(unknown)}; it takes {', '.join(self.rule.defaults)}")
+        if (settings or {}).get("state_dtype", "float32") != "float32":
+            raise ValueError(f"particles keep their state in float32, got state_dtype={settings['state_dtype']!r}")
         # What is left open needs to see models; particles are those of the reference.
         defaults = {key: 0.0 if key == "min_param_scale" else x for key, x in self.rule.defaults.items()}
         self.group = defaults | dict(settings or {}) | {"axis_order": "jax"}

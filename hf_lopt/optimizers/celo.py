@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, StateDtype, WeightsSource
 
 
 class Celo(LearnedOptimizer):
@@ -28,6 +28,10 @@ class Celo(LearnedOptimizer):
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
         max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
             0 (default): no limit.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -44,6 +48,8 @@ class Celo(LearnedOptimizer):
         min_param_scale: float | None = None,
         max_nonfinite_steps: int = 10,
         max_training_steps: int = 0,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -56,6 +62,8 @@ class Celo(LearnedOptimizer):
             min_param_scale=min_param_scale,
             max_nonfinite_steps=max_nonfinite_steps,
             max_training_steps=max_training_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -76,6 +84,10 @@ class CeloAdam(LearnedOptimizer):
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
         max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
             0 (default): no limit.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -91,6 +103,8 @@ class CeloAdam(LearnedOptimizer):
         axis_order: AxisOrder = "torch",
         max_nonfinite_steps: int = 10,
         max_training_steps: int = 0,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -102,4 +116,6 @@ class CeloAdam(LearnedOptimizer):
             axis_order=axis_order,
             max_nonfinite_steps=max_nonfinite_steps,
             max_training_steps=max_training_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )

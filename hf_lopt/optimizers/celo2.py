@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, Branch, NewtonSchulzDtype, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, Branch, NewtonSchulzDtype, StateDtype, WeightsSource
 
 
 class Celo2(LearnedOptimizer):
@@ -34,6 +34,10 @@ class Celo2(LearnedOptimizer):
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default False.
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0: no clipping. Default 0.0.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -55,6 +59,8 @@ class Celo2(LearnedOptimizer):
         adam_bias_correction: bool = False,
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -70,6 +76,8 @@ class Celo2(LearnedOptimizer):
             adam_bias_correction=adam_bias_correction,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -95,6 +103,10 @@ class Celo2Base(Celo2):
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default False.
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0: no clipping. Default 0.0.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -116,6 +128,8 @@ class Celo2Base(Celo2):
         adam_bias_correction: bool = False,
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -130,6 +144,8 @@ class Celo2Base(Celo2):
             adam_bias_correction=adam_bias_correction,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -155,6 +171,10 @@ class ELOCelo2(LearnedOptimizer):
         adam_bias_correction: whether Adam corrects its moments for their start at zero. Default True.
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0: no clipping. Default 1.0.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -174,6 +194,8 @@ class ELOCelo2(LearnedOptimizer):
         adam_bias_correction: bool = True,
         max_grad_norm: float = 1.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -189,4 +211,6 @@ class ELOCelo2(LearnedOptimizer):
             adam_bias_correction=adam_bias_correction,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, StateDtype, WeightsSource
 
 
 class RNNMLP(LearnedOptimizer):
@@ -24,6 +24,10 @@ class RNNMLP(LearnedOptimizer):
         weight_decay: decoupled decay, p <- p - lr * weight_decay * p; no unit, per group. Default 0.0.
         axis_order: how the axes of a tensor lie, per group. Default "torch", (out, in, *kernel).
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -37,6 +41,8 @@ class RNNMLP(LearnedOptimizer):
         weight_decay: float = 0.0,
         axis_order: AxisOrder = "torch",
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -46,4 +52,6 @@ class RNNMLP(LearnedOptimizer):
             weight_decay=weight_decay,
             axis_order=axis_order,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, Precision, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, Precision, StateDtype, WeightsSource
 
 
 class SmallFC(LearnedOptimizer):
@@ -29,6 +29,10 @@ class SmallFC(LearnedOptimizer):
             products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -47,6 +51,8 @@ class SmallFC(LearnedOptimizer):
         precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -61,6 +67,8 @@ class SmallFC(LearnedOptimizer):
             precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -85,6 +93,10 @@ class MuLO(LearnedOptimizer):
             products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -103,6 +115,8 @@ class MuLO(LearnedOptimizer):
         precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -117,6 +131,8 @@ class MuLO(LearnedOptimizer):
             precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -139,6 +155,10 @@ class ELO(LearnedOptimizer):
             products in TF32 that change steps by a few parts in 10^4. On a CPU both are "exact".
         max_grad_norm: largest 2-norm of all gradients, in units of the gradient; 0.0 (default): no clipping.
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -157,6 +177,8 @@ class ELO(LearnedOptimizer):
         precision: Precision = "exact",
         max_grad_norm: float = 0.0,
         max_nonfinite_steps: int = 10,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -171,4 +193,6 @@ class ELO(LearnedOptimizer):
             precision=precision,
             max_grad_norm=max_grad_norm,
             max_nonfinite_steps=max_nonfinite_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_lopt.optimizer import LearnedOptimizer
-from hf_lopt.optimizers.argument_types import AxisOrder, WeightsSource
+from hf_lopt.optimizers.argument_types import AxisOrder, StateDtype, WeightsSource
 
 
 class VeLO(LearnedOptimizer):
@@ -31,6 +31,10 @@ class VeLO(LearnedOptimizer):
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
         max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
             0 (default): no limit. The reference's wrapper has 150,000.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -50,6 +54,8 @@ class VeLO(LearnedOptimizer):
         bank_scale: float = 100.0,
         max_nonfinite_steps: int = 10,
         max_training_steps: int = 0,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -63,6 +69,8 @@ class VeLO(LearnedOptimizer):
             bank_scale=bank_scale,
             max_nonfinite_steps=max_nonfinite_steps,
             max_training_steps=max_training_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )
 
 
@@ -86,6 +94,10 @@ class VeLOSmall(VeLO):
         max_nonfinite_steps: skipped steps in a row that are an error. Default 10.
         max_training_steps: in a run of more optimizer steps, several steps are one update, of their mean gradient;
             0 (default): no limit.
+        state_dtype: what momenta and second moments of matrices are stored in, per group: "float32" (default),
+            "bfloat16" or "int8"; see docs/memory.md.
+        stochastic_rounding: whether bfloat16 parameters are rounded at random instead of to nearest, so that steps
+            below half a unit are not lost. Default False.
 
     Raises:
         ValueError: for an empty parameter list, other dtypes, values out of range, and weights that cannot be loaded.
@@ -105,6 +117,8 @@ class VeLOSmall(VeLO):
         bank_scale: float = 1.0,
         max_nonfinite_steps: int = 10,
         max_training_steps: int = 0,
+        state_dtype: StateDtype = "float32",
+        stochastic_rounding: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -117,4 +131,6 @@ class VeLOSmall(VeLO):
             bank_scale=bank_scale,
             max_nonfinite_steps=max_nonfinite_steps,
             max_training_steps=max_training_steps,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
         )

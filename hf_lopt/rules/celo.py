@@ -27,7 +27,9 @@ INNER_EPS, OUTER_EPS = 1e-10, 1e-8
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
     """Accumulators and scheduler state."""
-    return accumulators.init(p, group["axis_order"], VELO.decays) | scheduler.init_scheduler(p, theta)
+    return accumulators.init(p, group["axis_order"], VELO.decays, group["state_dtype"]) | scheduler.init_scheduler(
+        p, theta
+    )
 
 
 def init_run(theta: Theta) -> dict[str, Tensor]:
@@ -55,7 +57,7 @@ def update(
 
 def init_adam_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
     """Adam's moments and the scheduler's state. Nothing uses the factored accumulators of the reference."""
-    return accumulators.init(p, group["axis_order"], ADAM) | scheduler.init_scheduler(p, theta)
+    return accumulators.init(p, group["axis_order"], ADAM, group["state_dtype"]) | scheduler.init_scheduler(p, theta)
 
 
 def prepare_adam(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +103,8 @@ def update_adam(
             inner_eps=INNER_EPS,
             outer_eps=OUTER_EPS,
             skip=decision.skip,
+            **tensors.scales,
+            **tensors.rounding,
         )
     )
     return UpdateResult({}, decision.skip, scheduler.report(tensors, decision, schedule, sums))
@@ -119,8 +123,10 @@ CELO_RULE = Rule(
         "min_param_scale": None,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "min_param_scale"),
+    per_group=("axis_order", "min_param_scale", "state_dtype"),
     shapes=scheduler.bank_shapes()
     | scheduler.scheduler_shapes(SHARED_INPUTS, {"rnn_to_controls": "K", "step_size": 1}),
     init_state=init_state,
@@ -145,8 +151,10 @@ CELO_ADAM_RULE = Rule(
         "axis_order": "torch",
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order",),
+    per_group=("axis_order", "state_dtype"),
     shapes=scheduler.scheduler_shapes(SHARED_INPUTS, {"step_size": 1}),
     init_state=init_adam_state,
     init_run=init_run,

@@ -59,7 +59,7 @@ def uses_adam(rank: int, group: Mapping[str, Any]) -> bool:
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
     decays = ADAM if uses_adam(p.dim(), group) else CELO2.decays
-    return accumulators.init(p, group["axis_order"], decays)
+    return accumulators.init(p, group["axis_order"], decays, group["state_dtype"])
 
 
 def init_run(theta: Theta) -> dict[str, Tensor]:
@@ -275,6 +275,8 @@ def _adam_step(tensors: TensorList, decision: StepDecision, settings: Mapping[st
             inner_eps=0.0 if corrected else ADAM_EPS,
             outer_eps=ADAM_EPS if corrected else 0.0,
             skip=decision.skip,
+            **tensors.scales,
+            **tensors.rounding,
         )
     )
     return sums
@@ -296,8 +298,10 @@ CELO2_RULE = Rule(
         "adam_bias_correction": False,
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "branch"),
+    per_group=("axis_order", "branch", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,
@@ -325,8 +329,10 @@ CELO2_BASE_RULE = Rule(
         "adam_bias_correction": False,
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "branch"),
+    per_group=("axis_order", "branch", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,
@@ -354,8 +360,10 @@ ELO_CELO2_RULE = Rule(
         "adam_bias_correction": True,
         "max_grad_norm": 1.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "branch"),
+    per_group=("axis_order", "branch", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,

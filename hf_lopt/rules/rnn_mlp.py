@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.features import RNN_MLP, STEP_SCALES
-from hf_lopt.kernels.reference.passes import ema
+from hf_lopt.kernels.reference.formats import accumulators as accumulators_of
+from hf_lopt.kernels.reference.passes import block_indices, block_size, ema
 from hf_lopt.rules.base import Rule, UpdateResult
 from hf_lopt.step import accumulators, networks, passes
 from hf_lopt.step.measure import measure
@@ -62,7 +63,7 @@ def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, T
         raise ValueError(
             f"rnn_mlp has inputs for at most 4 axes, got a parameter of shape {tuple(p.shape)}; take another rule"
         )
-    state = accumulators.init(p, group["axis_order"], RNN_MLP.decays) | init_scheduler(p, theta)
+    state = accumulators.init(p, group["axis_order"], RNN_MLP.decays, group["state_dtype"]) | init_scheduler(p, theta)
     return state | {"from_mlp": theta["initial_from_mlp"].to(p.device, copy=True)}
 
 
@@ -107,9 +108,19 @@ def tensor_sums(tensors: TensorList) -> Tensor:
     the whole tensors."""
     d = RNN_MLP.decays
     rows = []
-    for p, g, m, v in zip(tensors.params, tensors.grads, tensors.momenta, tensors.second_moments, strict=True):
-        m, v = ema(m, g, d.momentum), ema(v, g.square(), d.second_moment)
-        rows.append(torch.cat([_moments(x) for x in (g, m, v, p)]))
+    scales = tensors.scales
+    momenta = accumulators_of(tensors.momenta, scales["momentum_scales"])
+    second_moments = accumulators_of(tensors.second_moments, scales["second_scales"])
+    for p, g, m, v in zip(tensors.params, tensors.grads, momenta, second_moments, strict=True):
+        # State in float32 is there as a whole; what has to be decoded is decoded some rows at a time.
+        indices = [()] if m.values.dtype == torch.float32 else block_indices(p.shape, block_size(p), m.row_axis)
+        row = None
+        for index in indices:
+            part, param = (g[index], p[index]) if index else (g, p)
+            new = ema(m.load(index), part, d.momentum), ema(v.load(index), part.square(), d.second_moment)
+            found = torch.cat([_moments(x) for x in (part, *new, param)])
+            row = found if row is None else row + found
+        rows.append(torch.zeros(8, dtype=torch.float64, device=p.device) if row is None else row)
     return torch.stack(distributed.sum_over(list(zip(rows, _shard_groups(tensors), strict=True))))
 
 
@@ -215,8 +226,10 @@ RNN_MLP_RULE = Rule(
         "weight_decay": 0.0,
         "axis_order": "torch",
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order",),
+    per_group=("axis_order", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,

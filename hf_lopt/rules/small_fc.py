@@ -57,7 +57,7 @@ def prepare(theta: Theta, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
-    return accumulators.init(p, group["axis_order"], SMALL_FC.decays)
+    return accumulators.init(p, group["axis_order"], SMALL_FC.decays, group["state_dtype"])
 
 
 def init_run(theta: Theta) -> dict[str, Tensor]:
@@ -104,8 +104,10 @@ SMALL_FC_RULE = Rule(
         "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "step_scale"),
+    per_group=("axis_order", "step_scale", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,
@@ -131,8 +133,10 @@ MULO_RULE = Rule(
         "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "step_scale"),
+    per_group=("axis_order", "step_scale", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,
@@ -160,8 +164,10 @@ ELO_RULE = Rule(
         "precision": "exact",
         "max_grad_norm": 0.0,
         "max_nonfinite_steps": 10,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "step_scale"),
+    per_group=("axis_order", "step_scale", "state_dtype"),
     shapes=_shapes(),
     init_state=init_state,
     init_run=init_run,

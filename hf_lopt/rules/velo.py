@@ -25,7 +25,9 @@ STEP_MULT = EXP_MULT = 0.001
 
 def init_state(p: Tensor, group: Mapping[str, Any], theta: Theta) -> dict[str, Tensor]:
     """Accumulators and scheduler state."""
-    return accumulators.init(p, group["axis_order"], VELO.decays) | scheduler.init_scheduler(p, theta)
+    return accumulators.init(p, group["axis_order"], VELO.decays, group["state_dtype"]) | scheduler.init_scheduler(
+        p, theta
+    )
 
 
 def init_run(theta: Theta) -> dict[str, Tensor]:
@@ -71,8 +73,10 @@ VELO_RULE = Rule(
         "bank_scale": 100.0,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,  # the reference's wrapper: 150,000; beyond it, gradients are accumulated
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "min_param_scale"),
+    per_group=("axis_order", "min_param_scale", "state_dtype"),
     shapes=_SHAPES,
     init_state=init_state,
     init_run=init_run,
@@ -100,8 +104,10 @@ VELO_S_RULE = Rule(
         "bank_scale": 1.0,
         "max_nonfinite_steps": 10,
         "max_training_steps": 0,
+        "state_dtype": "float32",
+        "stochastic_rounding": False,
     },
-    per_group=("axis_order", "min_param_scale"),
+    per_group=("axis_order", "min_param_scale", "state_dtype"),
     shapes=_SHAPES,
     init_state=init_state,
     init_run=init_run,

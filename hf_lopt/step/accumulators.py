@@ -12,15 +12,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.features import FACTORED_EPS, Decays
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import UpdateFactored
+from hf_lopt.kernels.reference import formats
 from hf_lopt.kernels.reference.passes import ema
 
 
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+# The parts of an accumulator of 8-bit codes, after its name.
+CODES, SCALES = "_codes", "_scales"
+CODE_DTYPES = {"momentum": torch.int8, "second_moment": torch.uint8}
+# Below them, fewer bits save nothing worth the rounding; scales would take more than 4.3 bytes per element.
+_LEAST_ELEMENTS, _LEAST_COLUMNS = 4096, 64
 AXIS_ORDERS = ("torch", "jax", "torch_transposed", "torch_stacked", "torch_merged", "jax_merged")
 # What a tensor is once :func:`matrix_shape` has merged its axes, or has divided the first one.
 _MERGED = {"torch_merged": "torch", "jax_merged": "jax"}
@@ -110,17 +118,59 @@ def factored_axes(shape: Sequence[int], axis_order: str = "torch") -> tuple[int,
     return axes[-1], axes[-2]
 
 
-def init(p: Tensor, axis_order: str, decays: Decays) -> dict[str, Tensor]:
-    """Zero accumulators of one parameter, float32, on its device and sharded as it is, in its :func:`matrix_shape`.
+def row_axis(shape: Sequence[int], axis_order: str) -> int:
+    """The first axis of the rows that kernels read, and that blocks of codes lie in, of the :func:`matrix_shape`; 0
+    for rank < 2."""
+    return max(*factored_axes(matrix_shape(shape, axis_order), without_view(axis_order)), 0)
 
-    ``momentum`` (D, *shape), ``second_moment`` (D, *shape); for rank >= 2 ``factored_row`` (D, *shape without A) and
-    ``factored_col`` (D, *shape without B), otherwise ``factored_diag`` (D, *shape).
+
+def stored_as(p: Tensor, axis_order: str, state_dtype: str) -> str:
+    """The format of a parameter's momenta and second moments, one of `STATE_DTYPES`, where ``state_dtype`` is wanted.
+
+    Vectors and tensors of fewer than 4,096 elements are float32. With "int8", tensors whose rows are shorter than 64
+    elements, several axes joined (the kernels of a convolution), or cut by shards elsewhere than between two blocks
+    are bfloat16: each rank has whole blocks, and blocks are the same however a tensor is sharded.
     """
     p, axis_order = matrix_view(p, axis_order), without_view(axis_order)
-    state = {
-        "momentum": distributed.zeros(p, len(decays.momentum)),
-        "second_moment": distributed.zeros(p, len(decays.second_moment)),
-    }
+    if state_dtype == "float32" or p.dim() < 2 or p.numel() < _LEAST_ELEMENTS:
+        return "float32"
+    axis = row_axis(p.shape, axis_order)
+    columns = math.prod(p.shape[axis:])
+    has_rows = columns == p.shape[axis] >= _LEAST_COLUMNS and not _cuts_blocks(
+        distributed.sharding_of(p), axis, columns
+    )
+    return "int8" if state_dtype == "int8" and has_rows else "bfloat16"
+
+
+def _cuts_blocks(sharding: distributed.Sharding | None, axis: int, columns: int) -> bool:
+    """Whether shards end within a block of a row along ``axis``, or have their scales elsewhere than their codes."""
+    if sharding is None:
+        return False
+    sizes = [sharding.mesh.size(d) for d, sharded in enumerate(sharding.axes) if sharded >= axis]
+    if math.prod(sizes) == 1:
+        return False
+    blocks, shard = formats.block_count(columns), -(-columns // sizes[0])
+    return len(sizes) > 1 or shard % formats.BLOCK != 0 or -(-blocks // sizes[0]) * formats.BLOCK != shard
+
+
+def init(p: Tensor, axis_order: str, decays: Decays, state_dtype: str = "float32") -> dict[str, Tensor]:
+    """Zero accumulators of one parameter, on its device and sharded as it is, in its :func:`matrix_shape`.
+
+    ``momentum`` (D, *shape), ``second_moment`` (D, *shape), in the format that :func:`stored_as` says; as 8-bit codes
+    ``momentum_codes`` and ``second_moment_codes`` (D, *shape), and ``momentum_scales`` and ``second_moment_scales``
+    (D, *rows, blocks), float32, of the blocks of each row (:mod:`hf_lopt.kernels.reference.formats`). For rank >= 2
+    ``factored_row`` (D, *shape without A) and ``factored_col`` (D, *shape without B), otherwise ``factored_diag``
+    (D, *shape), float32.
+    """
+    p, axis_order = matrix_view(p, axis_order), without_view(axis_order)
+    state, kind = {}, stored_as(p, axis_order, state_dtype)
+    for name, count in (("momentum", len(decays.momentum)), ("second_moment", len(decays.second_moment))):
+        if kind != "int8":
+            state[name] = distributed.zeros(p, count, dtype=getattr(torch, kind))
+            continue
+        blocks = row_axis(p.shape, axis_order), formats.BLOCK
+        state[name + CODES] = distributed.zeros(p, count, dtype=CODE_DTYPES[name])
+        state[name + SCALES] = distributed.zeros(p, count, blocks=blocks)
     if decays.factored:
         a, b = factored_axes(p.shape, axis_order)
         if a < 0:

@@ -6,14 +6,17 @@ of them is the same object of the same shape, type and device.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.step.accumulators import CODES, SCALES
 
 
 class StateLists(dict[str, list[Tensor | None]]):
@@ -27,7 +30,32 @@ class StateLists(dict[str, list[Tensor | None]]):
     def __init__(self, lists: Mapping[str, list[Any]]):
         super().__init__(lists)
         self._filled: dict[str, list[Tensor]] = {}
+        self._stored: dict[str, list[Tensor]] = {}
+        self._scales: dict[str, list[Tensor]] | None = None
         self.picked: dict[Any, tuple[list[Tensor], list[Tensor], StateLists, dict[str, list[str]]]] = {}
+
+    @functools.cached_property
+    def all_float32(self) -> bool:
+        """Whether momenta are stored in float32 only; second moments are as they are."""
+        if any(name.startswith("momentum_") for name in self):
+            return False
+        return all(x is None or x.dtype == torch.float32 for x in self.get("momentum", ()))
+
+    def stored(self, name: str, empty: Tensor, count: int) -> list[Tensor]:
+        """The accumulator ``name`` of ``count`` parameters as each has it stored. The same object each time."""
+        found = self._stored.get(name)
+        if found is None:
+            codes, values = self.get(name + CODES), self.filled(name, empty, count)
+            found = values if codes is None else [x if c is None else c for x, c in zip(values, codes, strict=True)]
+            self._stored[name] = found
+        return found
+
+    def scales(self, empty: Tensor, count: int) -> dict[str, list[Tensor]]:
+        """What the passes take beside the accumulators, for those that are 8-bit codes. The same object each time."""
+        if self._scales is None:
+            names = (("momentum_scales", "momentum" + SCALES), ("second_scales", "second_moment" + SCALES))
+            self._scales = {key: self.filled(name, empty, count) if name in self else [] for key, name in names}
+        return self._scales
 
     def filled(self, key: str, empty: Tensor, count: int) -> list[Tensor]:
         """The list ``key`` of ``count`` parameters with ``empty`` for None. The same object each time."""
@@ -63,6 +91,7 @@ class HeldTensors:
     Attributes:
         pairs: parameters with a gradient, each with its group.
         params, groups: the same, apart; ``own_groups``: each of these groups once.
+        numbers: places of these parameters among all of the optimizer's groups.
         grads: their gradients in this step; :meth:`release` lets go of them.
         local_params: this rank's shards of them.
         state: this rank's shards of their state.
@@ -101,6 +130,11 @@ class HeldTensors:
         self._shards = list(map(distributed.local, self._sharded))
         self._grad_types, self._strides = list(map(type, self.grads)), list(map(Tensor.stride, self.grads))
         self._grad_kinds = list(map(_grad_kind, self.grads))
+
+    @property
+    def numbers(self) -> list[int]:
+        places = {id(p): i for i, p in enumerate(self._listed)}
+        return [places[id(p)] for p in self.params]
 
     def unchanged(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether groups, parameters and state are those of before, and gradients of the same kinds; takes these."""

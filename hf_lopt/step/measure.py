@@ -215,6 +215,7 @@ def _gradient_sums(tensors: TensorList, features: ElementFeatures, moments: bool
             col_axes=col_axes,
             clip=features.clip,
             moments=moments and cached is None,
+            **tensors.scales,
         )
     )
     if cached is None and moments:
@@ -235,6 +236,8 @@ def _nonfinite_statistics(tensors: TensorList) -> Tensor:
             col_axes=none,
             clip=math.inf,
             moments=False,
+            momentum_scales=[],
+            second_scales=[],
         )
     )[2]
 
@@ -303,6 +306,7 @@ def feature_arguments(tensors: TensorList, features: ElementFeatures, f: Factors
         "clip": features.clip,
         "second_eps": features.second_eps,
         "diagonal_eps": features.diagonal_eps,
+        **tensors.scales,
     }
 
 

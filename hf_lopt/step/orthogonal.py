@@ -16,7 +16,8 @@ from torch import Tensor
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import Orthogonalize
 from hf_lopt.ownership import Ownership
-from hf_lopt.step.tensors import Layout, TensorList, matrix_axes
+from hf_lopt.step.layout import Layout, matrix_axes
+from hf_lopt.step.tensors import TensorList
 
 
 COEFFICIENTS, STEPS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-8

@@ -50,6 +50,7 @@ def apply_network(
             exp_mult=exp_mult,
             skip=skip,
             out=(),
+            **tensors.rounding,
             tf32=tf32,
         )
     )
@@ -90,6 +91,7 @@ def network_outputs(
             exp_mult=0.0,
             skip=skip,
             out=out,
+            **tensors.rounding,
         )
     )
     store(tensors, skip, factored_row=factors.rows, factored_col=factors.cols)
@@ -117,6 +119,7 @@ def descend(
             # Without squares slices differ in their settings at most, which are those of replicas.
             slice_axes=layout.slice_axes if layout.stacked or squares is not None else [],
             skip=skip,
+            **tensors.rounding,
         )
     )
 

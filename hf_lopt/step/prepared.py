@@ -12,7 +12,8 @@ from torch import Tensor
 from hf_lopt import distributed
 from hf_lopt.step.accumulators import matrix_view, without_view
 from hf_lopt.step.held import HeldTensors
-from hf_lopt.step.tensors import StepCache, TensorList, make_layout
+from hf_lopt.step.layout import make_layout
+from hf_lopt.step.tensors import StepCache, TensorList
 
 
 class PreparedStep:
@@ -21,11 +22,11 @@ class PreparedStep:
     def __init__(
         self,
         key: tuple[Hashable, ...],
-        params: Sequence[Tensor],
-        groups: Sequence[Mapping[str, Any]],
+        held: HeldTensors,
         rule: Any,
         theta: Mapping[str, Tensor],
     ):
+        params, groups = held.params, held.groups
         devices = sorted({str(p.device) for p in params})
         if len(devices) > 1:
             raise ValueError(
@@ -37,7 +38,7 @@ class PreparedStep:
         orders = [group["axis_order"] for group in groups]
         seen = [matrix_view(p, order) for p, order in zip(params, orders, strict=True)]
         self._shapes = {i: distributed.local(x).shape for i, x in enumerate(seen) if x is not params[i]}
-        self.layout = make_layout(seen, [without_view(order) for order in orders])
+        self.layout = make_layout(seen, [without_view(order) for order in orders], numbers=held.numbers)
         self.cache = StepCache()
         self.weights = rule.prepare({name: leaf.to(self.layout.device) for name, leaf in theta.items()}, groups[0])
         self._settings: dict[str, Tensor] = {}

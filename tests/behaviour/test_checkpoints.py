@@ -12,7 +12,7 @@ import hf_lopt
 
 
 # Settings that rules have got since; a checkpoint without them leaves them as they are.
-LATER = {"precision"}
+LATER = {"precision", "state_dtype", "stochastic_rounding"}
 
 
 @pytest.mark.parametrize("rule", hf_lopt.available())

@@ -3,7 +3,8 @@
 They are written block by block, so that their temporaries stay in cache and never grow to the size of a tensor.
 
 Axes: T tensors, F feature columns, H hidden units, O network outputs, D decays, n elements of a block.
-Shapes of a tensor's state, for a parameter of shape ``s``: momentum and second moment ``(D, *s)``; factored row
+Shapes of a tensor's state, for a parameter of shape ``s``: momentum and second moment ``(D, *s)``, as
+:mod:`hf_lopt.kernels.reference.formats` stores them; factored row
 accumulator ``(D, *s without axis A)`` and column accumulator ``(D, *s without axis B)``, where A and B are the largest
 and second largest axis; for rank < 2 a diagonal accumulator ``(D, *s)`` instead.
 """
@@ -29,6 +30,7 @@ from hf_lopt.features import (
     STAT_PAIRS,
 )
 from hf_lopt.kernels.arguments import ApplyNetwork, FeatureSums, Sums, UpdateFactored
+from hf_lopt.kernels.reference import formats
 
 
 # Elements of a block: small enough for the feature matrix to stay in cache, large enough to hide the cost of a call.
@@ -42,21 +44,27 @@ def complement(decay: float) -> float:
     return (1.0 - decay32).item()
 
 
-def block_indices(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Index tuples that cut a tensor into blocks of about ``limit`` elements along its leading axes."""
+def block_indices(shape: Sequence[int], limit: int, row_axis: int | None = None) -> Iterator[tuple[slice, ...]]:
+    """Index tuples that cut a tensor into blocks of about ``limit`` elements along its leading axes.
+
+    ``row_axis``: the axes from this one on are rows of 8-bit codes, whose blocks are not cut.
+    """
     numel = math.prod(shape)
     if numel == 0:
         return
-    if numel <= limit or not shape:
+    if numel <= limit or not shape or (row_axis is not None and row_axis < 0):
         yield ()
         return
     inner = numel // shape[0]
-    if inner > limit:
+    if inner > limit and row_axis != 0:
         for i in range(shape[0]):
-            for rest in block_indices(shape[1:], limit):
+            for rest in block_indices(shape[1:], limit, None if row_axis is None else row_axis - 1):
                 yield (slice(i, i + 1), *rest)
         return
     length = max(1, limit // inner)
+    if row_axis == 0:
+        unit = formats.BLOCK // math.gcd(formats.BLOCK, inner)
+        length = max(length // unit, 1) * unit
     for i in range(0, shape[0], length):
         yield (slice(i, i + length),)
 
@@ -88,8 +96,8 @@ class Block:
         self.g = g.clamp(-x.clip, x.clip) if x.clip < math.inf else g
         self.p = tensors.params[t][index].float()
         g2 = self.g * self.g
-        self.m = ema(block_of(tensors.momenta[t], index), self.g, x.momentum_decays)
-        self.v = ema(block_of(tensors.second_moments[t], index), g2, x.second_decays)
+        self.m = ema(tensors.momenta[t].load(index), self.g, x.momentum_decays)
+        self.v = ema(tensors.second_moments[t].load(index), g2, x.second_decays)
         self.rsqrt_v = (self.v + x.second_eps).rsqrt_()
         self.diagonal_eps = x.diagonal_eps
         self.diagonal: Tensor | None = None
@@ -126,7 +134,8 @@ class Tensors:
     def __init__(self, arguments: FeatureSums):
         x = self.arguments = arguments
         self.params, self.grads = list(x.params), list(x.grads)
-        self.momenta, self.second_moments = list(x.momenta), list(x.second_moments)
+        self.momenta = formats.accumulators(x.momenta, x.momentum_scales)
+        self.second_moments = formats.accumulators(x.second_moments, x.second_scales)
         self.diagonals = list(x.diagonals)
         self.row_axes, self.col_axes = list(x.row_axes), list(x.col_axes)
 
@@ -152,7 +161,10 @@ class Tensors:
         axes = self.arguments.slice_axes
         self._indices = indices = [slice_indices(p.shape, axes[2 * t : 2 * t + 2]) for t, p in enumerate(self.params)]
         self.params, self.grads = self.slices_of(self.params), self.slices_of(self.grads)
-        for name in ("momenta", "second_moments", "diagonals", "rows", "cols", "row_factors", "col_factors"):
+        for name in ("momenta", "second_moments"):
+            pairs = zip(getattr(self, name), indices, strict=True)
+            setattr(self, name, [part for x, index in pairs for part in x.slices(index)])
+        for name in ("diagonals", "rows", "cols", "row_factors", "col_factors"):
             xs = zip(getattr(self, name), indices, strict=True)
             setattr(self, name, [block_of(x, i) if x.dim() > 1 else x for x, index in xs for i in index])
         for name in ("row_axes", "col_axes"):
@@ -180,8 +192,17 @@ class Tensors:
 
     def blocks(self, t: int) -> Iterator[tuple[tuple[slice, ...], Block]]:
         p = self.params[t]
-        for index in block_indices(p.shape, block_size(p)):
+        for index in block_indices(p.shape, block_size(p), self.momenta[t].row_axis):
             yield index, Block(self, t, index)
+
+    def places(self) -> list[formats.Place]:
+        """Where each entry of the results lies; none where nothing is rounded at random."""
+        x = self.arguments
+        assert isinstance(x, ApplyNetwork)
+        places = formats.read_places(x.places, x.params)
+        if not x.slice_axes or not places:
+            return places
+        return [place.of_slice(i) for place, index in zip(places, self._indices, strict=True) for i in index]
 
 
 def slice_indices(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[slice, ...]]:
@@ -220,6 +241,8 @@ def sums(arguments: Sums) -> tuple[list[Tensor], list[Tensor], Tensor]:
     stats = torch.zeros(
         len(x.params), stat_width(x.momenta, x.second_moments), dtype=torch.float64, device=x.params[0].device
     )
+    momenta = formats.accumulators(x.momenta, x.momentum_scales)
+    second_moments = formats.accumulators(x.second_moments, x.second_scales)
     rows, cols = [], []
     for t, (p, g) in enumerate(zip(x.params, x.grads, strict=True)):
         a, b = x.row_axes[t], x.col_axes[t]
@@ -227,12 +250,12 @@ def sums(arguments: Sums) -> tuple[list[Tensor], list[Tensor], Tensor]:
         if a >= 0:
             keep[0][a] = keep[1][b] = 1
         row, col = (torch.zeros(s, dtype=torch.float32, device=g.device) for s in keep)
-        for index in block_indices(g.shape, block_size(g)):
+        for index in block_indices(g.shape, block_size(g), momenta[t].row_axis if x.moments else None):
             y = g[index].float()
             stats[t, STAT_NONFINITE] += (~torch.isfinite(y)).sum()
             stats[t, STAT_G2] += sum_of_squares(y)
             if x.moments:
-                _add_moments(stats[t], p[index], block_of(x.second_moments[t], index), block_of(x.momenta[t], index))
+                _add_moments(stats[t], p[index], second_moments[t].load(index), momenta[t].load(index))
             if a >= 0:
                 y = y.clamp(-x.clip, x.clip) if x.clip < math.inf else y
                 y = y * y
@@ -273,6 +296,13 @@ def store_unless(skip: Tensor) -> Callable[[Tensor, Tensor], None] | None:
     return lambda target, value: target.copy_(torch.where(skip, target, value))
 
 
+def store_parameter(p: Tensor, new: Tensor, store: formats.Store, noise: formats.Noise | None) -> None:
+    """Stores new values of a parameter; of one in bfloat16 rounded at random where there is ``noise``."""
+    if noise is not None and p.dtype == torch.bfloat16:
+        new = formats.round_to_bfloat16(new, noise(formats.PARAMETER_SLOT))
+    store(p, new)
+
+
 def apply_network(arguments: ApplyNetwork) -> tuple[Tensor, Tensor]:
     """Pass 2. Evaluates the network and updates params, momenta, second moments and diagonals in place.
 
@@ -283,9 +313,9 @@ def apply_network(arguments: ApplyNetwork) -> tuple[Tensor, Tensor]:
     Returns (T, O - 1) float64: Σ step², then the sums of the outputs o2, o3, …; and the statistics that pass 0 would
     find next with ``moments``, so that it need not read the parameters and accumulators (undefined after a skip)."""
     a, x = arguments, Tensors(arguments)
-    outs = x.slices_of(a.out)
+    outs, places = x.slices_of(a.out), x.places()
     sums = torch.zeros(len(x.params), a.weights[-1].shape[-1] - 1, dtype=torch.float64, device=a.scale.device)
-    stats = sums.new_zeros(len(x.params), stat_width(x.momenta, x.second_moments))
+    stats = sums.new_zeros(len(x.params), stat_width(a.momenta, a.second_moments))
     store = store_unless(a.skip)
     if store is None:
         return sums, stats
@@ -305,15 +335,17 @@ def apply_network(arguments: ApplyNetwork) -> tuple[Tensor, Tensor]:
             step = (z[0] * torch.exp(z[1] * a.exp_mult) * a.scale[t]).view(shape)
             sums[t, 0] += sum_of_squares(step)
             sums[t, 1:] += z[2:].sum(1, dtype=torch.float64)
-            store(block_of(x.momenta[t], index), block.m)
-            store(block_of(x.second_moments[t], index), block.v)
+            noise = None if a.step is None else formats.Noise(places[t], index, shape, a.step)
+            m = x.momenta[t].put(index, block.m, store, noise, 0)
+            v = x.second_moments[t].put(index, block.v, store, noise, len(m))
             if block.diagonal is not None:
                 store(block_of(x.diagonals[t], index), block.diagonal)
             if a.out:
                 store(outs[t][index], step)
             else:
-                store(p[index], torch.addcmul(block.p, block.p, a.decay[t], value=-1) - step)
-            _add_moments(stats[t], p[index], block.v, block.m)
+                new = torch.addcmul(block.p, block.p, a.decay[t], value=-1) - step
+                store_parameter(p[index], new, store, noise if a.round_params else None)
+            _add_moments(stats[t], p[index], v, m)
     return sums, stats
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_lopt.kernels.arguments import AdamStep, Descend
+from hf_lopt.kernels.reference import formats
 from hf_lopt.kernels.reference.passes import (
     block_indices,
     block_of,
     block_size,
     ema,
     slice_indices,
+    store_parameter,
     store_unless,
     sum_of_squares,
 )
@@ -41,13 +43,17 @@ def descend(arguments: Descend) -> None:
     def setting(values: Tensor, t: int, number: int) -> Tensor:
         return values[0 if len(values) == 1 else number if len(values) == len(slices) else t]
 
+    places = formats.read_places(x.places, x.params)
     for number, (t, i) in enumerate(slices):
         p, step, rate = x.params[t][i], x.steps[t][i], setting(x.lr, t, number)
         shrink = rate * setting(x.weight_decay, t, number)
         rate = rate if inverse_rms is None else rate * inverse_rms[number]
         for index in block_indices(p.shape, block_size(p)):
-            value = p[index].float()
-            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step[index] * rate)
+            value, noise = p[index].float(), None
+            if x.step is not None and x.round_params:
+                noise = formats.Noise(places[t].of_slice(i), index, value.shape, x.step)
+            new = torch.addcmul(value, value, shrink, value=-1) - step[index] * rate
+            store_parameter(p[index], new, store, noise)
 
 
 def _slice_numbers(values: Tensor, t: int, params: Sequence[Tensor], index: tuple[slice, ...]) -> Tensor:
@@ -70,17 +76,22 @@ def adam_step(arguments: AdamStep) -> Tensor:
     store = store_unless(x.skip)
     if store is None:
         return out
+    momenta = formats.accumulators(x.momenta, x.momentum_scales)
+    second_moments = formats.accumulators(x.second_moments, x.second_scales)
+    places = formats.read_places(x.places, x.params)
     for t, (p, g) in enumerate(zip(x.params, x.grads, strict=True)):
-        for index in block_indices(p.shape, block_size(p)):
+        for index in block_indices(p.shape, block_size(p), momenta[t].row_axis):
             gradient, value = g[index].float(), p[index].float()
             gradient = gradient.clamp(-x.clip, x.clip) if x.clip < math.inf else gradient
-            m = ema(block_of(x.momenta[t], index), gradient, [x.momentum_decay])
-            v = ema(block_of(x.second_moments[t], index), gradient * gradient, [x.second_decay])
+            m = ema(momenta[t].load(index), gradient, [x.momentum_decay])
+            v = ema(second_moments[t].load(index), gradient * gradient, [x.second_decay])
             root = (v[0] * x.second_correction + x.inner_eps).sqrt_().add_(x.outer_eps)
             rate, shrink = (_slice_numbers(values, t, x.params, index) for values in (x.scale, x.decay))
             step = m[0] * x.momentum_correction / root * rate
             out[t] += sum_of_squares(step)
-            store(block_of(x.momenta[t], index), m)
-            store(block_of(x.second_moments[t], index), v)
-            store(p[index], torch.addcmul(value, value, shrink, value=-1) - step)
+            noise = None if x.step is None else formats.Noise(places[t], index, value.shape, x.step)
+            momenta[t].put(index, m, store, noise, 0)
+            second_moments[t].put(index, v, store, noise, 1)
+            new = torch.addcmul(value, value, shrink, value=-1) - step
+            store_parameter(p[index], new, store, noise if x.round_params else None)
     return out
