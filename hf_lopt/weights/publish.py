@@ -27,7 +27,10 @@ FORMATS = ("theta_state", "safetensors", "published")
 README = "README.md"
 
 # Settings of a run, which do not go with the weights.
-_OF_A_RUN = ("lr", "weights", "weight_decay", "num_training_steps", "max_training_steps", "max_nonfinite_steps")
+_OF_A_RUN = (
+    *("lr", "weights", "weight_decay", "num_training_steps", "max_training_steps", "max_nonfinite_steps"),
+    "stochastic_rounding",
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
