@@ -1,5 +1,5 @@
 # Two commands do everything: `make demo` and `make test`. Both set up .venv first; both are safe to repeat.
-# `make wheel` makes a release (docs/release.md), `make test-oldest` and `make test-newest` try other versions.
+# `make docs` builds the site, `make wheel` makes a release (docs/release.md), `make test-oldest` and `make test-newest` try other versions.
 #
 #   PYTHON     the interpreter that .venv is made from (Python 3.10 or newer)
 #   PIP_ARGS   more arguments for every `pip install`, such as another package index
@@ -36,12 +36,13 @@ CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean wheel test-oldest test-newest
+.PHONY: help setup demo test lint format docs clean wheel test-oldest test-newest
 
 help:
 	@echo "make demo    set up .venv, then fine-tune a small pretrained encoder with optim=\"velo\""
 	@echo "make test    set up .venv, then lint and the whole test suite"
 	@echo "make setup   only the set-up      make lint    only the linters"
+	@echo "make docs    the documentation with the API, as a site: build/site"
 	@echo "make format  rewrite the sources  make clean   remove .venv and build output"
 	@echo "make wheel   the files of a release, tried in an empty environment: dist/"
 	@echo "make test-oldest, make test-newest   the tests that depend on versions, with the lowest and the newest ones"
@@ -68,6 +69,11 @@ format: setup
 	@$(VENV_PYTHON) -m ruff check --fix .
 	@$(VENV_PYTHON) -m ruff format .
 	@$(if $(CSRC),$(VENV)/bin/clang-format -i $(CSRC),true)
+
+# mkdocs.yml makes every warning an error. The variable silences an advertisement of the theme.
+docs: setup
+	@echo "==> Documentation: build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
 
 wheel: setup
 	@echo "==> Wheel: built from the source distribution, repaired, audited and tried; see docs/release.md"

@@ -109,7 +109,7 @@ class BuildExtension(build_ext):
             raise SystemExit(
                 f"error: hf_lopt's compiled kernels were not built: {str(error)[:100]} ... Install a C++17 compiler "
                 "(g++ or clang++, or name one in CXX); HF_LOPT_CUDA_ARCHS= (empty) leaves out those for CUDA. "
-                "HF_LOPT_BUILD=0 installs without any: the same numbers, 5 to 20 times slower on a CPU."
+                "HF_LOPT_BUILD=0 installs without any: the same numbers, about 10 times slower on a CPU."
             ) from error
 
     def build_extension(self, ext: Extension) -> None:
@@ -196,7 +196,7 @@ def extension(name: str, torch: Path, sources: list[Path], macros: tuple = (), *
 def extensions() -> list[Extension]:
     if not wants_kernels():
         print(
-            "warning: hf_lopt is built without compiled kernels: the same numbers, 5 to 20 times slower on a CPU.",
+            "warning: hf_lopt is built without compiled kernels: the same numbers, about 10 times slower on a CPU.",
             file=sys.stderr,
         )
         return []

@@ -1,14 +1,16 @@
 """Learned optimizers against AdamW on four recipes, three seeds each: `python -m benchmarks.comparison`.
 
 Runs recipes/compare.py on small settings of four recipes and writes benchmarks/results/comparison/RECIPE.json,
-comparison.md and comparison.png. The JSON files hold the final numbers of every run and sixteen points of its
-training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there is not done again, so
-that new weights of one optimizer cost only its own runs.
+comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
+files. These hold the final numbers of every run and sixteen points of its training loss, for the picture, under its
+arguments and the SHA-256 of its weights: what is there is not done again, so that new weights of one optimizer cost
+only its own runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -22,12 +24,26 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import compare as comparing  # noqa: E402
 from benchmarks.recipes import cut_down_encoder  # noqa: E402
 from benchmarks.storing import rounded, thinned, use_palette  # noqa: E402
-from report import comparison_cells, draw_comparisons, write_json  # noqa: E402
+from hf_lopt.plot import log_ticks  # noqa: E402
+from report import comparison_cells, draw_comparisons, draw_mean, write_json  # noqa: E402
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "comparison"
 PAGE = RESULTS.parent / "comparison.md"
 PICTURE = RESULTS.parent / "comparison.png"
+FRONT = ROOT / "docs" / "images" / "held_out_loss.png"
+# What the picture of README.md shows: recipe -> heading, and optimizer -> colour and words.
+PANELS = {
+    "causal_lm": "GPT-2, text",
+    "image_classification": "vision transformer, digits",
+    "seq2seq": "T5, vowels put back",
+}
+CURVES = {
+    "celo2": ("C1", "Celo2, lr 1e-3"),
+    "velo": ("C0", "VeLO, nothing tuned"),
+    "adamw_torch best": ("black", "AdamW, best of\n1e-3, 3e-3, 1e-2"),
+    "adamw_torch": ("0.6", "AdamW, Trainer's\n5e-5"),
+}
 LEARNED = ["velo", "celo2", "small_fc_lopt"]
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core.
 SETTINGS = {
@@ -64,10 +80,10 @@ def run(recipe: str, seeds: list[int]) -> dict:
     """Do what is missing of one recipe's comparison; what is stored of it."""
     rates, options = SETTINGS[recipe]
     folder = ROOT / "runs" / "comparison" / recipe
-    stored = RESULTS / f"{recipe}.json"
-    if stored.is_file() and not (folder / "results.json").is_file():
+    kept_in = RESULTS / f"{recipe}.json"
+    if kept_in.is_file() and not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(stored.read_text(encoding="utf-8"), encoding="utf-8")
+        (folder / "results.json").write_text(kept_in.read_text(encoding="utf-8"), encoding="utf-8")
     if "runs/encoder" in options and not (ROOT / "runs/encoder/config.json").is_file():
         (ROOT / "runs/encoder").mkdir(parents=True, exist_ok=True)
         cut_down_encoder(ROOT / "runs/encoder")
@@ -77,8 +93,39 @@ def run(recipe: str, seeds: list[int]) -> dict:
     results["recipe_arguments"].pop("output_dir", None)
     # Only what is compared: earlier weights belong to earlier pages.
     kept = {key: final_numbers(results["runs"][key], results["metric"]) for key in results["compared"]}
-    write_json(stored, results | {"runs": kept}, indent=None)
+    write_json(kept_in, results | {"runs": kept}, indent=None)
     return results | {"runs": kept}
+
+
+def stored(recipe: str) -> dict:
+    """What is stored of one recipe's comparison."""
+    return json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
+
+
+def draw_front(found: list[dict]) -> None:
+    """The picture of README.md: held-out loss by step on three recipes, readable at 800 pixels."""
+    from matplotlib import pyplot
+
+    by_recipe = {results["recipe"]: results for results in found}
+    figure, row = pyplot.subplots(1, len(PANELS), figsize=(10, 2.9), layout="constrained")
+    for axes, (recipe, heading) in zip(row, PANELS.items(), strict=True):
+        results = by_recipe[recipe]
+        best = {each["label"] for each in results["rows"] if each.get("best")}
+        for name, (colour, words) in CURVES.items():
+            optim, _, tuned = name.partition(" ")
+            labels = best if tuned else {optim}
+            runs = [results["runs"][key] for key in results["compared"]]
+            mine = [run for run in runs if run["optim"] == optim and run["label"] in labels]
+            style = {"linestyle": "--" if optim == "adamw_torch" else "-", "marker": "o", "markersize": 3}
+            draw_mean(axes, mine, "eval_loss", "step", color=colour, label=words, **style)
+        log_ticks(axes.yaxis)
+        axes.set(title=heading, xlabel="optimizer step")
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel("held-out loss (log scale)")
+    figure.legend(*row[0].get_legend_handles_labels(), loc="outside center right", frameon=False)
+    figure.savefig(FRONT, dpi=130)
+    pyplot.close(figure)
+    use_palette(FRONT)
 
 
 def render(found: list[dict]) -> str:
@@ -124,12 +171,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--draw", action="store_true", help="only write the page and the pictures again")
     options = parser.parse_args()
     os.chdir(ROOT)  # the arguments of the runs name no machine's folders
-    found = [run(recipe, options.seeds) for recipe in options.recipes]
+    found = [stored(recipe) if options.draw else run(recipe, options.seeds) for recipe in options.recipes]
     if len(found) == len(SETTINGS):
         draw_comparisons(PICTURE, found, dpi=85)
         use_palette(PICTURE)
+        draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 
 

@@ -27,6 +27,7 @@ from benchmarks.storing import rounded, use_palette
 from hf_lopt import rules
 from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
+from hf_lopt.plot import log_ticks
 from hf_lopt.weights import content_sha256, publish
 
 
@@ -231,11 +232,12 @@ def figures() -> None:
             marker = "s" if name.startswith("AdamW") else "o"
             axes.errorbar(places, ratios, bars, fmt=marker, color=shades[k], label=name, markersize=5)
         axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_yscale("log")
-        axes.set_xticks(range(len(record["results"])), list(record["results"]), rotation=15)
-        axes.set_ylabel("final fresh loss / tuned AdamW's")
+        log_ticks(axes.yaxis)
+        tasks_in_two_lines = [name.replace("_", "\n", 1) for name in record["results"]]
+        axes.set_xticks(range(len(tasks_in_two_lines)), tasks_in_two_lines)
+        axes.set(xlabel="test task", ylabel="final fresh loss / tuned AdamW's (log scale)")
         axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
-        figure.legend(fontsize=8, ncols=4, frameon=False, loc="outside lower center")
+        figure.legend(fontsize=8, frameon=False, loc="outside center right")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
         use_palette(RESULTS / "meta_evaluation.png")
         plt.close(figure)

@@ -1,7 +1,7 @@
 """What a step costs when the parameters are sharded: measured on gloo processes, and a model for many GPUs.
 
     python -m benchmarks.sharding           # 1, 2 and 4 processes, 26M parameters; writes results/sharding.*
-    python -m benchmarks.sharding --model   # prints the tables of docs/sharding.md
+    python -m benchmarks.sharding --model   # prints the tables of results/sharding_model.md
 
 Processes on one machine share its cores, so the times say what a step costs in total, not how it scales; the bytes are
 counted from what torch.distributed was given. The model is arithmetic on shapes. Its bytes are those that the tests
@@ -116,7 +116,7 @@ def cost(shapes: Sequence[Sequence[int]], gpus: int) -> Cost:
 
 
 def model_tables() -> str:
-    """The tables of docs/sharding.md."""
+    """The tables of benchmarks/results/sharding_model.md."""
     rows = [
         "| model | GPUs | bytes reduced | time | state, sharded | state, on every rank |",
         "|---|---|---|---|---|---|",

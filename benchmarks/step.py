@@ -33,6 +33,7 @@ from hf_lopt import rules
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Arguments
 from hf_lopt.kernels.reference import passes
+from hf_lopt.plot import log_ticks
 
 
 OPERATORS = ("sums", "update_factored", "feature_sums", "apply_network", "adam_step", "descend")
@@ -274,6 +275,7 @@ def draw(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    log_ticks(axes.xaxis)
     axes.set_xlabel("nanoseconds per parameter and step (log scale)")
     threads = rows[0]["threads"]
     axes.set_title(

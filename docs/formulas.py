@@ -7,60 +7,39 @@ that a formula may use are in `SYMBOLS`.
 from __future__ import annotations
 
 
-REFERENCES = {
-    "VeLO": "Metz et al. 2022, *VeLO: Training Versatile Learned Optimizers by Scaling Up*, arXiv:2211.09760",
-    "small_fc": (
-        "Metz et al. 2022, *Practical tradeoffs between memory, compute, and performance in learned optimizers*, "
-        "arXiv:2203.11860"
-    ),
-    "rnn_mlp": (
-        "Metz et al. 2020, *Tasks, stability, architecture, and compute: Training more effective learned optimizers, "
-        "and using them to train themselves*, arXiv:2009.11243"
-    ),
-    "μLO": "Thérien et al. 2024, *μLO: Compute-Efficient Meta-Generalization of Learned Optimizers*, arXiv:2406.00153",
-    "Celo": "Moudgil et al. 2025, *Celo: Training Versatile Learned Optimizers on a Compute Diet*, arXiv:2501.12670",
-    "Celo2": "Moudgil et al. 2026, *Celo2: Towards Learned Optimization Free Lunch*, arXiv:2602.19142",
-    "Adafactor": (
-        "Shazeer & Stern 2018, *Adafactor: Adaptive Learning Rates with Sublinear Memory Cost*, arXiv:1804.04235"
-    ),
-    "Adam": "Kingma & Ba 2014, *Adam: A Method for Stochastic Optimization*, arXiv:1412.6980",
-}
-
 SYMBOLS = {
     "p": "the parameter before the step",
     "g": "its gradient, after the rule's clip",
-    "m, v": "momenta and second moments, with one leading axis of decays",
-    "A, B": "the largest and the second largest axis of a tensor of rank 2 or more",
-    "R, C": "row accumulator, which has lost axis A, and column accumulator, which has lost axis B",
+    "m, v": "momenta and second moments",
+    "A, B": "the largest and the second largest axis",
+    "R, C": "row and column accumulators, which have lost axis A and axis B",
     "r, c": "row factor and column factor",
-    "D": "diagonal accumulator, in the place of R and C for rank < 2",
-    "b": "a decay; an accumulator has one entry per decay",
-    "i": "steps done before this one: 0 in the first step",
+    "D": "diagonal accumulator, for rank < 2",
+    "b": "a decay; accumulators have a leading axis of them",
+    "i": "steps done: 0 in the first step",
     "N": "length of the run, `num_training_steps`",
     "T": "number of tensors",
-    "mean(x)": "mean over all axes of the tensor, for each decay by itself; `mean(x, A)` over axis A only",
-    "log": "natural logarithm",
-    "@": "matrix product",
+    "mean(x)": "mean over the tensor; `mean(x, A)` over axis A only",
 }
 
 
-# Per-element features by the names of hf_lopt.features: what each is, and whose idea, a key of `REFERENCES`.
+# Per-element features by the names of hf_lopt.features: what each is.
 ELEMENT = {
-    "g": ("gradient", ""),
-    "clip_g": ("clipped gradient", ""),
-    "p": ("parameter", ""),
-    "log_abs_p": ("size of the parameter", ""),
-    "m": ("momentum", ""),
-    "v": ("second moment", ""),
-    "m_rsqrt_v": ("Adam's direction", "Adam"),
-    "rsqrt_v": ("inverse root of the second moment", "Adam"),
-    "g_rsqrt_v": ("gradient in units of its size", "Adam"),
-    "fac_g": ("gradient over the factored root", "Adafactor"),
-    "fac_m": ("momentum over the factored root", "Adafactor"),
-    "row": ("row accumulator", "Adafactor"),
-    "col": ("column accumulator", "Adafactor"),
-    "rsqrt_row": ("its inverse root", "Adafactor"),
-    "rsqrt_col": ("its inverse root", "Adafactor"),
+    "g": "gradient",
+    "clip_g": "clipped gradient",
+    "p": "parameter",
+    "log_abs_p": "size of the parameter",
+    "m": "momentum",
+    "v": "second moment",
+    "m_rsqrt_v": "Adam's direction",
+    "rsqrt_v": "inverse root of the second moment",
+    "g_rsqrt_v": "gradient in units of its size",
+    "fac_g": "gradient over the factored root",
+    "fac_m": "momentum over the factored root",
+    "row": "row accumulator",
+    "col": "column accumulator",
+    "rsqrt_row": "its inverse root",
+    "rsqrt_col": "its inverse root",
 }
 
 # (symbol, expression, remark), read from top to bottom; a symbol on both sides is the old value on the right.
@@ -85,11 +64,11 @@ TIME_FEATURE = "tanh(10 * (i / N - tau))"
 SINE_FEATURE = "sin(i / (tau * pi))"
 
 LOSS: Program = (
-    ("h", "logspace(1, log10(N), 10)", "ten horizons, from 10 steps to the whole run"),
+    ("h", "logspace(1, log10(N), 10)", "ten horizons"),
     ("d", "exp(-1 / h)", "their decays"),
     ("k", "1 - d**(i + 1)", "bias correction"),
-    ("top", "max(u / k) if i > 0 else loss", "largest mean so far; u starts at 0"),
-    ("loss", "min(loss, 2 * abs(top))", "a spike counts as twice that at most"),
+    ("top", "max(u / k) if i > 0 else loss", "u starts at 0"),
+    ("loss", "min(loss, 2 * abs(top))", ""),
     ("u", "d * u + (1 - d) * loss", "running means"),
     ("low", "min(low, u / k)", "their minima, which start at 999999999999"),
     (
@@ -102,11 +81,11 @@ LOSS: Program = (
 LOG_SIZE = "0.5 * clip(log(1e-8 + abs(10 * x)), -5, 5)"
 UNIT = "1 / sqrt(max(mean(p**2), 1e-9))"
 
-# (name, columns, expression, words); L is LOG_SIZE, s is UNIT.
+# (name, columns, expression, words); L is LOG_SIZE, s is UNIT. Those of rnn_mlp's LSTM: tests/reference_steps.py.
 Inputs = tuple[tuple[str, int, str, str], ...]
 
 CELO_INPUTS: Inputs = (
-    ("time", 9, TIME_FEATURE, "fraction of the run that is done, against nine thresholds"),
+    ("time", 9, TIME_FEATURE, "fraction of the run that is done"),
     ("loss_features", 9, "loss_features", "trend of the loss"),
 )
 VELO_INPUTS: Inputs = (
@@ -117,37 +96,6 @@ VELO_INPUTS: Inputs = (
     ("var_v", 3, "L(s**2 * mean((v - mean(m))**2))", "second moment about the mean of each momentum"),
 )
 
-RNN_MLP_CLIP: Program = (
-    ("bound", "10 * val / (1 - 0.99**(i + 1))", "val starts at 0.01, so bound at 10"),
-    ("g", "clip(g, -bound, bound)", "of every tensor"),
-    ("val", "0.99 * val + 0.01 * sqrt(1e-8 + q)", "q: mean over tensors of mean(g**2) of the clipped gradients"),
-)
-RNN_MLP_LOSS: Program = (
-    ("mu", "0.9 * mu + 0.1 * loss", "starts at 0"),
-    ("var", "0.9 * var + 0.1 * (mu - loss)**2", "with the new mean; starts at 0"),
-    ("k", "1 - 0.9**(i + 1) + 1e-7", "bias correction"),
-)
-RNN_MLP_LOG_SIZE = "clip(log(1e-8 + abs(x)), -5, 5)"
-# L is RNN_MLP_LOG_SIZE here.
-RNN_MLP_INPUTS: Inputs = (
-    ("from_lstm", 18, "from_lstm", "mean over tensors of the LSTM's message of the last step"),
-    ("from_mlp", 16, "from_mlp", "mean over elements of the network's outputs o2…o17 of the last step"),
-    ("g_norm", 1, "L(norm(g))", "size of the gradient"),
-    ("is_scalar", 1, "1 if rank == 0 else -1", ""),
-    ("mean_ms_mag", 1, "L(mean_all(m))", "mean of the momenta: size"),
-    ("mean_ms_sign", 1, "sign(mean_all(m))", "and sign"),
-    ("mean_rms", 1, "L(mean_all(v))", "mean of the second moments: size"),
-    ("mean_sign", 1, "sign(mean_all(v))", "and sign"),
-    ("mean_v_mag", 1, "L(mean_all(p))", "mean of the parameter: size"),
-    ("mean_v_sign", 1, "sign(mean_all(p))", "and sign"),
-    ("norm_weight", 1, "L(norm(p))", "size of the parameter"),
-    ("shape_0…3", 4, "log(padded_shape) - 1", "axes in the reference's order, then 1 up to four"),
-    ("train_loss_feat", 1, "clip((loss - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "normalised loss"),
-    ("valid_loss_feat", 1, "clip((0 - mu / k) / sqrt(var / k + 1e-8), -5, 5)", "the same for a loss of 0"),
-    ("var_ms", 1, "L(mean_all((m - mean_all(m))**2))", "variance of the momenta"),
-    ("var_rms", 1, "L(mean_all((v - mean_all(v))**2))", "of the second moments"),
-    ("var_v", 1, "L(mean_all((p - mean_all(p))**2))", "of the parameter"),
-)
 RNN_MLP_CONSTANTS: Inputs = (
     ("time", 11, SINE_FEATURE, "steps done, at eleven scales"),
     ("tensors", 1, "log(T) - 1", "number of tensors"),
@@ -157,7 +105,7 @@ RNN_MLP_CONSTANTS: Inputs = (
 )
 
 NEWTON_SCHULZ: Program = (
-    ("x", "x / (norm(x) + 1e-8)", "once, with the Frobenius norm; a matrix with more rows than columns is transposed"),
+    ("x", "x / (norm(x) + 1e-8)", "once, with the Frobenius norm; a tall matrix is transposed"),
     ("a", "x @ x.T", "this line and the next five times"),
     ("x", "3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x", ""),
 )
@@ -191,8 +139,8 @@ STEPS: dict[str, Program] = {
     "rnn_mlp": (("step", "lr * 0.001 * o0 * exp(0.001 * o1)", "the means of o2…o17 become `from_mlp`"),),
 }
 LR_MULT = {"velo": "x", "velo_s": "x", "celo": "0.1 * exp(x)", "celo_adam": "0.1 * exp(x)"}
+# Rules -> their step.
 ADAM_BRANCH = {
-    "celo2": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
-    "celo2_base": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
-    "elo_celo2": ("lr * adam_lr_mult * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.95**(i + 1))) + 1e-8)"),
+    "celo2, celo2_base": "lr * adam_lr_mult * m / sqrt(v + 1e-8)",
+    "elo_celo2": "lr * adam_lr_mult * (m / (1 - 0.9**(i + 1))) / (sqrt(v / (1 - 0.95**(i + 1))) + 1e-8)",
 }

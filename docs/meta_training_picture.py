@@ -70,7 +70,8 @@ def accumulated(axes: Axes) -> None:
     axes.set(ylim=(min(*sums, *noise) - 0.2, max(sums) + 0.7), xlabel="truncation", xticks=list(places))
     axes.set_xticklabels([str(x + 1) for x in places])
     axes.set_title("PES weighs L+ - L- with x, truncated ES with e", fontsize=10)
-    axes.legend(fontsize=8, loc=(0.62, 0.7), frameon=False)
+    axes.set_ylabel("one number of theta")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 

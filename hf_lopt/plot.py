@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ from typing import Any
 
 
 PREFIX = "lopt/"
-MAPS = {"lr_mult": "learned step size of each tensor", "update_ratio": "size of the step over size of the tensor"}
+MAPS = {"lr_mult": "learned step size", "update_ratio": "size of the step / size of the tensor"}
 _MOST_LABELS = 30
+# Tensors that are named last where there is not room for all: biases, and norms by the usual names of their modules.
+_MINOR = re.compile(r"(^|\.)bias$|(^|[._])(ln|norm|layernorm|layer_norm)", re.IGNORECASE)
 
 History = list[dict[str, Any]]
 
@@ -73,6 +76,35 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+def tensor_labels(names: Sequence[str]) -> list[tuple[int, str]]:
+    """(row, label) of the tensors that a map names: all where there is room, otherwise the matrices, and of these
+    evenly chosen ones. What all names begin with is left out, and so is a final ``.weight``."""
+    chosen = list(range(len(names)))
+    if len(chosen) > _MOST_LABELS:
+        chosen = [row for row in chosen if not _MINOR.search(names[row])] or chosen
+        chosen = chosen[:: math.ceil(len(chosen) / _MOST_LABELS)]
+    common = os.path.commonprefix(list(names)).rpartition(".")[0] if len(names) > 1 else ""
+    start = len(common) + 1 if common else 0
+    return [(row, names[row][start:].removesuffix(".weight")) for row in chosen]
+
+
+def log_ticks(axis: Any) -> None:
+    """Set an ``Axis`` of matplotlib (``axes.yaxis``) to a log scale with labels that differ, as plain numbers: powers
+    of ten or round multiples of them; where the view spans less than a factor of three, round steps."""
+    from matplotlib import ticker
+
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = axis.get_view_interval()
+    if high < 3 * low:
+        axis.set_major_locator(ticker.MaxNLocator(5))
+    else:
+        ratio = high / low
+        subs = (1.0,) if ratio > 300 else (1.0, 2.0, 5.0) if ratio > 10 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
+        axis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def draw(histories: dict[str, History], path: Path) -> None:
     """Draw one column per run: the loss, the learned schedule, and the maps where layers were logged.
 
@@ -83,12 +115,11 @@ def draw(histories: dict[str, History], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.colors import LogNorm
 
     tables = {label: {kind: layer_table(rows, kind) for kind in MAPS} for label, rows in histories.items()}
     kinds = [kind for kind in MAPS if any(tables[label][kind][1] for label in histories)]
     most = max((len(t[kind][1]) for t in tables.values() for kind in kinds), default=0)
-    heights = [2.2, 2.2, *([min(max(2.5, 0.16 * most), 5.0)] * len(kinds))]
+    heights = [2.2, 2.2, *([min(max(2.5, 0.13 * most), 4.6)] * len(kinds))]
     figure, grid = pyplot.subplots(
         len(heights),
         len(histories),
@@ -100,24 +131,13 @@ def draw(histories: dict[str, History], path: Path) -> None:
     for column, (label, rows) in enumerate(histories.items()):
         axes = grid[:, column]
         for key, style in (("loss", {}), ("eval_loss", {"marker": "o", "markersize": 3, "linestyle": "none"})):
-            axes[0].plot(*_points(rows, key), label=key, **style)
-        axes[0].set_title(f"{label}: loss")
-        axes[0].legend(fontsize=8)
+            axes[0].plot(*_points(rows, key), label={"loss": "training", "eval_loss": "held out"}[key], **style)
+        axes[0].set_title(label, loc="left")
+        axes[0].set_ylabel("loss")
+        axes[0].legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2, frameon=False)
         _draw_schedule(axes[1], rows)
         for axis, kind in zip(axes[2:], kinds, strict=True):
-            steps, names, values = tables[label][kind]
-            axis.set_title(MAPS[kind])
-            positive = [value for line in values for value in line if value > 0]
-            if not positive:
-                axis.set_axis_off()
-                continue
-            edges = [0, *steps]
-            norm = LogNorm(min(positive), max(max(positive), 1.01 * min(positive)))
-            mesh = axis.pcolormesh(edges, range(len(names) + 1), values, norm=norm, cmap="viridis")
-            figure.colorbar(mesh, ax=axis)
-            every = max(1, math.ceil(len(names) / _MOST_LABELS))
-            axis.set_yticks([i + 0.5 for i in range(0, len(names), every)], names[::every], fontsize=6)
-            axis.invert_yaxis()
+            _draw_map(figure, axis, kind, *tables[label][kind])
         for axis in axes:
             axis.set_xlabel("optimizer step", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,17 +155,37 @@ def _points(rows: History, key: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in chosen], [row[key] for row in chosen]
 
 
+def _draw_map(
+    figure: Any, axis: Any, kind: str, steps: list[int], names: list[str], values: list[list[float]]
+) -> None:
+    """Tensors by steps, in colours on a log scale."""
+    from matplotlib.colors import LogNorm
+
+    positive = [value for line in values for value in line if value > 0]
+    if not positive:
+        axis.set_axis_off()
+        return
+    norm = LogNorm(min(positive), max(max(positive), 1.01 * min(positive)))
+    mesh = axis.pcolormesh([0, *steps], range(len(names) + 1), values, norm=norm, cmap="viridis")
+    figure.colorbar(mesh, ax=axis, label=MAPS[kind])
+    labels = tensor_labels(names)
+    axis.set_yticks([row + 0.5 for row, _ in labels], [name for _, name in labels], fontsize=6.5)
+    axis.set_ylabel("tensor")
+    axis.invert_yaxis()
+
+
 def _draw_schedule(axis: Any, rows: History) -> None:
     """Mean and range of the learned step sizes; for rules without one, how large the steps were."""
     steps, mean = _points(rows, PREFIX + "lr_mult_mean")
     if not steps:
         axis.plot(*_points(rows, PREFIX + "update_rms"))
-        axis.set_title("root mean square of the steps")
+        axis.set_ylabel("root mean square\nof the steps")
         return
     low, high = (_points(rows, PREFIX + f"lr_mult_{end}")[1] for end in ("min", "max"))
-    axis.plot(steps, mean)
-    axis.fill_between(steps, low, high, alpha=0.2, linewidth=0)
-    axis.set_title("learned schedule: step size, mean and range over tensors")
+    axis.plot(steps, mean, label="mean over tensors")
+    axis.fill_between(steps, low, high, alpha=0.2, linewidth=0, label="their range")
+    axis.set_ylabel("learned step size")
+    axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 0.99), ncols=2, frameon=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,9 @@ from rich.table import Table
 
 
 matplotlib.use("Agg")
-from matplotlib import pyplot, ticker  # noqa: E402  (after the choice of backend: no display is needed)
+from matplotlib import pyplot  # noqa: E402  (after the choice of backend: no display is needed)
+
+from hf_lopt.plot import log_ticks  # noqa: E402
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
@@ -67,15 +69,15 @@ def draw_curves(
         chosen = entries(run, key)
         return [entry["step"] for entry in chosen], [entry[key] for entry in chosen]
 
-    names = ["loss (line: training, dots: held-out)", f"held-out {metric_name}"]
+    names = {"loss": "line: training, dots: held out", f"held-out {metric_name}": ""}
     if any(entries(run, "lopt/lr_mult_mean") for run in runs.values()):
-        names.append("learned step size (mean, range over tensors)")
-    figure, axes = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.8), layout="constrained")
+        names["learned step size"] = "mean and range over tensors"
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3.5 * len(names) + 1.2, 3.0), layout="constrained")
     for index, (label, run) in enumerate(runs.items()):
-        color = f"C{index}"
-        axes[0].plot(*points(run, "loss"), color=color, label=label)
+        color, line = f"C{index}", "--" if label.startswith("adamw") else "-"
+        axes[0].plot(*points(run, "loss"), color=color, linestyle=line, label=label)
         axes[0].plot(*points(run, "eval_loss"), color=color, marker="o", markersize=4, linestyle="none")
-        axes[1].plot(*points(run, metric), color=color, marker="o", markersize=4)
+        axes[1].plot(*points(run, metric), color=color, linestyle=line, marker="o", markersize=4)
         learned = entries(run, "lopt/lr_mult_mean")
         if learned:
             steps, mean, low, high = (
@@ -84,12 +86,13 @@ def draw_curves(
             )
             axes[2].plot(steps, mean, color=color)
             axes[2].fill_between(steps, low, high, color=color, alpha=0.15, linewidth=0)
-    axes[1].set_yscale(metric_scale)
-    for axis, name in zip(axes, names, strict=True):
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
+    if metric_scale == "log":
+        log_ticks(axes[1].yaxis)
+    for axis, (name, remark) in zip(axes, names.items(), strict=True):
+        axis.set_title(remark, fontsize=10)
+        axis.set(xlabel="optimizer step", ylabel=name)
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside center right", frameon=False)
     figure.suptitle(title, fontsize=11, wrap=True)
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=130))
     pyplot.close(figure)
@@ -125,7 +128,7 @@ def _series(run: Mapping[str, Any], key: str, along: str) -> tuple[list[float], 
     return [entry[along] for entry in entries], [entry[key] for entry in entries]
 
 
-def _draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: str, **style: Any) -> None:
+def draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: str, **style: Any) -> None:
     """Mean over the seeds, with a band of one standard deviation; `along` is averaged as well."""
     series = [_series(run, key, along) for run in runs]
     length = min(len(values) for _, values in series)
@@ -147,7 +150,7 @@ def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: 
     time within the optimizer steps, which other processes on the machine hardly change.
     """
     figure, grid = pyplot.subplots(
-        len(comparisons), 3, figsize=(13.5, 3.6 * len(comparisons)), layout="constrained", squeeze=False
+        len(comparisons), 3, figsize=(13.5, 3.1 * len(comparisons)), layout="constrained", squeeze=False
     )
     for axes, results in zip(grid, comparisons, strict=True):
         runs = [results["runs"][key] for key in results["compared"]]
@@ -158,20 +161,20 @@ def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: 
             row for row in results["rows"] if row.get("best") or row["optim"] not in grids or "=" not in row["label"]
         ):
             mine = [run for run in runs if run["label"] == row["label"]]
-            label = f"{row['label']} (best of grid)" if row.get("best") else row["label"]
-            style = {"color": f"C{index}", "label": label}
-            _draw_mean(axes[0], mine, "loss", "step", **style)
+            label = f"{row['label']}\n(best of grid)" if row.get("best") else row["label"]
+            style = {"color": f"C{index}", "label": label, "linestyle": "--" if row["optim"] == "adamw_torch" else "-"}
+            draw_mean(axes[0], mine, "loss", "step", **style)
             for axis, along in ((axes[1], "step"), (axes[2], seconds)):
-                _draw_mean(axis, mine, "eval_loss", along, marker="o", markersize=3, **style)
-        names = ("training loss, optimizer steps", "held-out loss, optimizer steps")
-        last = f"held-out loss, {'processor ' if on_cpu else ''}seconds in steps"
-        for axis, name in zip(axes, (*names, last), strict=True):
-            axis.set_title(f"{results['recipe']}: {name}", fontsize=9)
-            axis.set_yscale("log")
-            axis.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2g"))
-            axis.tick_params(labelsize=8, which="both")
-            axis.grid(alpha=0.3, which="both")
-        axes[0].legend(fontsize=8)
+                draw_mean(axis, mine, "eval_loss", along, marker="o", markersize=3, **style)
+        names = ("training loss", "held-out loss", "held-out loss")
+        last = f"{'processor ' if on_cpu else ''}seconds in steps"
+        for axis, name, along in zip(axes, names, ("optimizer step", "optimizer step", last), strict=True):
+            axis.set(ylabel=name, xlabel=along)
+            log_ticks(axis.yaxis)
+            axis.tick_params(labelsize=9)
+            axis.grid(alpha=0.3)
+        axes[0].set_title(results["recipe"], loc="left", fontsize=11)
+        axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
     pyplot.close(figure)
 

@@ -1,7 +1,7 @@
 """Fine-tune a pretrained encoder to classify texts, with the learned optimizer VeLO through the Hugging Face Trainer.
 
 Without arguments: all-MiniLM-L6-v2 learns from 2,048 review snippets whether they call a film fresh or rotten, and is
-judged on 1,000 snippets about other films; a minute or two on two CPU cores. Model and data lie in the packages of
+judged on 1,000 snippets about other films; 3 to 5 minutes on two CPU cores. Model and data lie in the packages of
 recipes/requirements-assets.txt; nothing is downloaded.
 
   python recipes/text_classification.py --compare adamw_torch

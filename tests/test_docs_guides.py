@@ -21,7 +21,17 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import arguments  # noqa: E402
 
 
-GUIDES = ("memory", "getting_started", "trainer", "accelerate", "recipes", "weights", "troubleshooting")
+GUIDES = (
+    "memory",
+    "getting_started",
+    "trainer",
+    "accelerate",
+    "recipes",
+    "weights",
+    "troubleshooting",
+    "from_adamw",
+    "from_pylo",
+)
 PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in GUIDES)]
 
 
@@ -33,7 +43,7 @@ def somewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")][1:])
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")])
 def test_code_runs(page, somewhere):
     """All blocks of a page, one after the other in one namespace."""
     from accelerate.state import AcceleratorState, GradientState
@@ -45,6 +55,19 @@ def test_code_runs(page, somewhere):
         exec(compile(block, page.name, "exec"), space)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def test_the_first_screen_is_one():
+    """Up to the second heading: what it is, code that runs by itself, a picture with its numbers."""
+    first = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    assert len(first.splitlines()) <= 45 and first.count("```python") == 1
+    assert "docs/images/held_out_loss.png" in first and "benchmarks/results/comparison.md" in first
+
+
+def test_the_guides_stay_short():
+    """Together, as CONTRIBUTING.md says: what is longer is a table of results, a docstring, or left out."""
+    words = {page.name: len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").glob("*.md")}
+    assert sum(words.values()) < 14_500, sorted(words.items(), key=lambda item: -item[1])[:5]
 
 
 def commands():
@@ -78,6 +101,11 @@ def test_commands_are_ones_that_the_scripts_take(line):
 
 def test_links_and_pictures_are_there():
     """Of every page, those that are not guides too."""
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "benchmarks" / "results").glob("*.md"),
+    ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -195,7 +195,7 @@ def test_velo_says_what_is_fitted(rule):
     assert record["settings"] == {"bank_scale": {"velo": 100.0, "velo_s": 1.0}[rule]}
 
 
-@pytest.mark.skipif(not files.DOCUMENT.is_file(), reason="docs/ is not part of an installed package")
+@pytest.mark.skipif(not files.DOCUMENT.is_file(), reason="benchmarks/ is not part of an installed package")
 def test_document_shows_the_fit():
     theta = theta_of("velo")
     text = files.DOCUMENT.read_text(encoding="utf-8")

@@ -197,3 +197,28 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path):
     code = f"import sys; sys.modules['matplotlib'] = None; from hf_lopt import plot; plot.main([{str(tmp_path)!r}])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "hf_lopt.plot needs matplotlib: pip install matplotlib" in result.stderr
+
+
+def test_maps_name_the_matrices_when_there_is_not_room_for_all():
+    """Of twelve layers with a matrix, a bias and a norm each: the matrices, without what all names share."""
+    kinds = ("attn.weight", "attn.bias", "ln_1.weight", "ln_1.bias")
+    names = [f"model.h.{layer}.{kind}" for layer in range(12) for kind in kinds]
+    assert plot.tensor_labels(names) == [(4 * layer, f"{layer}.attn") for layer in range(12)]
+    assert plot.tensor_labels(names[:4]) == [(0, "attn"), (1, "attn.bias"), (2, "ln_1"), (3, "ln_1.bias")]
+    only_biases = [f"h.{layer}.bias" for layer in range(61)]
+    assert [row for row, _ in plot.tensor_labels(only_biases)] == list(range(0, 61, 3))
+
+
+@pytest.mark.parametrize("low, high", [(0.66, 0.7), (2.29, 2.34), (3.5, 6.1), (0.04, 2.4), (1e-6, 1e3), (1.0, 1.0)])
+def test_ticks_of_a_log_scale_differ(low, high):
+    """Where the fixed digits of a formatter would say "2.3" three times."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    axes.plot([0, 1], [low, high])
+    plot.log_ticks(axes.yaxis)
+    figure.canvas.draw()
+    view = sorted(axes.get_ylim())
+    labels = [tick.get_text() for tick in axes.get_yticklabels() if view[0] <= tick.get_position()[1] <= view[1]]
+    assert len(set(labels)) == len(labels) >= 3 and axes.get_yscale() == "log"
+    assert [float(label) for label in labels] == sorted(map(float, labels))
+    pyplot.close(figure)

@@ -52,7 +52,7 @@ _UNITS = (4, 8, 32)
 _DECAYS = (3, 1, 3)  # numbers of momenta, second moments and factored accumulators
 
 _SLOW = {
-    "hf_lopt._C": "no compiled kernels: 5 to 20 times slower",
+    "hf_lopt._C": "no compiled kernels: about 10 times slower",
     "hf_lopt._C_cuda": "no compiled CUDA kernels: many times slower",
 }
 _NEEDS = {

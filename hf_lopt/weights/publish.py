@@ -27,7 +27,10 @@ FORMATS = ("theta_state", "safetensors", "published")
 README = "README.md"
 
 # Settings of a run, which do not go with the weights.
-_OF_A_RUN = ("lr", "weights", "weight_decay", "num_training_steps", "max_training_steps", "max_nonfinite_steps")
+_OF_A_RUN = (
+    *("lr", "weights", "weight_decay", "num_training_steps", "max_training_steps", "max_nonfinite_steps"),
+    "stochastic_rounding",
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -110,11 +113,13 @@ def push_to_hub(
     ``format="published"`` goes to two repositories, ``repo_id + "_RNN"`` and ``repo_id + "_MLP"``. Machines that have
     an earlier upload in their cache go on using it.
 
+    ``source``, ``format``, ``rule``, ``settings`` and ``license`` are as in :func:`save`; ``private``, ``token``,
+    ``revision`` and ``commit_message`` as in ``huggingface_hub.HfApi.create_repo`` and ``create_commit``.
+
     Args:
+        repo_id: the repository, with or without the user's name.
         metrics: name -> number or text, for the table of results in the card.
         description: a paragraph for the card.
-        private, token, revision, commit_message: as in ``huggingface_hub.HfApi.create_repo`` and ``create_commit``.
-        source, format, rule, settings, license: as in :func:`save`.
 
     Returns:
         repository -> URL of the commit.
