@@ -6,10 +6,6 @@
 #include <string>
 #include <vector>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // torch before 2.12
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace hf_lopt {
 
 // A type of its own, because it is read from the caller's list without a copy per string.
