@@ -43,7 +43,7 @@ LIMITS = {
     "specialize_kernel": (64, 0),
 }
 SLACK = 16  # bytes, of another release of the compiler
-# Kernel, rows that an iteration of its loop for full tiles takes, its copies into shared memory: of 16 bytes, of 8. The
+# Kernel, rows that an iteration of its loop for full tiles takes, copies into shared memory: of 16 bytes, of 8. The
 # limits are instructions of a warp for 128 elements where no rare branch is taken, and accesses to the stack among
 # them.
 HOT_LOOPS = {
