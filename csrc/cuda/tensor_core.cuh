@@ -379,8 +379,8 @@ HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& 
                     if (q > 0) r.p_or_m.x[e + i] = m;
                 }
                 evaluate(
-                    s, f, [&](int n, int i) { return line_bias[n][i]; }, [&](int i) { return first_column + i; }, e,
-                    x, direction, magnitude);
+                    s, f, [&](int n, int i) { return line_bias[n][i]; }, [&](int i) { return first_column + i; }, e, x,
+                    direction, magnitude);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     step.x[e + i] = direction[i] * exponential(magnitude[i]);
