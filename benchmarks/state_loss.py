@@ -141,8 +141,9 @@ class Model(nn.Module):
 
 
 def text(count: int, generator: torch.Generator) -> Tensor:
-    """Symbols of a random grammar of order two, the same for all seeds of a run."""
-    table = torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(5)).mul_(2.0).softmax(-1)
+    """Symbols of a random grammar in which the last two speak for the next one, the same for all seeds of a run."""
+    first, second = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(5)).mul_(1.5)
+    table = (first.unsqueeze(1) + second.unsqueeze(0)).softmax(-1)
     states, out = torch.randint(0, 64, (2, 512), generator=generator), []
     for _ in range(count // 512):
         drawn = torch.multinomial(table[states[0], states[1]], 1, generator=generator).squeeze(1)
