@@ -1,4 +1,4 @@
-"""Accumulators in bfloat16 and int8 beside float32: bytes, errors, time of a step, and loss after many steps.
+"""Accumulators in bfloat16 and int8 beside float32: bytes, errors, time of a step.
 
     python -m benchmarks.state                         # all parts: writes benchmarks/results/state.*
     python -m benchmarks.state --only error --rules velo celo2
@@ -8,7 +8,8 @@
            rounding to nearest stalls on, and of independent gradients at every step, whose rounding errors an
            average with a decay of 0.999 sums over 1,000 steps. The bounds below were written down before measuring.
 ``time``   of the compiled operators at 26M on one thread, as CPU time: medians of turns, relative to float32.
-``loss``   held-out loss of a small language model on text of a fixed grammar, over seeds; and one long run.
+
+Losses of whole runs: `python -m benchmarks.state_loss`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,6 @@ KINDS = ("float32", "bfloat16", "int8")
 STEPS = 1000
 # Relative RMS of momenta and of second moments, in percent, for the same gradient at every step.
 BOUNDS = {"bfloat16": (1.0, 3.0), "int8": (3.0, 6.0)}
-# Of the held-out loss, relative to the mean of float32, in percent; or within its spread over seeds.
-LOSS_BOUNDS = {"bfloat16": 0.5, "int8": 1.5}
 SHAPES = [(64, 512), (96, 256)]
 
 
@@ -122,65 +121,6 @@ def times(name: str, turns: int) -> dict[str, Any]:
     return found
 
 
-class Model(nn.Module):
-    """A small language model: a context of eight symbols, one hidden layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(64, 64)
-        self.hidden, self.head = nn.Linear(512, 256), nn.Linear(256, 64)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.head(torch.tanh(self.hidden(self.embedding(x).flatten(1))))
-        return out
-
-
-def text(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Symbols of a random grammar of order two, the same for all seeds of a run."""
-    table = torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(5)).mul_(2.0).softmax(-1)
-    states, out = torch.randint(0, 64, (2, 512), generator=generator), []
-    for _ in range(count // 512):
-        drawn = torch.multinomial(table[states[0], states[1]], 1, generator=generator).squeeze(1)
-        states = torch.stack([states[1], drawn])
-        out.append(drawn)
-    return torch.stack(out, 1)
-
-
-def held_out(name: str, kind: str, seed: int, steps: int, lr: float | None) -> float:
-    """Loss on other text after a run."""
-    torch.manual_seed(seed)
-    model = Model()
-    train, test = (text(1 << 19, torch.Generator().manual_seed(s)) for s in (1, 2))
-    optimizer = optimizer_of(
-        name,
-        list(model.parameters()),
-        kind,
-        weights="bundled",
-        **({"num_training_steps": steps} if rules.get(name).needs_horizon else {}),
-        **({} if lr is None else {"lr": lr}),
-    )
-    generator = torch.Generator().manual_seed(seed)
-
-    def loss_on(data: torch.Tensor, size: int) -> torch.Tensor:
-        rows = torch.randint(0, len(data), (size,), generator=generator)
-        starts = torch.randint(0, data.shape[1] - 9, (size,), generator=generator)
-        windows = data[rows.unsqueeze(1), starts.unsqueeze(1) + torch.arange(9)]
-        return nn.functional.cross_entropy(model(windows[:, :8]), windows[:, 8])
-
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = loss_on(train, 128)
-        loss.backward()
-        optimizer.step(loss)
-    generator = torch.Generator().manual_seed(99)
-    with torch.no_grad():
-        return loss_on(test, 32768).item()
-
-
-def losses(name: str, seeds: int, steps: int, lr: float | None) -> dict[str, list[float]]:
-    return {kind: [held_out(name, kind, seed, steps, lr) for seed in range(seeds)] for kind in KINDS}
-
-
 def table(title: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [title, ["---"] * len(title), *rows])
 
@@ -223,41 +163,23 @@ def write(found: dict[str, Any], out: Path) -> None:
         ]
         head = ["optim", *KINDS, "bfloat16 / float32", "int8 / float32"]
         parts += ["Compiled operators at 26M, ns per parameter, one thread, CPU time:", table(head, rows)]
-    for part in ("loss", "long"):
-        if part in found:
-            rows = []
-            for n, x in found[part].items():
-                mean = statistics.mean(x["losses"]["float32"])
-                for kind, values in x["losses"].items():
-                    off = 100 * (statistics.mean(values) / mean - 1)
-                    rows.append(
-                        [f"`{n}`", f"{x['steps']:,}", kind, ", ".join(f"{v:.4f}" for v in values), f"{off:+.2f} %"]
-                    )
-            head = ["optim", "steps", "state_dtype", "held-out loss by seed", "mean, to float32"]
-            parts += ["Small language model:" if part == "loss" else "A long run:", table(head, rows)]
     (out / "state.md").write_text("\n\n".join(parts) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["bytes", "error", "noise", "time", "loss", "long"])
+    parser.add_argument("--only", nargs="+", choices=["bytes", "error", "noise", "time"])
     parser.add_argument("--rules", nargs="+", default=list(rules.names()), choices=rules.names())
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2000, help="of the part loss")
-    parser.add_argument("--long-steps", type=int, default=20_000)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     path = args.out / "state.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    lrs = {"celo2": 1e-3, "celo2_base": 1e-3, "elo": 1e-3}
     parts: dict[str, Callable[[str], Any]] = {
         "bytes": state_bytes,
         "error": lambda name: errors(name, noisy=False),
         "noise": lambda name: errors(name, noisy=True),
         "time": lambda name: times(name, args.turns),
-        "loss": lambda name: {"steps": args.steps, "losses": losses(name, args.seeds, args.steps, lrs.get(name))},
-        "long": lambda name: {"steps": args.long_steps, "losses": losses(name, 1, args.long_steps, lrs.get(name))},
     }
     for part in args.only or parts:
         for name in args.rules:
