@@ -34,7 +34,7 @@ def train(optimizer, params, steps=3):
 
 def by_hand(steps):
     """Of the constants in the documentation."""
-    return min(max((1000 / steps) ** 0.45, 1.0), 5.0)
+    return min(max((300 / steps) ** 0.9, 1.0), 5.0)
 
 
 def equal(a, b):
@@ -42,7 +42,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("rule", FOLLOWING)
-@pytest.mark.parametrize("steps", [1, 30, 100, 1000, 20_000])
+@pytest.mark.parametrize("steps", [1, 30, 100, 300, 1000, 20_000])
 def test_an_lr_that_nobody_chose_counts_so_many_times(rule, steps):
     ours, params = make(rule, steps, weight_decay=0.1)
     train_ours = train(ours, params)
@@ -99,9 +99,9 @@ def test_a_scheduler_on_top_multiplies(caplog):
         ours = train(optimizer, params)
     assert scheduler.base_lrs == [1.0] and optimizer.param_groups[0]["lr"] == 0.5
     (record,) = caplog.records
-    assert "in a run of 100 steps lr counts 2.82 times" in record.getMessage()
+    assert "in a run of 100 steps lr counts 2.69 times" in record.getMessage()
     assert optimizer.metrics()["length_multiplier"] == optimizer.length_multiplier
-    assert "of 100, length_multiplier=2.82," in repr(optimizer)
+    assert "of 100, length_multiplier=2.69," in repr(optimizer)
     reference, params = make(lr=0.5 * by_hand(100))
     torch.testing.assert_close(ours, train(reference, params), rtol=1e-6, atol=1e-7)
 

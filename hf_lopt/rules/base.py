@@ -55,8 +55,9 @@ class RunLength:
         return min(max((self.steps / updates) ** self.power, 1.0), self.largest)
 
 
-# Of all rules whose schedule is that of a horizon.
-RUN_LENGTH = RunLength(steps=1000, power=0.45, largest=5.0)
+# Of all rules whose schedule is that of a horizon. At 300 steps the best multiplier is 1 on some tasks and 2.8 on
+# others, for 3 % of the loss on average; and 1.7 cost a sequence-to-sequence model a third. So it ends there.
+RUN_LENGTH = RunLength(steps=300, power=0.9, largest=5.0)
 
 
 @dataclass(frozen=True)
