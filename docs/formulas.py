@@ -85,7 +85,7 @@ UNIT = "1 / sqrt(max(mean(p**2), 1e-9))"
 Inputs = tuple[tuple[str, int, str, str], ...]
 
 CELO_INPUTS: Inputs = (
-    ("time", 9, TIME_FEATURE, "fraction of the run that is done"),
+    ("time", 9, "time", "fraction of the run that is done"),
     ("loss_features", 9, "loss_features", "trend of the loss"),
 )
 VELO_INPUTS: Inputs = (
@@ -97,7 +97,7 @@ VELO_INPUTS: Inputs = (
 )
 
 RNN_MLP_CONSTANTS: Inputs = (
-    ("time", 11, SINE_FEATURE, "steps done, at eleven scales"),
+    ("time", 11, "time", "steps done, at eleven scales"),
     ("tensors", 1, "log(T) - 1", "number of tensors"),
     ("norm", 1, "log(norm(p) + 1e-8)", "norm of the parameter"),
     ("size", 1, "log(size)", "number of elements"),

@@ -54,7 +54,7 @@ SECTIONS = (
         "small_fc, μLO and ELO",
         features.SMALL_FC,
         ("small_fc_lopt", "mulo", "elo"),
-        more=(("time", len(features.STEP_SCALES), formulas.STEP_FEATURE, "steps done, at eleven scales"),),
+        more=(("time", len(features.STEP_SCALES), "time", "steps done, at eleven scales"),),
         remarks=(
             "**small_fc** learns its decays, as offsets in the weights, which are 0 for `elo`. A decay is "
             f"`{formulas.LEARNED_DECAY}`, kept inside [0, 1] for v, R, C and D.",
@@ -75,7 +75,7 @@ SECTIONS = (
         features.RNN_MLP,
         ("rnn_mlp",),
         more=formulas.RNN_MLP_CONSTANTS,
-        remarks=("**RNN-MLP** clips the gradient at a moving bound, see below.",),
+        remarks=("**RNN-MLP** clips the gradient at a moving bound.",),
     ),
 )
 # Rules with a schedule of their own, but without features of the elements.
@@ -128,7 +128,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 def program(steps: formulas.Program) -> list[str]:
     """A fenced block of assignments; comments are aligned."""
-    lines = [(f"{name} = {text}", words) for name, text, words in steps]
+    return _commented([(f"{name} = {text}", words) for name, text, words in steps])
+
+
+def _commented(lines: Sequence[tuple[str, str]]) -> list[str]:
+    """A fenced block of formulas with their remarks, aligned."""
     width = max((len(line) for line, _ in lines if len(line) <= 64), default=0)
     return ["```", *(f"{line:<{width}}  # {words}" if words else line for line, words in lines), "```", ""]
 
@@ -194,11 +198,11 @@ def _sections() -> list[str]:
     body = []
     for name in order:
         feature = features.FEATURES[name]
-        texts = [_short_eps(text) for text in (feature.text, feature.vector_text)]
-        cell = f"`{texts[0]}`" + (f"; rank < 2: `{texts[1]}`" if texts[1] else "")
-        columns = (_columns(same[0], name) for same in lists.values())
-        body.append((f"`{name}`", cell, formulas.ELEMENT[name], *columns))
-    lines += table(("name", "formula", "what it is", *heads), body)
+        formula = f"{name} = {_short_eps(feature.text)}" if feature.text != name else name
+        vector = f"; rank < 2: {_short_eps(feature.vector_text)}" if feature.vector_text else ""
+        cells = [_columns(same[0], name) for same in lists.values()]
+        body.append(("".join(f"{cell:<7}" for cell in cells) + formula, formulas.ELEMENT[name] + vector))
+    lines += [f"Columns in the list of {'; of '.join(heads)}:", "", *_commented(body)]
     lines += [text + "\n" for section in SECTIONS for text in section.remarks]
     for section in SECTIONS:
         if section.more:
@@ -215,10 +219,10 @@ def _inputs(inputs: formulas.Inputs, start: int = 0) -> list[str]:
     """A fenced block: columns, name, formula, what it is."""
     lines = []
     for name, columns, text, words in inputs:
-        lines.append((f"{span(start, columns):<6} {name} = {text}", words))
+        formula = f"{name} = {text}" if text != name else name
+        lines.append((f"{span(start, columns):<6} {formula}", words))
         start += columns
-    width = max(len(line) for line, _ in lines if len(line) <= 64)
-    return ["```", *(f"{line:<{width}}  # {words}" if words else line for line, words in lines), "```", ""]
+    return _commented(lines)
 
 
 def _symbols() -> list[str]:
@@ -356,30 +360,29 @@ def _arithmetic(name: str) -> tuple[str, str, str]:
 
 
 def _overview() -> list[str]:
-    rows = []
+    """One line for the rules that need the same and have the same schedule and rate."""
+    alike: dict[str, list[str]] = {}
     for name in rules.names():
         rule = rules.get(name)
         needs = [word for word, needed in (("loss", rule.needs_loss), ("horizon", rule.needs_horizon)) if needed]
-        schedule = "own" if rule.own_schedule else "yours"
-        rows.append(
-            (f"`{name}`", f"`{rule.class_name}`", ", ".join(needs) or "nothing", schedule, number(rule.defaults["lr"]))
-        )
-    return table(("optim", "class", "needs", "schedule", "lr"), rows)
+        schedule = "own" if rule.own_schedule else "your"
+        what = f"{' and '.join(needs) or 'nothing'}, {schedule} schedule, `lr={number(rule.defaults['lr'])}`"
+        alike.setdefault(what, []).append(f"`{name}` ({rule.class_name})")
+    return [f"- {', '.join(names)}: {what}" for what, names in sorted(alike.items(), key=lambda item: item[1])]
 
 
 def _weights() -> list[str]:
-    rows = []
+    lines = []
     for name in rules.names():
         for entry in PUBLISHED.get(name, ()):
-            licences = list(dict.fromkeys(LICENCES.get(repo, SEE) for repo in entry.ids))
-            settings = ", ".join(k if isinstance(v, tuple) else f"{k} {number(v)}" for k, v in entry.settings.items())
-            licence = licences[0] if len(licences) == 1 else " / ".join(LICENCES.get(repo, SEE) for repo in entry.ids)
-            rows.append((f"`{name}`", " + ".join(f"`{repo}`" for repo in entry.ids), settings or "—", licence))
-    return table(("optim", "hub id, the preferred one first", "settings that go with it", "licence"), rows)
+            repos = " + ".join(f"`{repo}` ({LICENCES.get(repo, SEE)})" for repo in entry.ids)
+            settings = [k if isinstance(v, tuple) else f"{k}={number(v)}" for k, v in entry.settings.items()]
+            lines.append("; ".join([f"- `{name}`: {repos}", *([", ".join(settings)] if settings else [])]))
+    return lines
 
 
 def _axis_orders() -> list[str]:
-    return table(("axis_order", "axes of the tensor"), ((f"`{k}`", AXIS_ORDER_WORDS[k]) for k in AXIS_ORDERS))
+    return [f"- `{k}`: {AXIS_ORDER_WORDS[k]}" for k in AXIS_ORDERS]
 
 
 # Name of a marker in a page -> what stands between it and its end.
