@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 import warnings
 from pathlib import Path
 from typing import get_args
@@ -80,25 +79,13 @@ def test_literals_are_what_the_checks_accept():
     assert get_args(argument_types.StateDtype) == STATE_DTYPES
 
 
-# What the code of README.md says that its reader has.
-README_HAS = """
-from typing import Any
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-
-accelerator: Any = None
-
-def run(model: nn.Module, loader: DataLoader[Any], train: Dataset[Any], test: Dataset[Any]) -> None:
-"""
-
-
 @pytest.mark.slow  # half a minute, most of it for torch, until mypy has it in its cache
 def test_mypy_reads_a_users_files(tmp_path):
     """``user.py`` and the code of README.md have no error, ``misspelt.py`` those that its comments name."""
     pytest.importorskip("mypy")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     readme = tmp_path / "readme.py"
-    readme.write_text(README_HAS + textwrap.indent("\n".join(blocks), "    "), encoding="utf-8")
+    readme.write_text("\n".join(blocks), encoding="utf-8")
     assert "hf_lopt.VeLO(" in readme.read_text(encoding="utf-8")
     paths = [*(f"tests/typing/{name}" for name in FILES), str(readme)]
     command = [sys.executable, "-m", "mypy", "--config-file", "tests/typing/mypy.ini", "--strict"]
