@@ -2,7 +2,7 @@
 
     python -m benchmarks.state_loss recipes                    # held-out losses of four recipes, three seeds
     python -m benchmarks.state_loss recipes --rules celo2 --recipes causal_lm
-    python -m benchmarks.state_loss recipes --mixed            # weights that use all momenta
+    python -m benchmarks.state_loss recipes --mixed --lr 0.1   # weights that use all momenta
     python -m benchmarks.state_loss long                       # 20,000 steps of a small language model
     python -m benchmarks.state_loss parameters                 # bfloat16 parameters beside float32 master weights
     python -m benchmarks.state_loss page                       # the tables again
@@ -49,7 +49,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILE, PAGE = RESULTS / "state_loss.json", RESULTS / "state_loss.md"
 KINDS = ("float32", "bfloat16", "int8")
-MOVED, MIXED = "float32, moved", ", all momenta"
+MOVED, MIXED, LR = "float32, moved", ", all momenta", ", lr "
 VERSIONS = {name: importlib.metadata.version(name) for name in ("transformers",)}
 # Of the mean held-out loss, in percent of that of float32; or within the spread of float32 over seeds.
 BOUNDS = {"bfloat16": 0.5, "int8": 1.5}
@@ -63,7 +63,7 @@ SETTINGS = {
     "image_classification early": "--max_steps 100 --eval_steps 100",
     "seq2seq": "--max_steps 300 --eval_steps 300",
 }
-LONG_EVERY, LONG_LRS = 1000, {"celo2": 1e-3, "celo2_base": 1e-3, "elo": 1e-3}
+LONG_EVERY = 1000
 PARAMETERS = ("float32", "float32 master weights", "bfloat16, to nearest", "bfloat16, stochastic_rounding")
 
 
@@ -85,9 +85,9 @@ def recipe_run(setting: str, label: str, kind: str, seed: int) -> float:
     task = module.make_task(args)
     if kind == MOVED:
         task = dataclasses.replace(task, build_model=lambda build=task.build_model: moved(build()))
-    rule, weights = weights_of(label)
+    rule, weights, lr = read_label(label)
     options = f"weights={weights},state_dtype={kind.partition(',')[0]}"
-    run = comparing.one_run(task, args, Contender(rule, rule, None, options), seed)
+    run = comparing.one_run(task, args, Contender(rule, rule, lr, options), seed)
     loss: float = run["final"]["eval_loss"]
     return loss
 
@@ -114,10 +114,11 @@ def mixed_weights(rule: str) -> str:
     return str(folder)
 
 
-def weights_of(label: str) -> tuple[str, str]:
-    """Rule and ``weights=`` of the name of a rule that ``MIXED`` may follow."""
+def read_label(label: str) -> tuple[str, str, float | None]:
+    """Rule, ``weights=`` and ``lr`` (None: its default) of a rule's name that ``MIXED`` and ", lr 0.1" may follow."""
+    label, _, lr = label.partition(LR)
     rule, mixed, _ = label.partition(MIXED)
-    return rule, mixed_weights(rule) if mixed else "bundled"
+    return rule, mixed_weights(rule) if mixed else "bundled", float(lr) if lr else None
 
 
 @torch.no_grad()
@@ -161,11 +162,11 @@ def windows(data: Tensor, count: int, generator: torch.Generator) -> tuple[Tenso
     return found[:, :8], found[:, 8]
 
 
-def settings_of(rule: str, weights: str, steps: int) -> dict[str, Any]:
+def settings_of(rule: str, weights: str, lr: float | None, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {"weights": weights}
     if rules.get(rule).needs_horizon:
         found["num_training_steps"] = steps
-    return found | ({"lr": LONG_LRS[rule]} if rule in LONG_LRS else {})
+    return found | ({} if lr is None else {"lr": lr})
 
 
 def small_run(label: str, kind: str, seed: int, steps: int, every: int = LONG_EVERY, batch: int = 64) -> list[float]:
@@ -178,8 +179,8 @@ def small_run(label: str, kind: str, seed: int, steps: int, every: int = LONG_EV
     if low:
         model.bfloat16()
     train, test = (text(1 << 19, torch.Generator().manual_seed(s)) for s in (1, 2))
-    rule, weights = weights_of(label)
-    settings = settings_of(rule, weights, steps) | {"stochastic_rounding": kind.endswith("stochastic_rounding")}
+    rule, weights, lr = read_label(label)
+    settings = settings_of(rule, weights, lr, steps) | {"stochastic_rounding": kind.endswith("stochastic_rounding")}
     settings["state_dtype"] = kind if kind in KINDS else "float32"
     optimizer = hf_lopt.LearnedOptimizer(hf_lopt.param_groups(model, rule), rule, **settings)
     used = model
@@ -326,13 +327,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--mixed", action="store_true", help="weights that use all momenta: velo, celo2, small_fc_lopt"
     )
+    parser.add_argument("--lr", type=float, help="instead of the rule's own")
     parser.add_argument("--kinds", nargs="+", help="default: all of the part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of long (default: 20,000) and parameters (2,000)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     os.chdir(ROOT)
-    record, names = Record(), [rule + MIXED * args.mixed for rule in args.rules]
+    lr = "" if args.lr is None else f"{LR}{args.lr:g}"
+    record, names = Record(), [rule + MIXED * args.mixed + lr for rule in args.rules]
     if args.part == "page":
         PAGE.write_text(page(list(record.runs.values())), encoding="utf-8")
         return
