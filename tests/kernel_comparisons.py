@@ -136,7 +136,8 @@ def _check_adam_step(x: Case, arguments: AdamStep, got: Outcome, want: Outcome) 
     close(got.results[0], want.results[0], 1e-5, "Σ step²")
     after, plain = got.arguments, want.arguments
     for t, p in enumerate(arguments.params):
-        close(after.params[t], plain.params[t], 2 * torch.finfo(p.dtype).eps, "parameters")  # seen on an H200: 1.1
+        units = 2 if p.is_cuda else 1  # seen on an H200: 1.1
+        close(after.params[t], plain.params[t], units * torch.finfo(p.dtype).eps, "parameters")
         close(after.momenta[t], plain.momenta[t], 2e-6, "momenta")
         close(after.second_moments[t], plain.second_moments[t], 2e-6, "second moments")
 

@@ -1,6 +1,6 @@
 """Sharded parameters give what a single process gives, for every rule, mesh and number of ranks.
 
-The ranks run scripts/sharded.py under torchrun over gloo, once per number of ranks with everything in it, because
+The ranks run scripts/sharded.py over gloo, once per number of ranks with everything in it, because
 starting them costs more than training. The script asserts that parameters and accumulators are DTensors with the exact
 global shapes, so that nothing here can pass on plain tensors.
 """

@@ -1,6 +1,6 @@
-"""Trains DTensors that are sharded over two gloo ranks; run by torchrun from test_ranks.py and record.py.
+"""Trains DTensors that are sharded over two gloo ranks; run from test_ranks.py and record.py.
 
-torchrun --nproc_per_node 2 frozen_ranks.py RESULT
+frozen_ranks.py RESULT
 
 RESULT: a JSON file, {rule: outcome} of the whole tensors, gathered on every rank.
 """
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
-# torchrun's workers find this folder by themselves, but not the one above, where `ranks` lies.
+# This folder is found by itself, but not the one above, where `ranks` lies.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import frozen_runs as runs  # noqa: E402
