@@ -36,7 +36,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
-from hf_lopt.kernels.held import HELD, HeldList, HeldResults, any_on
+from hf_lopt.kernels.held import HELD, WITH_DTYPES, HeldResults, any_on
 from hf_lopt.kernels.reference.formats import read_places
 from hf_lopt.kernels.schema import Arguments
 from hf_lopt.kernels.small_matrices import is_small
@@ -178,7 +178,7 @@ class Operator(Generic[Kind, Result]):
 
     def _call(self, arguments: Kind) -> Result:
         values = vars(arguments)
-        whole = {name: list(x) for name, x in values.items() if isinstance(x, HELD)}
+        whole = {name: list(x) for name, x in values.items() if type(x) in HELD}
         result: Result = self._overload(**{**values, **whole})
         return result
 
@@ -191,7 +191,7 @@ class Operator(Generic[Kind, Result]):
         values, code = dict(vars(arguments)), []
         for name in self._lists:
             x = values[name]
-            numbers = x.numbers if isinstance(x, HELD) else []
+            numbers = x.numbers if type(x) in HELD else []
             code += [len(numbers), *numbers]
             if numbers:
                 values[name] = x.rest
@@ -199,7 +199,9 @@ class Operator(Generic[Kind, Result]):
         results = [HeldResults(device, count) for _ in range(self._results)]
         code += [number for x in results for number in x.numbers]
         found: Any = self._overload(**values, like=any_on(device), held=code)
-        return (*results, *found[len(results) :]) if results else found
+        whole: Any = (*results, *found[len(results) :]) if results else found
+        result: Result = whole
+        return result
 
 
 # ---- what the compiled kernels support ------------------------------------------------------------------------------
@@ -214,11 +216,9 @@ def supports(arguments: Arguments, device: str) -> bool:
 _dtype = operator.attrgetter("dtype")
 
 
-def _are(dtypes: frozenset[torch.dtype], *lists: Sequence[Tensor]) -> bool:
+def _are(dtypes: frozenset[torch.dtype], *lists: Any) -> bool:
     """Whether all tensors have one of these types."""
-    return all(
-        dtypes.issuperset(x.dtypes if isinstance(x, (HeldList, HeldResults)) else map(_dtype, x)) for x in lists
-    )
+    return all(dtypes.issuperset(x.dtypes if type(x) in WITH_DTYPES else map(_dtype, x)) for x in lists)
 
 
 def _are_floating(*lists: Sequence[Tensor]) -> bool:

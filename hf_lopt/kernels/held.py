@@ -77,6 +77,10 @@ class HeldList(tuple[Tensor, ...]):
         """What a call still has to pass."""
         return () if self._number is not None else self
 
+    def let_go(self) -> None:
+        """Have the library keep the list no longer, until it is passed again."""
+        self._number = None
+
     def same_kinds(self) -> bool:
         """Whether all have the shapes, types and devices that they had at the first such call."""
         (number,) = self.numbers
@@ -123,7 +127,8 @@ class Joined(Sequence[Tensor]):
     @functools.cached_property
     def _held(self) -> list[list[int]]:
         """Those of the lists at the beginning that are held: the library has them before those that are passed."""
-        numbers = (x.numbers if isinstance(x, (HeldList, HeldResults)) else [] for x in self.parts)
+        parts: tuple[Any, ...] = self.parts
+        numbers = (x.numbers if type(x) in WITH_DTYPES else [] for x in parts)
         return list(itertools.takewhile(bool, numbers))
 
     @property
@@ -144,4 +149,6 @@ class Joined(Sequence[Tensor]):
         return itertools.chain.from_iterable(self.parts)
 
 
-HELD = (HeldList, HeldResults, Joined)
+# By type itself: to ask whether something is an instance of an abstract class takes longer.
+WITH_DTYPES = frozenset((HeldList, HeldResults))
+HELD = frozenset((HeldList, HeldResults, Joined))

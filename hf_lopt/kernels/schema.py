@@ -56,7 +56,7 @@ class Arguments:
     @property
     def device(self) -> torch.device:
         found = getattr(self, self.DEVICE_OF)
-        return (found if isinstance(found, (Tensor, HeldResults)) else found[0]).device
+        return (found if isinstance(found, Tensor) or type(found) is HeldResults else found[0]).device
 
     @classmethod
     @functools.cache

@@ -114,7 +114,7 @@ class HeldTensors:
         self.params, self.groups = [p for p, _ in pairs], [group for _, group in pairs]
         self.own_groups = list({id(group): group for group in self.groups}.values())
         self.grads = [p.grad for p in self.params]
-        self.local_params = [distributed.local(p) for p in self.params]
+        self.local_params = HeldList(distributed.local(p) for p in self.params)
         self.state = local_state([state[p] for p in self.params])
         self.key: tuple[Hashable, ...] | None = None
         self.labels = {word: [group[word] for group in self.groups] for word in words}
@@ -178,8 +178,9 @@ class HeldTensors:
         return False
 
     def release(self) -> None:
-        """Keep no gradient alive beyond its step."""
+        """Keep no gradient alive beyond its step, and have nobody else hold a parameter."""
         self.grads = []
+        self.local_params.let_go()
 
     def local_gradients(self) -> list[Tensor]:
         """This rank's shards of the gradients, sharded as the parameters. A collective where they come otherwise."""

@@ -96,8 +96,8 @@ class TensorList:
     layout: Layout
     cache: StepCache
     root: StepCache
-    params: list[Tensor]
-    grads: list[Tensor]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
     state: Mapping[str, list[Tensor | None]]
     settings: Mapping[str, Tensor]
     labels: dict[str, list[str]]
