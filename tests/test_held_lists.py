@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import math
 import weakref
 from dataclasses import replace
 
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 import hf_lopt
+from hf_lopt import rules
 from hf_lopt.kernels import dispatch, ops
+from hf_lopt.kernels import held as held_lists
 from hf_lopt.kernels.arguments import Assign
 from hf_lopt.kernels.held import HeldList, HeldResults, Joined
 from kernel_comparisons import OPERATORS, equal
@@ -21,6 +25,13 @@ from kernel_samples import samples
 
 pytestmark = pytest.mark.skipif(not dispatch.loaded(), reason="the kernels are not compiled here")
 SAMPLES = samples()
+
+
+@pytest.fixture(autouse=True)
+def short_lists_too(monkeypatch):
+    monkeypatch.setattr(held_lists, "FEW", 1)
+
+
 HOLDS = [name for name, x in SAMPLES.items() if type(x).HOLDS and dispatch.supports(x, "cpu")]
 
 
@@ -74,6 +85,26 @@ def test_joined_lists_keep_their_order():
         targets = [torch.zeros(2) for _ in values]
         ops.assign(Assign(HeldList(targets), Joined(*parts), torch.tensor(False)))
         assert [float(x[0]) for x in targets] == values == [float(x[0]) for x in Joined(*parts)]
+
+
+@pytest.mark.parametrize("rule", hf_lopt.available())
+def test_steps_with_held_lists_are_the_same_steps(rule, monkeypatch):
+    """Of every rule, with tensors of several ranks; a step that is skipped among them."""
+
+    def run(few):
+        monkeypatch.setattr(held_lists, "FEW", few)
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in ((6, 5), (7,), (4, 3, 2, 2), ())]
+        settings = {"num_training_steps": 20} if rules.get(rule).needs_horizon else {}
+        optimizer = hf_lopt.LearnedOptimizer(params, rule, weights="bundled", **settings)
+        for t in range(4):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            with pytest.warns() if t == 2 else contextlib.nullcontext():
+                optimizer.step(math.inf if t == 2 else 1.0)
+        return [*params, *(x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))]
+
+    assert equal(run(1), run(10**9))
 
 
 def test_a_held_list_sees_the_data_that_a_tensor_has_by_then():

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_lopt import notices
 from hf_lopt.features import FEATURES
-from hf_lopt.kernels import cards, remedy
+from hf_lopt.kernels import cards, held, remedy
 from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
@@ -36,7 +36,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
-from hf_lopt.kernels.held import HELD, WITH_DTYPES, HeldResults, any_on
+from hf_lopt.kernels.held import HELD, WITH_DTYPES, HeldList, HeldResults, any_on
 from hf_lopt.kernels.reference.formats import read_places
 from hf_lopt.kernels.schema import Arguments
 from hf_lopt.kernels.small_matrices import is_small
@@ -178,8 +178,8 @@ class Operator(Generic[Kind, Result]):
 
     def _call(self, arguments: Kind) -> Result:
         values = vars(arguments)
-        whole = {name: list(x) for name, x in values.items() if type(x) in HELD}
-        result: Result = self._overload(**{**values, **whole})
+        whole = {name: list(x) for name, x in values.items() if type(x) in HELD and type(x) is not HeldList}
+        result: Result = self._overload(**{**values, **whole}) if whole else self._overload(**values)
         return result
 
     def _call_held(self, arguments: Kind, device: torch.device) -> Result:
@@ -188,6 +188,9 @@ class Operator(Generic[Kind, Result]):
         # Who looks at the calls on their way, as a mode does, sees them whole.
         if not self._lists or torch._C._len_torch_dispatch_stack():
             return self._call(arguments)
+        count = len(getattr(arguments, self._lists[0]))
+        if count < held.FEW:
+            return self._call(arguments)
         values, code = dict(vars(arguments)), []
         for name in self._lists:
             x = values[name]
@@ -195,7 +198,6 @@ class Operator(Generic[Kind, Result]):
             code += [len(numbers), *numbers]
             if numbers:
                 values[name] = x.rest
-        count = len(getattr(arguments, self._lists[0]))
         results = [HeldResults(device, count) for _ in range(self._results)]
         code += [number for x in results for number in x.numbers]
         found: Any = self._overload(**values, like=any_on(device), held=code)

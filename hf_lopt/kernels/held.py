@@ -19,6 +19,7 @@ from torch import Tensor
 # A subclass may be a stand-in for another tensor, which a library cannot keep.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _numbers = itertools.count(1)
+FEW = 8  # shorter lists are passed faster than they are held
 
 
 @functools.cache
@@ -53,8 +54,8 @@ class HeldList(tuple[Tensor, ...]):
 
     @functools.cached_property
     def can_be_held(self) -> bool:
-        """Whether there is anything to keep, and all of it real tensors."""
-        return len(self) > 0 and _PLAIN.issuperset(map(type, self))
+        """Whether it is worth it, and all of them are real tensors."""
+        return len(self) >= FEW and _PLAIN.issuperset(map(type, self))
 
     @functools.cached_property
     def dtypes(self) -> frozenset[torch.dtype]:
