@@ -83,5 +83,13 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
 void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std::optional<Tensor> squares,
              std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip, const Rounding& rounding);
 std::tuple<Tensor, Tensor, Tensor> specialize_networks(const SpecializeArguments& x);
+std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::optional<Tensor> bad,
+                                           std::optional<Tensor> loss, Tensor counters, Tensors loss_buffer,
+                                           double horizon, Floats corrected, Tensors tensor_inputs, int64_t p_column,
+                                           int64_t rows);
+Tensor pool(Tensor mixed, Tensors hidden);
+std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads,
+                                             Tensor heads_bias, Tensor bank, bool celo, Tensor skip);
+void assign(Tensors targets, Tensors values, Tensor skip);
 
 }  // namespace hf_lopt

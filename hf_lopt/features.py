@@ -10,6 +10,7 @@ Per element: :class:`ElementFeatures`. Per tensor and per run, the inputs of the
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -143,14 +144,18 @@ class ElementFeatures:
 
     def widths(self) -> tuple[int, ...]:
         """Number of columns of each feature."""
+        return self._widths
+
+    def column(self, name: str) -> int:
+        """Index of the first column of the feature ``name``."""
+        return sum(self._widths[: self.names.index(name)])
+
+    @functools.cached_property
+    def _widths(self) -> tuple[int, ...]:
         d = self.decays
         return tuple(
             FEATURES[name].columns(len(d.momentum), len(d.second_moment), len(d.factored)) for name in self.names
         )
-
-    def column(self, name: str) -> int:
-        """Index of the first column of the feature ``name``."""
-        return sum(self.widths()[: self.names.index(name)])
 
 
 # google/learned_optimization, general_lopt hyper_v2: 14 features, 30 columns.

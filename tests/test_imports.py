@@ -15,24 +15,25 @@ PACKAGE = ROOT / "hf_lopt"
 # What each module may import from the package. A package name stands for its modules that have no line of their own.
 LEAVES = {"distributed", "weights", "embedded"}
 LEAVES_FOR_ALL = {"notices"}
-KERNELS = {"kernels.arguments", "kernels.ops", "kernels.reference"}
+KERNELS = {"kernels.arguments", "kernels.held", "kernels.ops", "kernels.reference"}
 ALLOWED = {
     "features": set(),
     "notices": set(),
     "arguments_given": set(),
     "description": {"given_settings", "weights"},
     "kernels.remedy": set(),
-    "kernels.schema": set(),
+    "kernels.schema": {"kernels.held"},
     "kernels.small_matrices": set(),
     "kernels.run_arguments": {"kernels.schema"},
     "kernels.arguments": {"kernels.run_arguments", "kernels.schema"},
     "kernels.cards": set(),
+    "kernels.held": set(),
     "kernels.dispatch": {
-        *("features", "kernels.arguments", "kernels.cards", "kernels.reference", "kernels.remedy", "kernels.schema"),
-        "kernels.small_matrices",
+        *("features", "kernels.arguments", "kernels.cards", "kernels.held", "kernels.reference", "kernels.remedy"),
+        *("kernels.schema", "kernels.small_matrices"),
     },
     "kernels.reference": {"features", "kernels.arguments", "kernels.reference", "kernels.small_matrices"},
-    "kernels.ops": {"features", "kernels.arguments", "kernels.dispatch", "kernels.reference"},
+    "kernels.ops": {"features", "kernels.arguments", "kernels.dispatch", "kernels.held", "kernels.reference"},
     "kernels": set(),
     "distributed": set(),
     "ownership": {"distributed"},

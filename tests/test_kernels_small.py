@@ -216,34 +216,44 @@ def test_step_sizes_without_networks(backend):
 
 @pytest.mark.parametrize("loss, nonfinite", [(1.5, 0.0), (math.nan, 0.0), (2.0, 1.0)])
 @pytest.mark.parametrize("inputs", [True, False])
-def test_advance(cuda, loss, nonfinite, inputs):
+def test_advance(backend, loss, nonfinite, inputs):
     arguments = advance(loss, nonfinite, inputs)
     for step in range(4):  # each from where the one before has ended
-        arguments = replace(on(cuda, arguments), loss=torch.tensor(loss + step, device=cuda.device))
-        skip = check(cuda, arguments, 2e-6)[0]
+        arguments = replace(on(backend, arguments), loss=torch.tensor(loss + step, device=backend.device))
+        skip = check(backend, arguments, 2e-6)[0]
         assert bool(skip) == (math.isnan(loss) or nonfinite > 0)
         arguments = outcome(arguments).arguments
 
 
 @pytest.mark.parametrize("units, controls, softmax", [(512, 256, False), (64, 1, True), (40, 7, True), (64, 0, True)])
 @pytest.mark.parametrize("skip", [False, True])
-def test_scheduler(cuda, units, controls, softmax, skip):
+def test_scheduler(backend, units, controls, softmax, skip):
     pool, step = lstm(units, controls, softmax, skip)
-    check(cuda, pool, 1e-5)
-    check(cuda, step, 1e-5)
-    after = outcome(on(cuda, step)).arguments
+    check(backend, pool, 1e-5)
+    check(backend, step, 1e-5)
+    after = outcome(on(backend, step)).arguments
     assert equal([x.cpu() for x in (*after.hidden, *after.cell)], [*step.hidden, *step.cell]) == skip
+
+
+@pytest.mark.parametrize("softmax", [False, True])
+def test_scheduler_on_the_cpu_is_bit_by_bit_the_plain_one(cpu, softmax):
+    """Its elementary functions and products are PyTorch's own; NaN comes through."""
+    pool, step = lstm(40, 7, softmax, False)
+    pool.mixed[1, 3] = math.nan
+    for arguments in (pool, step):
+        for a, b in zip(outcome(arguments).tensors(), plain_outcome(arguments).tensors(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- what is stored --------------------
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_assign(cuda, skip):
+def test_assign(backend, skip):
     generator = torch.Generator().manual_seed(0)
     shapes = [(), (7,), (33, 70), (0, 3), (600,)]
     targets, values = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(2))
-    after = on(cuda, Assign(targets, values, torch.tensor(skip)))
+    after = on(backend, Assign(targets, values, torch.tensor(skip)))
     stored = outcome(after).arguments.targets
     assert equal([x.cpu() for x in stored], targets if skip else values)
 

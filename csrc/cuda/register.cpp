@@ -31,10 +31,6 @@
 HF_LOPT_IMPLEMENT(HF_LOPT_LIBRARY, HF_LOPT_KEY, m) {
     hf_lopt::implement_passes(m);
     m.impl("zero_nan", TORCH_BOX(&hf_lopt::zero_nan));
-    m.impl("advance", TORCH_BOX(&hf_lopt::advance));
-    m.impl("pool", TORCH_BOX(&hf_lopt::pool));
-    m.impl("lstm_step", TORCH_BOX(&hf_lopt::lstm_step));
-    m.impl("assign", TORCH_BOX(&hf_lopt::assign));
 }
 
 namespace hf_lopt {

@@ -56,6 +56,7 @@ class Sums(Arguments):
     OPERATOR: ClassVar[str] = "sums"
     RETURNS: ClassVar[str] = "(Tensor[], Tensor[], Tensor)"
     DEVICE_OF: ClassVar[str] = "params"
+    HOLDS: ClassVar[bool] = True
 
     params: Tensors
     grads: Tensors
@@ -86,6 +87,7 @@ class UpdateFactored(Arguments):
     OPERATOR: ClassVar[str] = "update_factored"
     RETURNS: ClassVar[str] = "(Tensor[], Tensor[], Tensor[], Tensor[])"
     DEVICE_OF: ClassVar[str] = "row_sums"
+    HOLDS: ClassVar[bool] = True
 
     rows: Tensors
     cols: Tensors
@@ -119,6 +121,7 @@ class FeatureSums(Arguments):
     OPERATOR: ClassVar[str] = "feature_sums"
     RETURNS: ClassVar[str] = "Tensor"
     DEVICE_OF: ClassVar[str] = "params"
+    HOLDS: ClassVar[bool] = True
 
     features: Names
     params: Tensors
@@ -205,6 +208,7 @@ class AdamStep(Arguments):
     OPERATOR: ClassVar[str] = "adam_step"
     RETURNS: ClassVar[str] = "Tensor"
     DEVICE_OF: ClassVar[str] = "params"
+    HOLDS: ClassVar[bool] = True
 
     params: WrittenTensors
     grads: Tensors
@@ -244,6 +248,7 @@ class Descend(Arguments):
     OPERATOR: ClassVar[str] = "descend"
     RETURNS: ClassVar[str] = "()"
     DEVICE_OF: ClassVar[str] = "params"
+    HOLDS: ClassVar[bool] = True
 
     params: WrittenTensors
     steps: Tensors

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import itertools
 import operator
 import os
 import threading
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from hf_lopt import notices
 from hf_lopt.features import FEATURES
-from hf_lopt.kernels import cards, remedy
+from hf_lopt.kernels import cards, held, remedy
 from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
@@ -37,6 +36,7 @@ from hf_lopt.kernels.arguments import (
     UpdateFactored,
     ZeroNan,
 )
+from hf_lopt.kernels.held import HELD, WITH_DTYPES, HeldList, HeldResults, any_on
 from hf_lopt.kernels.reference.formats import read_places
 from hf_lopt.kernels.schema import Arguments
 from hf_lopt.kernels.small_matrices import is_small
@@ -151,6 +151,8 @@ class Operator(Generic[Kind, Result]):
         self._overload = getattr(torch.ops.hf_lopt, self.name).default
         schema = self._overload._schema.arguments
         self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
+        self._lists = [x.name for x in schema if str(x.type) == "List[Tensor]"] if arguments.HOLDS else []
+        self._results = arguments.RETURNS.count("Tensor[]") if arguments.HOLDS else 0
         self.__doc__ = reference.__doc__
 
     def __call__(self, arguments: Kind) -> Result:
@@ -163,7 +165,7 @@ class Operator(Generic[Kind, Result]):
             return self.reference(arguments)
         if self._written:
             self.count_changes(arguments)
-        return self._call(arguments)
+        return self._call_held(arguments, place)
 
     def count_changes(self, arguments: Kind) -> None:
         """Move the version counters of what a call changes; tensors of an inference mode have none."""
@@ -175,7 +177,32 @@ class Operator(Generic[Kind, Result]):
             torch.autograd.graph.increment_version([x for x in changed if not x.is_inference()])
 
     def _call(self, arguments: Kind) -> Result:
-        result: Result = self._overload(**vars(arguments))
+        values = vars(arguments)
+        whole = {name: list(x) for name, x in values.items() if type(x) in HELD and type(x) is not HeldList}
+        result: Result = self._overload(**{**values, **whole}) if whole else self._overload(**values)
+        return result
+
+    def _call_held(self, arguments: Kind, device: torch.device) -> Result:
+        """A call of a compiled kernel, with the numbers of lists in place of those that the library holds; lists
+        among its results stay there."""
+        # Who looks at the calls on their way, as a mode does, sees them whole.
+        if not self._lists or torch._C._len_torch_dispatch_stack():
+            return self._call(arguments)
+        count = len(getattr(arguments, self._lists[0]))
+        if count < held.FEW:
+            return self._call(arguments)
+        values, code = dict(vars(arguments)), []
+        for name in self._lists:
+            x = values[name]
+            numbers = x.numbers if type(x) in HELD else []
+            code += [len(numbers), *numbers]
+            if numbers:
+                values[name] = x.rest
+        results = [HeldResults(device, count) for _ in range(self._results)]
+        code += [number for x in results for number in x.numbers]
+        found: Any = self._overload(**values, like=any_on(device), held=code)
+        whole: Any = (*results, *found[len(results) :]) if results else found
+        result: Result = whole
         return result
 
 
@@ -191,8 +218,13 @@ def supports(arguments: Arguments, device: str) -> bool:
 _dtype = operator.attrgetter("dtype")
 
 
+def _are(dtypes: frozenset[torch.dtype], *lists: Any) -> bool:
+    """Whether all tensors have one of these types."""
+    return all(dtypes.issuperset(x.dtypes if type(x) in WITH_DTYPES else map(_dtype, x)) for x in lists)
+
+
 def _are_floating(*lists: Sequence[Tensor]) -> bool:
-    return all(_DTYPES.issuperset(map(_dtype, tensors)) for tensors in lists)
+    return _are(_DTYPES, *lists)
 
 
 def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -> bool:
@@ -200,8 +232,8 @@ def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -
     first axis of their rows at most, and whose rows are no longer than a slice. None on a GPU; warns once of that."""
     has_step = isinstance(x, (ApplyNetwork, AdamStep, Descend)) and x.step is not None
     if device != "cpu":
-        state = () if isinstance(x, Descend) else itertools.chain(x.momenta, x.second_moments)
-        if not has_step and _FLOAT32.issuperset(map(_dtype, state)):
+        state = () if isinstance(x, Descend) else (x.momenta, x.second_moments)
+        if not has_step and _are(_FLOAT32, *state):
             return True
         _tell_plain_formats()
         return False
@@ -237,8 +269,7 @@ def _supports_adam(x: AdamStep, device: str) -> bool:
 def _supports_factored(x: UpdateFactored, device: str) -> bool:
     if device == "cuda" and len(x.decays) != 3:
         return False
-    lists = (x.rows, x.cols, x.row_sums, x.col_sums, x.row_means)
-    return bool(x.rows) and all(_FLOAT32.issuperset(map(_dtype, tensors)) for tensors in lists)
+    return bool(x.rows) and _are(_FLOAT32, x.rows, x.cols, x.row_sums, x.col_sums, x.row_means)
 
 
 def _supports_features(x: FeatureSums, device: str) -> bool:
@@ -333,7 +364,7 @@ _SUPPORTS: dict[type[Arguments], Callable[[Any, str], bool]] = {
     Assign: _supports_assign,
     ZeroNan: _supports_zero_nan,
 }
-# A few calls of PyTorch on the CPU, but launches on a GPU.
-_ONLY_CUDA = frozenset((Advance, Pool, LstmStep, Assign, ZeroNan))
+# A call of PyTorch for each tensor on the CPU, but one launch on a GPU.
+_ONLY_CUDA = frozenset((ZeroNan,))
 # On a GPU these are matrix products of a library.
 _ONLY_CPU = frozenset((Orthogonalize,))

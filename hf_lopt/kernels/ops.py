@@ -24,6 +24,7 @@ plain kernel of the same name in :mod:`hf_lopt.kernels.reference` specifies what
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -50,6 +51,7 @@ from hf_lopt.kernels.arguments import (
     ZeroNan,
 )
 from hf_lopt.kernels.dispatch import Kind, Operator, Result
+from hf_lopt.kernels.held import HeldList
 from hf_lopt.kernels.reference import newton_schulz, passes, scheduler, steps
 
 
@@ -181,6 +183,11 @@ def _fake_zero_nan(x: ZeroNan) -> None:
 
 
 _library = torch.library.Library("hf_lopt", "DEF")
+# What csrc/held_lists.h keeps.
+_library.define("hold(Tensor[] tensors, int number) -> ()")
+_library.define("release(Tensor like, int number) -> ()")
+_library.define("fetch(Tensor like, int number) -> Tensor[]")
+_library.define("same_kinds(Tensor like, int number) -> bool")
 
 
 def _define(
@@ -190,11 +197,14 @@ def _define(
     name = arguments.OPERATOR
     _library.define(name + arguments.schema(), tags=(torch.Tag.pt2_compliant_tag,))
 
+    count = len(dataclasses.fields(arguments))  # behind them are the numbers of held lists
+
     def plain_kernel(*values: Any) -> Any:
-        return reference(arguments(*values))
+        assert len(values) < count + 2 or not values[-1], "the plain kernels hold no lists"
+        return reference(arguments(*values[:count]))
 
     def fake_kernel(*values: Any) -> Any:
-        return fake(arguments(*values))
+        return fake(arguments(*values[:count]))
 
     _library.impl(name, plain_kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_lopt::{name}", fake_kernel, lib=_library)
@@ -223,3 +233,8 @@ OPERATORS: Sequence[Operator[Any, Any]] = (
 dispatch.load()
 
 plain = dispatch.plain
+
+
+def holds(tensors: HeldList) -> bool:
+    """Whether the compiled library of the tensors' device can keep the list."""
+    return tensors.can_be_held and len({x.device for x in tensors}) == 1 and dispatch.loaded(tensors[0].device.type)

@@ -72,6 +72,7 @@ class Pool(Arguments):
     OPERATOR: ClassVar[str] = "pool"
     RETURNS: ClassVar[str] = "Tensor"
     DEVICE_OF: ClassVar[str] = "mixed"
+    HOLDS: ClassVar[bool] = True
 
     mixed: OneTensor
     hidden: Tensors
@@ -94,6 +95,7 @@ class LstmStep(Arguments):
     OPERATOR: ClassVar[str] = "lstm_step"
     RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
     DEVICE_OF: ClassVar[str] = "gates"
+    HOLDS: ClassVar[bool] = True
 
     gates: OneTensor
     hidden: WrittenTensors
@@ -127,6 +129,7 @@ class SpecializeNetworks(Arguments):
     OPERATOR: ClassVar[str] = "specialize_networks"
     RETURNS: ClassVar[str] = "(Tensor, Tensor, Tensor)"
     DEVICE_OF: ClassVar[str] = "lr"
+    HOLDS: ClassVar[bool] = True
 
     networks: OneTensor
     sizes: Integers
@@ -155,6 +158,7 @@ class Assign(Arguments):
     OPERATOR: ClassVar[str] = "assign"
     RETURNS: ClassVar[str] = "()"
     DEVICE_OF: ClassVar[str] = "skip"
+    HOLDS: ClassVar[bool] = True
 
     targets: WrittenTensors
     values: Tensors

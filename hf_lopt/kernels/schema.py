@@ -11,6 +11,8 @@ from typing import Annotated, Any, ClassVar, NamedTuple, get_args, get_type_hint
 import torch
 from torch import Tensor
 
+from hf_lopt.kernels.held import HeldResults
+
 
 class SchemaType(NamedTuple):
     """How an argument is written in an operator's schema."""
@@ -42,16 +44,19 @@ class Arguments:
         OPERATOR: the operator's name.
         RETURNS: its results, as in a schema.
         DEVICE_OF: the field, a tensor or a list of them, that tells the device.
+        HOLDS: whether lists may be held by the library (:mod:`hf_lopt.kernels.held`): the operator then takes a tensor
+            by which the dispatcher knows the device, and the numbers of these lists (``csrc/held_lists.h``).
     """
 
     OPERATOR: ClassVar[str]
     RETURNS: ClassVar[str]
     DEVICE_OF: ClassVar[str]
+    HOLDS: ClassVar[bool] = False
 
     @property
     def device(self) -> torch.device:
         found = getattr(self, self.DEVICE_OF)
-        return (found if isinstance(found, Tensor) else found[0]).device
+        return (found if isinstance(found, Tensor) or type(found) is HeldResults else found[0]).device
 
     @classmethod
     @functools.cache
@@ -64,4 +69,5 @@ class Arguments:
             kind: SchemaType = get_args(hints[name])[1]
             base, rest = kind.name[:6], kind.name[6:]
             fields.append(f"{base}({next(marks)}!){rest} {name}" if kind.written else f"{kind.name} {name}")
+        fields += ["Tensor? like=None", "int[] held=[]"] if cls.HOLDS else []
         return f"({', '.join(fields)}) -> {cls.RETURNS}"

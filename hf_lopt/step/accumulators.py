@@ -185,10 +185,15 @@ def init(p: Tensor, axis_order: str, decays: Decays, state_dtype: str = "float32
 class Factors:
     """Updated factored accumulators and the factors formed from them, one entry per tensor; empty for rank < 2."""
 
-    rows: list[Tensor]
-    cols: list[Tensor]
-    row_factors: list[Tensor]
-    col_factors: list[Tensor]
+    rows: Sequence[Tensor]
+    cols: Sequence[Tensor]
+    row_factors: Sequence[Tensor]
+    col_factors: Sequence[Tensor]
+
+
+def axis_sizes(shapes: Sequence[Sequence[int]], axes: Sequence[int]) -> list[int]:
+    """The length of an axis of each shape, 1 where that is negative."""
+    return [shape[axis] if axis >= 0 else 1 for shape, axis in zip(shapes, axes, strict=True)]
 
 
 def update_factored(
@@ -201,29 +206,31 @@ def update_factored(
     col_axes: Sequence[int],
     decays: Sequence[float],
     shardings: Sequence[distributed.Sharding | None] | None = None,
+    sizes: tuple[Sequence[int], Sequence[int]] | None = None,
+    nothing: Sequence[Tensor] | None = None,
 ) -> Factors:
     """New row and column accumulators and their inverse-root factors, from the sums of g² over the whole tensor.
 
-    The arithmetic is that of the operator ``update_factored``. ``shapes`` are the global shapes. Returns new tensors;
-    the arguments stay as they are.
+    The arithmetic is that of the operator ``update_factored``. ``shapes`` are the global shapes; ``sizes``, their
+    :func:`axis_sizes`, and ``nothing``, an empty tensor for each, may be given where they are known. Returns new
+    tensors; the arguments stay as they are.
 
     With ``shardings`` the arguments are local: sums over the shard, accumulators sharded along the axes that they
     keep. The sums are completed in one reduction. It also brings mean_B(R) where B is sharded, which is linear in R
     and in the sums.
     """
-    shardings = shardings or [None] * len(row_axes)
     row_means: dict[int, Tensor] = {}
-    if list(shardings).count(None) < len(shardings):
+    if shardings is not None and any(sharding is not None for sharding in shardings):
         row_sums, col_sums, row_means = _sum_over_shards(
             rows, row_sums, col_sums, shapes, row_axes, col_axes, decays, shardings
         )
     if max(row_axes) < 0:
         return Factors(*(list(row_sums) for _ in range(4)))
-    empty = row_sums[0].new_empty(0)
-
-    def sizes(axes: Sequence[int]) -> list[int]:
-        return [shape[axis] if axis >= 0 else 1 for shape, axis in zip(shapes, axes, strict=True)]
-
+    row_sizes, col_sizes = sizes or (axis_sizes(shapes, row_axes), axis_sizes(shapes, col_axes))
+    means: Sequence[Tensor] | None = None if row_means else nothing
+    if means is None:
+        empty = row_sums[0].new_empty(0)
+        means = [row_means.get(i, empty) for i in range(len(row_axes))]
     return Factors(
         *ops.update_factored(
             UpdateFactored(
@@ -231,11 +238,9 @@ def update_factored(
                 cols=cols,
                 row_sums=row_sums,
                 col_sums=col_sums,
-                row_means=[row_means.get(i, empty) for i in range(len(row_axes))]
-                if row_means
-                else [empty] * len(rows),
-                row_sizes=sizes(row_axes),
-                col_sizes=sizes(col_axes),
+                row_means=means,
+                row_sizes=row_sizes,
+                col_sizes=col_sizes,
                 row_axes=row_axes,
                 col_axes=col_axes,
                 decays=decays,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.kernels import ops
+from hf_lopt.kernels.held import HeldList
 from hf_lopt.step.accumulators import CODES, SCALES
 
 
@@ -29,9 +31,9 @@ class StateLists(dict[str, list[Tensor | None]]):
 
     def __init__(self, lists: Mapping[str, list[Any]]):
         super().__init__(lists)
-        self._filled: dict[str, list[Tensor]] = {}
-        self._stored: dict[str, list[Tensor]] = {}
-        self._scales: dict[str, list[Tensor]] | None = None
+        self._filled: dict[str, HeldList] = {}
+        self._stored: dict[str, HeldList] = {}
+        self._scales: dict[str, Sequence[Tensor]] | None = None
         self.picked: dict[Any, tuple[list[Tensor], list[Tensor], StateLists, dict[str, list[str]]]] = {}
 
     @functools.cached_property
@@ -41,28 +43,30 @@ class StateLists(dict[str, list[Tensor | None]]):
             return False
         return all(x is None or x.dtype == torch.float32 for x in self.get("momentum", ()))
 
-    def stored(self, name: str, empty: Tensor, count: int) -> list[Tensor]:
+    def stored(self, name: str, empty: Tensor, count: int) -> HeldList:
         """The accumulator ``name`` of ``count`` parameters as each has it stored. The same object each time."""
         found = self._stored.get(name)
         if found is None:
             codes, values = self.get(name + CODES), self.filled(name, empty, count)
-            found = values if codes is None else [x if c is None else c for x, c in zip(values, codes, strict=True)]
+            found = values
+            if codes is not None:
+                found = HeldList(x if c is None else c for x, c in zip(values, codes, strict=True))
             self._stored[name] = found
         return found
 
-    def scales(self, empty: Tensor, count: int) -> dict[str, list[Tensor]]:
+    def scales(self, empty: Tensor, count: int) -> dict[str, Sequence[Tensor]]:
         """What the passes take beside the accumulators, for those that are 8-bit codes. The same object each time."""
         if self._scales is None:
             names = (("momentum_scales", "momentum" + SCALES), ("second_scales", "second_moment" + SCALES))
             self._scales = {key: self.filled(name, empty, count) if name in self else [] for key, name in names}
         return self._scales
 
-    def filled(self, key: str, empty: Tensor, count: int) -> list[Tensor]:
+    def filled(self, key: str, empty: Tensor, count: int) -> HeldList:
         """The list ``key`` of ``count`` parameters with ``empty`` for None. The same object each time."""
         found = self._filled.get(key)
         if found is None:
             values = self.get(key, [None] * count)
-            found = self._filled[key] = [empty if x is None else x for x in values]
+            found = self._filled[key] = HeldList(empty if x is None else x for x in values)
         return found
 
 
@@ -110,7 +114,7 @@ class HeldTensors:
         self.params, self.groups = [p for p, _ in pairs], [group for _, group in pairs]
         self.own_groups = list({id(group): group for group in self.groups}.values())
         self.grads = [p.grad for p in self.params]
-        self.local_params = [distributed.local(p) for p in self.params]
+        self.local_params = HeldList(distributed.local(p) for p in self.params)
         self.state = local_state([state[p] for p in self.params])
         self.key: tuple[Hashable, ...] | None = None
         self.labels = {word: [group[word] for group in self.groups] for word in words}
@@ -124,9 +128,12 @@ class HeldTensors:
         self._without = [p for p in self._listed if p.requires_grad and p.numel() and id(p) not in active]
         self._owners, self._states = list(state), list(state.values())
         self._keys, self._values = list(_flat(self._states)), list(_flat(map(_values, self._states)))
-        self._tensors = [*self._listed, *(x for x in self._values if isinstance(x, Tensor))]
+        in_state = HeldList(x for x in self._values if isinstance(x, Tensor))
+        # Parameters are looked at here: one that somebody else holds cannot be exchanged by its owner.
+        self._in_library = in_state if ops.holds(in_state) and in_state.same_kinds() else None
+        self._tensors = self._listed if self._in_library else [*self._listed, *in_state]
         self._kinds = list(map(_kind, self._tensors))
-        self._sharded = [x for x in self._tensors if distributed.is_dtensor(x)]
+        self._sharded = [x for x in [*self._listed, *in_state] if distributed.is_dtensor(x)]
         self._shards = list(map(distributed.local, self._sharded))
         self._grad_types, self._strides = list(map(type, self.grads)), list(map(Tensor.stride, self.grads))
         self._grad_kinds = list(map(_grad_kind, self.grads))
@@ -158,7 +165,8 @@ class HeldTensors:
             return False
         grads = [p.grad for p in self.params]
         if (
-            all(map(operator.eq, map(_kind, self._tensors), self._kinds))
+            (self._in_library is None or self._in_library.same_kinds())
+            and all(map(operator.eq, map(_kind, self._tensors), self._kinds))
             and all(map(operator.is_, map(distributed.local, self._sharded), self._shards))
             and all(map(operator.is_, map(type, grads), self._grad_types))  # of None, too
             and all(map(operator.eq, map(_grad_kind, grads), self._grad_kinds))
@@ -170,8 +178,9 @@ class HeldTensors:
         return False
 
     def release(self) -> None:
-        """Keep no gradient alive beyond its step."""
+        """Keep no gradient alive beyond its step, and have nobody else hold a parameter."""
         self.grads = []
+        self.local_params.let_go()
 
     def local_gradients(self) -> list[Tensor]:
         """This rank's shards of the gradients, sharded as the parameters. A collective where they come otherwise."""

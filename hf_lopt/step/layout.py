@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.kernels.held import HeldList
 from hf_lopt.kernels.reference.formats import tensor_key
 from hf_lopt.step import accumulators
 from hf_lopt.step.accumulators import factored_axes
@@ -84,6 +85,16 @@ class Layout:
             starts = sharding.start(shape) if sharding else (0,) * len(shape)
             found += [tensor_key(number), accumulators.row_axis(shape, order), *starts, *shape]
         return found
+
+    @functools.cached_property
+    def factored_sizes(self) -> tuple[list[int], list[int]]:
+        """Lengths of the axes A and B of each tensor, 1 where there is none."""
+        return accumulators.axis_sizes(self.shapes, self.row_axes), accumulators.axis_sizes(self.shapes, self.col_axes)
+
+    @functools.cached_property
+    def nothing(self) -> HeldList:
+        """An empty tensor for each."""
+        return HeldList([self.empty] * len(self.shapes))
 
     def rank(self, t: int) -> int:
         """Number of axes of a tensor, without that of the replicas."""

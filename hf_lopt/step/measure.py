@@ -263,24 +263,34 @@ def _factors(parts: Sequence[Part], sums: Sequence[_GradientSums]) -> list[Facto
     decays = {features.decays.factored for _, features in parts}
     assert len(decays) <= 1, decays
     if decays <= {()}:
-        return [Factors(*[[tensors.layout.empty] * len(tensors)] * 4) for tensors, _ in parts]
+        return [Factors(*[tensors.layout.nothing] * 4) for tensors, _ in parts]
+    layouts = [tensors.layout for tensors, _ in parts]
     joined = accumulators.update_factored(
-        [x for tensors, _ in parts for x in tensors.tensors("factored_row")],
-        [x for tensors, _ in parts for x in tensors.tensors("factored_col")],
-        [x for s in sums for x in s.rows],
-        [x for s in sums for x in s.cols],
-        [shape for tensors, _ in parts for shape in tensors.layout.shapes],
-        [axis for tensors, _ in parts for axis in tensors.layout.row_axes],
-        [axis for tensors, _ in parts for axis in tensors.layout.col_axes],
+        _joined([tensors.tensors("factored_row") for tensors, _ in parts]),
+        _joined([tensors.tensors("factored_col") for tensors, _ in parts]),
+        _joined([s.rows for s in sums]),
+        _joined([s.cols for s in sums]),
+        _joined([layout.shapes for layout in layouts]),
+        _joined([layout.row_axes for layout in layouts]),
+        _joined([layout.col_axes for layout in layouts]),
         decays.pop(),
-        [sharding for tensors, _ in parts for sharding in tensors.layout.shardings],
+        _joined([layout.shardings for layout in layouts]),
+        sizes=layouts[0].factored_sizes if len(layouts) == 1 else None,
+        nothing=layouts[0].nothing if len(layouts) == 1 else None,
     )
+    if len(parts) == 1:
+        return [joined]
     out, start = [], 0
     for tensors, _ in parts:
         span = slice(start, start + len(tensors))
         out.append(Factors(joined.rows[span], joined.cols[span], joined.row_factors[span], joined.col_factors[span]))
         start = span.stop
     return out
+
+
+def _joined(lists: Sequence[Sequence[Any]]) -> Sequence[Any]:
+    """Several lists as one; a single one as it is."""
+    return lists[0] if len(lists) == 1 else [x for values in lists for x in values]
 
 
 def feature_arguments(tensors: TensorList, features: ElementFeatures, f: Factors) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from hf_lopt import distributed
 from hf_lopt.features import ElementFeatures
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import ApplyNetwork, Assign, Descend, ZeroNan
+from hf_lopt.kernels.held import Joined
+from hf_lopt.step.accumulators import Factors
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.measure import Measurements, feature_arguments
 from hf_lopt.step.networks import TensorNetworks, specialize_networks
@@ -57,7 +59,7 @@ def apply_network(
     # The statistics of a skipped step are undefined: like the state, the old ones stay then. They are float64, and the
     # operator that stores takes float32 numbers, so that they are seen as twice as many of those.
     cached = [] if cache.moments is None else [(cache.moments.view(torch.float32), moments.view(torch.float32))]
-    store(tensors, skip, cached, factored_row=factors.rows, factored_col=factors.cols)
+    _store_factored(tensors, skip, factors, cached)
     if tensors.layout.stacked:
         return sums.unflatten(0, (len(tensors), -1)).sum(1)
     cache.versions = tensors.accumulator_versions()
@@ -94,7 +96,7 @@ def network_outputs(
             **tensors.rounding,
         )
     )
-    store(tensors, skip, factored_row=factors.rows, factored_col=factors.cols)
+    _store_factored(tensors, skip, factors)
     return out, sums.select(1, 0)
 
 
@@ -159,6 +161,19 @@ def store(
     pairs += more
     if pairs:
         ops.assign(Assign([target for target, _ in pairs], [value for _, value in pairs], skip))
+
+
+def _store_factored(
+    tensors: TensorList, skip: Tensor, factors: Factors, more: Sequence[tuple[Tensor, Tensor]] = ()
+) -> None:
+    """New row and column accumulators, and ``more``, unless the step is skipped."""
+    targets: list[Sequence[Tensor]] = [[target for target, _ in more]]
+    values: list[Sequence[Tensor]] = [[value for _, value in more]]
+    if "factored_row" in tensors.state:
+        targets = [tensors.tensors("factored_row"), tensors.tensors("factored_col"), *targets]
+        values = [factors.rows, factors.cols, *values]
+    if len(targets) > 1 or more:
+        ops.assign(Assign(Joined(*targets), Joined(*values), skip))
 
 
 def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import distributed
+from hf_lopt.kernels.held import HeldList
 from hf_lopt.step.accumulators import matrix_view, without_view
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.layout import make_layout
@@ -49,7 +50,7 @@ class PreparedStep:
         self._places: list[int] = []
         self._places_there: Tensor | None = None
 
-    def in_view(self, tensors: list[Tensor], copy: bool = False) -> list[Tensor]:
+    def in_view(self, tensors: Sequence[Tensor], copy: bool = False) -> Sequence[Tensor]:
         """Local shards in the shapes that the step sees, in their own memory; with ``copy`` in another if need be."""
         if not self._shapes:
             return tensors
@@ -64,14 +65,16 @@ class PreparedStep:
         """The settings of each parameter's group by name, (T,) each, with the lr times ``lr_factor``."""
         return {name: self.setting(name, groups, lr_factor if name == "lr" else 1.0) for name in names}
 
-    def tensors(self, held: HeldTensors, grads: list[Tensor], names: Sequence[str], lr_factor: float) -> TensorList:
+    def tensors(
+        self, held: HeldTensors, grads: Sequence[Tensor], names: Sequence[str], lr_factor: float
+    ) -> TensorList:
         """The tensors of a step, with this rank's gradients and the settings ``names``."""
         return TensorList(
             layout=self.layout,
             cache=self.cache,
             root=self.cache,
             params=self.in_view(held.local_params),
-            grads=self.in_view(grads, copy=True),
+            grads=HeldList(self.in_view(grads, copy=True)),
             state=held.state,
             settings=self.settings(names, held.groups, lr_factor),
             labels=held.labels,

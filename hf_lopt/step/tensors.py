@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt import ownership
+from hf_lopt.kernels.held import HeldList
 from hf_lopt.step.held import PickedSettings, StateLists
 from hf_lopt.step.layout import Layout, make_layout
 
@@ -95,8 +96,8 @@ class TensorList:
     layout: Layout
     cache: StepCache
     root: StepCache
-    params: list[Tensor]
-    grads: list[Tensor]
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
     state: Mapping[str, list[Tensor | None]]
     settings: Mapping[str, Tensor]
     labels: dict[str, list[str]]
@@ -179,22 +180,22 @@ class TensorList:
     def is_sliced(self) -> bool:
         return bool(self.layout.slice_axes)
 
-    def tensors(self, key: str) -> list[Tensor]:
+    def tensors(self, key: str) -> HeldList:
         """The state ``key`` of every parameter, an empty tensor where it has none."""
         return self._lists.filled(key, self.layout.empty, len(self))
 
     @property
-    def momenta(self) -> list[Tensor]:
+    def momenta(self) -> HeldList:
         """(D, *shape) each, as they are stored."""
         return self._lists.stored("momentum", self.layout.empty, len(self))
 
     @property
-    def second_moments(self) -> list[Tensor]:
+    def second_moments(self) -> HeldList:
         """(D, *shape) each, as they are stored."""
         return self._lists.stored("second_moment", self.layout.empty, len(self))
 
     @property
-    def scales(self) -> dict[str, list[Tensor]]:
+    def scales(self) -> dict[str, Sequence[Tensor]]:
         """What the passes take beside the accumulators, for those that are 8-bit codes."""
         return self._lists.scales(self.layout.empty, len(self))
 

@@ -1,0 +1,155 @@
+"""Lists of tensors that the compiled library knows by a number, so that a call need not pass each tensor.
+
+To bring a list through PyTorch's dispatcher costs more than most of what is done with a small tensor, and so does
+Python's object for each result. What is kept are the tensors themselves: a call finds the data that they have by then.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+# A subclass may be a stand-in for another tensor, which a library cannot keep.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_numbers = itertools.count(1)
+FEW = 8  # shorter lists are passed faster than they are held
+
+
+@functools.cache
+def any_on(device: torch.device) -> Tensor:
+    """A tensor without elements, by which the dispatcher knows the device of a call whose lists are all held."""
+    return torch.empty(0, device=device)
+
+
+class _Number:
+    """What a list is called in the library, which keeps it for as long as this object lives."""
+
+    at_end = False  # of the process, when operators go before the last lists do
+
+    def __init__(self, device: torch.device):
+        self.value, self._like = next(_numbers), any_on(device)
+        self._release: Callable[[Tensor, int], None] = torch.ops.hf_lopt.release.default
+
+    def __del__(self) -> None:
+        if not self.at_end:
+            self._release(self._like, self.value)
+
+
+@atexit.register
+def _end() -> None:
+    _Number.at_end = True
+
+
+class HeldList(tuple[Tensor, ...]):
+    """Tensors that are passed to many calls and stay the same."""
+
+    _number: _Number | None = None
+
+    @functools.cached_property
+    def can_be_held(self) -> bool:
+        """Whether it is worth it, and all of them are real tensors."""
+        return len(self) >= FEW and _PLAIN.issuperset(map(type, self))
+
+    @functools.cached_property
+    def dtypes(self) -> frozenset[torch.dtype]:
+        """Those that occur; a list is made anew when a tensor of it is converted."""
+        return frozenset(x.dtype for x in self)
+
+    @property
+    def numbers(self) -> list[int]:
+        """What the library calls the list; none where it cannot be held."""
+        if self._number is None:
+            if not self.can_be_held:
+                return []
+            number = _Number(self[0].device)
+            torch.ops.hf_lopt.hold.default(list(self), number.value)
+            self._number = number
+        return [self._number.value]
+
+    @property
+    def rest(self) -> Sequence[Tensor]:
+        """What a call still has to pass."""
+        return () if self._number is not None else self
+
+    def let_go(self) -> None:
+        """Have the library keep the list no longer, until it is passed again."""
+        self._number = None
+
+    def same_kinds(self) -> bool:
+        """Whether all have the shapes, types and devices that they had at the first such call."""
+        (number,) = self.numbers
+        return bool(torch.ops.hf_lopt.same_kinds.default(any_on(self[0].device), number))
+
+    def __reduce__(self) -> tuple[type[HeldList], tuple[list[Tensor]]]:  # a copy is another list
+        return HeldList, (list(self),)
+
+
+class HeldResults(Sequence[Tensor]):
+    """Float32 tensors that one call leaves in the library for another; made Python's when somebody looks at them."""
+
+    dtypes = frozenset((torch.float32,))
+    rest: Sequence[Tensor] = ()
+
+    def __init__(self, device: torch.device, count: int):
+        self.device, self._count, self._number = device, count, _Number(device)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [self._number.value]
+
+    @functools.cached_property
+    def _tensors(self) -> list[Tensor]:
+        found: list[Tensor] = torch.ops.hf_lopt.fetch.default(any_on(self.device), self._number.value)
+        return found
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._tensors[place]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._tensors)
+
+
+class Joined(Sequence[Tensor]):
+    """Several lists one after the other, without making one of them."""
+
+    def __init__(self, *parts: Sequence[Tensor]):
+        self.parts = parts
+
+    @functools.cached_property
+    def _held(self) -> list[list[int]]:
+        """Those of the lists at the beginning that are held: the library has them before those that are passed."""
+        parts: tuple[Any, ...] = self.parts
+        numbers = (x.numbers if type(x) in WITH_DTYPES else [] for x in parts)
+        return list(itertools.takewhile(bool, numbers))
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for (number,) in self._held]
+
+    @property
+    def rest(self) -> Sequence[Tensor]:
+        return [x for part in self.parts[len(self._held) :] for x in part]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, place: Any) -> Any:
+        return list(self)[place]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(self.parts)
+
+
+# By type itself: to ask whether something is an instance of an abstract class takes longer.
+WITH_DTYPES = frozenset((HeldList, HeldResults))
+HELD = frozenset((HeldList, HeldResults, Joined))
