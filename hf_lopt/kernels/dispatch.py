@@ -186,7 +186,7 @@ class Operator(Generic[Kind, Result]):
         """A call of a compiled kernel, with the numbers of lists in place of those that the library holds; lists
         among its results stay there."""
         # Who looks at the calls on their way, as a mode does, sees them whole.
-        if not self._lists or torch._C._len_torch_dispatch_stack():
+        if not self._lists or device.type not in held.DEVICES or torch._C._len_torch_dispatch_stack():
             return self._call(arguments)
         count = len(getattr(arguments, self._lists[0]))
         if count < held.FEW:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from hf_lopt.features import FEATURES, SHARED_INPUTS, STAT_PAIRS, STEP
-from hf_lopt.kernels import dispatch
+from hf_lopt.kernels import dispatch, held
 from hf_lopt.kernels.arguments import (
     AdamStep,
     Advance,
@@ -237,4 +237,5 @@ plain = dispatch.plain
 
 def holds(tensors: HeldList) -> bool:
     """Whether the compiled library of the tensors' device can keep the list."""
-    return tensors.can_be_held and len({x.device for x in tensors}) == 1 and dispatch.loaded(tensors[0].device.type)
+    devices = {x.device for x in tensors} if tensors.can_be_held else set()
+    return len(devices) == 1 and (kind := devices.pop().type) in held.DEVICES and dispatch.loaded(kind)
