@@ -38,6 +38,8 @@ class GivenSettings(Optimizer):
     run_policy: Any = None
     lr_is_chosen: bool | None = None
     state_was_loaded: bool = False
+    _has_warned: bool = False
+    _has_warned_of_lr: bool = False
 
     def __new__(cls: type[_Self], *args: Any, **kwargs: Any) -> _Self:
         # Here, because the constructors of subclasses pass all of their arguments on, defaults too.
@@ -93,19 +95,22 @@ class GivenSettings(Optimizer):
         self._given_groups = [(names, group["lr"]) for names, group in zip(explicit, groups, strict=True)]
 
     def _tell_what_begins(self, rule: Rule) -> None:
-        """One warning, at the first step, for what is good to know about this run, see :mod:`hf_lopt.notices`.
+        """One warning, from the constructor or else the first step, for what is good to know about this run, see
+        :mod:`hf_lopt.notices`.
 
         Among it an ``lr`` that is a usual learning rate, of a rule whose own step size it multiplies. What counts is
-        what the groups were made with, and what a scheduler starts from: a warm-up begins at 0.
+        what the groups were made with, and what a scheduler starts from: a warm-up begins at 0. Where it came after
+        the constructor it is worth a second warning.
         """
         largest = 0.0
         if rule.own_schedule and self.run_policy is None:  # else whoever decided it has told
             largest = self._largest_lr()
-        if 0.0 < largest < SMALL_MULTIPLIER:
+        if 0.0 < largest < SMALL_MULTIPLIER and not self._has_warned_of_lr:
             notices.LOG.info(small_multiplier(rule.class_name, largest))
             notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
+            self._has_warned = self._has_warned_of_lr = True
         else:
-            notices.tell()
+            warn_once(self)
 
     def _largest_lr(self) -> float:
         """0.0 where one lies on an accelerator: reading it would wait."""
@@ -114,6 +119,14 @@ class GivenSettings(Optimizer):
         if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
             return 0.0
         return max(map(float, rates), default=0.0)
+
+
+def warn_once(optimizer: GivenSettings, *more: str) -> None:
+    """:func:`hf_lopt.notices.tell`, unless this optimizer has warned already: what waits is in the log."""
+    if optimizer._has_warned:
+        notices.discard()
+    else:
+        optimizer._has_warned = notices.tell(*more)
 
 
 def small_multiplier(name: str, lr: float) -> str:

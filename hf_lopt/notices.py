@@ -60,8 +60,12 @@ def note(short: str, full: str = "") -> None:
         _waiting.append(short)
 
 
-def tell(*more: str) -> None:
-    """One warning about ``more`` and all that waits, the first things first; what is too long for it is in the log."""
+def tell(*more: str) -> bool:
+    """One warning about ``more`` and all that waits, the first things first; what is too long for it is in the log.
+
+    Returns:
+        Whether there was anything to tell.
+    """
     parts = [*more, *_waiting]
     _waiting.clear()
     text = ""
@@ -71,10 +75,11 @@ def tell(*more: str) -> None:
             text = longer
     if parts:
         warn((text or f"hf_lopt: {parts[0]}"[: LIMIT - len(_END) - 1] + "…") + _END)
+    return bool(parts)
 
 
 def discard() -> None:
-    """Forget what waits: another process tells it."""
+    """Forget what waits: another process tells it, or the log is enough."""
     _waiting.clear()
 
 

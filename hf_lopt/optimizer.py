@@ -62,7 +62,7 @@ class LearnedOptimizer(GivenSettings):
         defaults |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
         super().__init__(params, defaults | self._run_state.initial_values())
         if not isinstance(source, Weights):  # whoever loaded them before tells later
-            notices.tell()
+            self._tell_what_begins(rule_)
 
     def __repr__(self) -> str:
         return describe(self, type(self).__name__, self._weights)

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerCallback
 
 import hf_cases as cases
 import hf_lopt
+from hf_lopt import rules
+from hf_lopt.hf.arguments import read_optim_args
 from hf_lopt.hf.callback import LearnedOptimizerCallback
 from hf_lopt.hf.provenance import trackers_take_text
 
@@ -101,6 +103,7 @@ def test_a_tracker_that_takes_numbers_gets_numbers(tmp_path, monkeypatch):
         ("weights=bundled lr=0.5", "comma is missing in 'weights=bundled lr=0.5'"),
         ("lr:0.5", "key=value,key=value; got 'lr:0.5'"),
         ("lr=0.5,,weights=bundled", "key=value,key=value; got ''"),
+        ("weights=/runs/velo lr=0.5", "comma is missing in 'weights=/runs/velo lr=0.5'"),
         ("lr==0.5", "comma is missing"),
         ("bundled", "key=value,key=value; got 'bundled'"),
     ],
@@ -108,3 +111,11 @@ def test_a_tracker_that_takes_numbers_gets_numbers(tmp_path, monkeypatch):
 def test_what_cannot_be_read_of_optim_args_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         Trainer.get_optimizer_cls_and_kwargs(cases.arguments(tmp_path, optim_args=text), None)
+
+
+def test_a_path_may_hold_equals_signs():
+    text = "lr=0.5, weights=/my runs/lr=3,steps=5/velo"
+    with pytest.raises(ValueError, match="velo takes no steps"):  # but no comma, which ends an item
+        read_optim_args(rules.get("velo"), text)
+    keywords, _ = read_optim_args(rules.get("velo"), text.replace(",steps", "-steps"))
+    assert keywords == {"lr": 0.5, "weights": "/my runs/lr=3-steps=5/velo"}

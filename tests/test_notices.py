@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import hf_lopt
-from hf_lopt import notices
+from hf_lopt import notices, rules
 from said import said
 
 
@@ -54,16 +54,33 @@ def test_one_short_warning_at_the_users_line_says_what_is_good_to_know(monkeypat
     assert any("NOT the published ones" in x and "sha256" in x for x in texts)
 
 
-def test_a_habit_of_adam_is_warned_about_at_the_line_of_the_first_step():
-    optimizer = hf_lopt.VeLO(model().parameters(), num_training_steps=4, lr=1e-3, weights="bundled")
+@pytest.mark.parametrize("where", ["constructor", "first step"])
+def test_a_habit_of_adam_is_warned_about_once_at_the_users_line(monkeypatch, where):
+    """By the constructor, beside what else it tells; where weights are given as they are, it leaves that to a step."""
+    monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
+    weights = "auto" if where == "constructor" else rules.get("velo").load_weights("bundled")
     with said() as texts, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        settings = {"num_training_steps": 4, "lr": 1e-3, "weights": weights}
+        optimizer = hf_lopt.VeLO(model().parameters(), **settings)  # the line of the user
         train(optimizer, 3)
     (warning,) = caught
     assert "lr=0.001 multiplies" in str(warning.message) and len(str(warning.message)) <= notices.LIMIT
     source = Path(warning.filename).read_text().splitlines()[warning.lineno - 1]
     assert warning.filename == __file__ and "the line of the user" in source
     assert any("a pretrained model takes 0.05" in x for x in texts)
+
+
+def test_what_the_first_step_finds_after_the_constructors_warning_is_only_logged(monkeypatch):
+    """Here that some tensors start at zero and get a least size."""
+    monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
+    with said() as texts, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        table = torch.nn.Embedding.from_pretrained(torch.zeros(8, 4), freeze=False)
+        train(hf_lopt.VeLO(table.parameters(), num_training_steps=4), 3)
+    (warning,) = caught
+    assert "embedded" in str(warning.message)
+    assert any("min_param_scale" in x for x in texts)
 
 
 @pytest.mark.parametrize("length", [1, 50, 120, 400])

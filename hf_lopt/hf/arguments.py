@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from hf_lopt import rules
@@ -34,7 +35,7 @@ def optim_name(args: TrainingArguments) -> str:
 
 
 def parse_optim_args(text: str | None) -> dict[str, str]:
-    """``"a=1, b=2"`` as a dict. Spaces within a value stay, so that a path may hold them.
+    """``"a=1, b=2"`` as a dict. Spaces within a value stay, so that a path may hold them, and a path's equals signs.
 
     Raises:
         ValueError: for an item that is not ``key=value``, or a key given twice.
@@ -44,12 +45,17 @@ def parse_optim_args(text: str | None) -> dict[str, str]:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not (key and equals and value):
             raise ValueError(f"optim_args must read key=value,key=value; got {item!r} in {text!r}")
-        if "=" in value:
+        if "=" in value and not _is_path(value):
             raise ValueError(f"optim_args: a comma is missing in {item!r}; it must read key=value,key=value")
         if key in found:
             raise ValueError(f"optim_args gives {key} twice: {text!r}")
         found[key] = value
     return found
+
+
+def _is_path(value: str) -> bool:
+    """Whether a value with an equals sign is a path such as ``/runs/lr=3/velo``, and not two items."""
+    return re.match(r"[^=]*[/\\]", value) is not None and re.search(r"\s\w+\s*=", value) is None
 
 
 def _boolean(key: str, text: str) -> bool:

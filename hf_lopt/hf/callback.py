@@ -9,11 +9,12 @@ from transformers.trainer_callback import ExportableState
 
 from hf_lopt import notices
 from hf_lopt.description import weights_name
+from hf_lopt.given_settings import warn_once
 from hf_lopt.hf import limits, loss_feed
 from hf_lopt.hf.arguments import read_optim_args, wants_layers
 from hf_lopt.hf.group_settings import settle
 from hf_lopt.hf.layers import LayerLog
-from hf_lopt.hf.policy import Choice, RunPolicy, in_short, told
+from hf_lopt.hf.policy import Choice, in_short, told
 from hf_lopt.hf.provenance import facts, trackers_take_text
 from hf_lopt.optimizer import LearnedOptimizer
 
@@ -74,18 +75,19 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         """What ``trainer_state.json`` keeps of this callback: optimizer, version, weights, multipliers."""
         return {"args": {}, "attributes": {"trained_with": self._facts} if self._facts else {}}
 
-    def _tell(self, policy: RunPolicy, args: TrainingArguments, state: TrainerState) -> None:
+    def _tell(self, optimizer: LearnedOptimizer, args: TrainingArguments, state: TrainerState) -> None:
         """One warning for what was chosen and what else is good to know, once; the texts in full are logged."""
         if not state.is_world_process_zero:
             notices.discard()
             return
+        policy = optimizer.run_policy
         chosen, *conflicts = told(policy, args.max_grad_norm) if policy.reasons() else ("", *told(policy, None))
         if chosen and chosen not in self._told:
             self._told.add(chosen)
             notices.LOG.info(chosen)
-            notices.tell(*in_short(policy))
+            warn_once(optimizer, *in_short(policy))
         else:
-            notices.tell()
+            warn_once(optimizer)
         for text in conflicts:
             if text not in self._told:
                 self._told.add(text)
@@ -115,7 +117,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step
         self._facts = facts(learned)
-        self._tell(learned.run_policy, args, state)
+        self._tell(learned, args, state)
         # Of an optimizer that was passed in, the arguments may be for another one.
         if learned.run_policy.named and wants_layers(args.optim_args):
             self._layers = LayerLog(model)
