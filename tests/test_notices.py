@@ -71,6 +71,14 @@ def test_a_habit_of_adam_is_warned_about_once_at_the_users_line(monkeypatch, whe
     assert any("a pretrained model takes 0.05" in x for x in texts)
 
 
+def test_lr_by_position_is_told_too():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(hf_lopt.Celo2(model().parameters(), 1e-3))
+    (warning,) = caught
+    assert "Celo2(params, 0.001) gives lr by position" in str(warning.message)
+
+
 def test_what_the_first_step_finds_after_the_constructors_warning_is_only_logged(monkeypatch):
     """Here that some tensors start at zero and get a least size."""
     monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
