@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import sysconfig
 import warnings
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.small_runs import mean, train
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt.meta.table import machine
 
 
@@ -128,8 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "loss_before": before,
         "held_out_loss": found,
     }
-    text = json.dumps(rounded(record, 4), indent=1) + "\n"
-    (RESULTS / "finetune_multiplier.json").write_text(text, encoding="utf-8")
+    write_record(RESULTS / "finetune_multiplier.json", rounded(record, 4))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_measure import DTYPES, SIZES, THREE_PASSES
-from benchmarks.storing import use_palette
+from benchmarks.storing import record_text, use_palette
 
 
 RULES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base", "celo2", "celo2:auto")
@@ -51,7 +51,7 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        texts = {"json": json.dumps(self.content, indent=1) + "\n", "md": markdown(self.content)}
+        texts = {"json": record_text(self.content), "md": markdown(self.content)}
         for kind, text in texts.items():
             unfinished = self.files[kind].with_suffix(f".{kind}.part")
             unfinished.write_text(text)

@@ -11,7 +11,6 @@ calls. The weights are the bundled ones: VeLO's published LSTM of 512 units alon
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -22,6 +21,7 @@ import torch
 
 import hf_lopt
 from benchmarks.step import RESULTS, gpt2, machine, parameters
+from benchmarks.storing import write_record
 from hf_lopt import rules
 
 
@@ -94,7 +94,7 @@ def main() -> None:
             rows.append(measure(rule, name, options.seconds))
             print({key: round(x, 3) if isinstance(x, float) else x for key, x in rows[-1].items()}, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_record(RESULTS / f"{options.name}.json", {"about": about, "rows": rows})
     (RESULTS / f"{options.name}.md").write_text(markdown(about, rows))
 
 

@@ -9,7 +9,6 @@ the file thrown out of the page cache before it is read.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -23,7 +22,7 @@ import torch
 
 import hf_lopt
 from benchmarks.step import gpt2, parameters
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt.saved_state import check_saved_state, checked_groups
 
 
@@ -101,7 +100,7 @@ def main() -> None:
         "machine": platform.machine(),
         **measure(args.rounds),
     }
-    RESULTS.write_text(json.dumps(rounded(result, 3), indent=1) + "\n")
+    write_record(RESULTS, rounded(result, 3))
     print(RESULTS.read_text())
 
 

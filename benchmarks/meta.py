@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.storing import write_record
 from hf_lopt import LearnedOptimizer
 from hf_lopt.kernels import ops
 from hf_lopt.meta import tasks, theta
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows += [row for row in known if (row["rule"], row["task"]) not in measured]
     rows.sort(key=place)
     record = {"machine": machine(), "command": "python -m benchmarks.meta", "rows": rows}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_record(path, record)
     lines = [
         "| rule | task | parameters | particles | together | one by one | one by one, eager | together / eager |",
         "| :--- | :--- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.storing import rounded, use_palette
+from benchmarks.storing import rounded, use_palette, write_record
 from hf_lopt import rules
 from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
@@ -38,7 +38,7 @@ BAD = {"p[0]": 1.0, "m_rsqrt_v[0]": 0.15}
 
 def write(name: str, record: Mapping[str, Any], command: str, module: str = "meta_experiments") -> None:
     whole = {"machine": table.machine(), "command": f"python -m benchmarks.{module} {command}", **record}
-    (RESULTS / f"{name}.json").write_text(json.dumps(rounded(whole), indent=1) + "\n")
+    write_record(RESULTS / f"{name}.json", rounded(whole))
 
 
 def without_runs(judged: Mapping[str, Any]) -> dict[str, Any]:

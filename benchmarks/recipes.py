@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import hf_lopt
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def main() -> None:
             metrics["date"] = datetime.date.today().isoformat()
             metrics["machine"]["processor"] = platform.machine()
             found[recipe] = metrics
-    file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_record(file, found)
     (RESULTS / "recipes.md").write_text(render(found), encoding="utf-8")
 
 

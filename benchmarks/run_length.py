@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_experiments import RESULTS
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
 from hf_lopt.meta import data, evaluate, table, tasks, theta
 from hf_lopt.meta.particles import Particles
@@ -137,7 +137,7 @@ def sweep(names: Sequence[str], lengths: Sequence[int], multipliers: Sequence[fl
                     shown = {m: f"{row.mean():.3f}" for m, row in zip(missing, rows, strict=True)}
                     print(f"{time.perf_counter() - begin:5.0f} s  {key}  {shown}", flush=True)
                     record |= {"machine": table.machine(), "seeds": seeds, "finetune": FINETUNE}
-                    FILE.write_text(json.dumps(rounded(record), indent=1) + "\n")
+                    write_record(FILE, rounded(record))
 
 
 def relative(record: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, dict[float, float]]]:

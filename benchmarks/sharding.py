@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.step import SIZES, build
+from benchmarks.storing import write_record
 from hf_lopt import features
 from hf_lopt.step.accumulators import factored_axes
 
@@ -237,7 +238,7 @@ def main() -> None:
     else:
         found = measure(args.size, args.steps)
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "sharding.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_record(RESULTS / "sharding.json", found)
         text = report(found, args.size, args.steps)
         (RESULTS / "sharding.md").write_text(text)
         print(text)

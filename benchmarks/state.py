@@ -29,6 +29,7 @@ from torch import nn
 
 import hf_lopt
 from benchmarks.step import SIZES, parameters, random_weights, timed_operators
+from benchmarks.storing import write_record
 from hf_lopt import rules
 from hf_lopt.kernels.reference import formats
 
@@ -131,7 +132,7 @@ def numbers(xs: Sequence[float]) -> str:
 
 def write(found: dict[str, Any], out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "state.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_record(out / "state.json", found)
     parts = [f"`python -m benchmarks.state`, torch {torch.__version__}, CPU kernels."]
     if "bytes" in found:
         rows = [[f"`{n}`", *(f"{x[k]:.2f}" for k in KINDS)] for n, x in found["bytes"].items()]

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_lopt
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, whole_runs, without_usual, write_record
 from hf_lopt import features, rules
 from hf_lopt.meta.table import machine
 from hf_lopt.meta.theta import starting_weights
@@ -236,7 +236,7 @@ class Record:
     """The results file, written after each run."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = json.loads(FILE.read_text())["runs"] if FILE.is_file() else {}
+        self.runs: dict[str, dict[str, Any]] = whole_runs(json.loads(FILE.read_text())) if FILE.is_file() else {}
 
     def add(self, run: Mapping[str, Any], result: Any) -> None:
         """``result()``, under the values of ``run``; not again if it is there."""
@@ -251,7 +251,7 @@ class Record:
         self.runs[key] = rounded(dict(run) | {"loss": loss, "cpu_seconds": spent} | machine() | VERSIONS, 6)
         shown = loss[-1] if isinstance(loss, list) else loss
         print(f"{key}: {shown:.4f}, {spent:.0f} s", flush=True)
-        FILE.write_text(json.dumps({"runs": self.runs}, indent=0) + "\n", encoding="utf-8")
+        write_record(FILE, without_usual(self.runs))
         PAGE.write_text(page(list(self.runs.values())), encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 import hf_lopt
-from benchmarks.storing import use_palette
+from benchmarks.storing import use_palette, write_record
 from hf_lopt import rules
 from hf_lopt.kernels import dispatch, ops
 from hf_lopt.kernels.arguments import Arguments
@@ -323,7 +323,7 @@ def main() -> None:
                     rows.append(row)
                     print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     RESULTS.mkdir(exist_ok=True)
-    files["json"].write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_record(files["json"], {"about": about, "rows": rows})
     files["md"].write_text(markdown(about, rows))
     draw(about, rows, files["png"])
     print(f"wrote {', '.join(map(str, files.values()))}")

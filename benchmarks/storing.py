@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,52 @@ def thinned(entries: Sequence[Any], at_most: int = 20) -> list[Any]:
     if len(entries) <= at_most:
         return list(entries)
     return [entries[round(k * (len(entries) - 1) / (at_most - 1))] for k in range(at_most)]
+
+
+def write_record(file: Path, record: Mapping[str, Any]) -> None:
+    """Write :func:`record_text` into a file."""
+    file.write_text(record_text(record), encoding="utf-8")
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry of each part of ``record``: differences can be read, and little is white."""
+    parts = []
+    for name, part in record.items():
+        start, end, entries = "", "", []
+        if isinstance(part, Mapping):
+            start, end, entries = "{", "}", [f"{json.dumps(key)}:{_compact(item)}" for key, item in part.items()]
+        elif isinstance(part, list):
+            start, end, entries = "[", "]", [_compact(item) for item in part]
+        text = start + "\n" + ",\n".join(entries) + "\n" + end if entries else _compact(part)
+        parts.append(f"{json.dumps(name)}:{text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def without_usual(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """``{"usual": ..., "runs": ...}``: a value that more than half of the runs have stands once. Undone by :func:`whole_runs`.
+
+    Only keys that all runs have are looked at.
+    """
+    usual = {}
+    for key in set.intersection(*(set(run) for run in runs.values())) if runs else ():
+        text, count = Counter(_compact(run[key]) for run in runs.values()).most_common(1)[0]
+        if 2 * count > len(runs):
+            usual[key] = json.loads(text)
+    usual = dict(sorted(usual.items()))
+    rest = {
+        name: {key: value for key, value in run.items() if key not in usual or value != usual[key]}
+        for name, run in runs.items()
+    }
+    return {"usual": usual, "runs": rest}
+
+
+def whole_runs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The runs of a record, each with all of its values."""
+    return {name: record.get("usual", {}) | run for name, run in record["runs"].items()}
 
 
 def use_palette(picture: Path, colours: int = 128) -> None:

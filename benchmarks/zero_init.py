@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.small_runs import mean, train
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt import least_sizes
 from hf_lopt.meta.table import machine
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         todo = [("biases", name, "BIAS", name, BIASES) for name in PLAIN]
     for part, key, *what in todo:
         record.setdefault(part, {})[key] = floors(*what, options.seeds, contenders)
-        file.write_text(json.dumps(rounded(record, 4), indent=1) + "\n", encoding="utf-8")
+        write_record(file, rounded(record, 4))
 
 
 if __name__ == "__main__":
