@@ -253,7 +253,7 @@ def _state_differences(
     optional = {_GRADIENT_SUM, _GRADIENTS_SUMMED} if "max_training_steps" in rule.defaults else set()
     if _OWN_FLOOR in rule.per_group:
         floor = {_OWN_FLOOR: torch.empty((), dtype=torch.float32, device="meta")}
-        optional |= set() if group[_OWN_FLOOR] is None else floor.keys()
+        optional |= set() if group.get(_OWN_FLOOR) is None else floor.keys()
         wanted = {**wanted, **floor}
     if missing := sorted(wanted.keys() - saved.keys() - optional):
         yield f"{name}: lacks {', '.join(missing)}"

@@ -84,7 +84,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_rate(value):
-            raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+            raise ValueError(f"{name} must be a finite number >= 0, got {value!r:.40}")
+        if isinstance(value, int) and value > MOST_STEPS:  # torch makes no tensor of it
+            raise ValueError(f"{name}: a whole number must be at most {MOST_STEPS}, got {value!r:.40}")
     check_axis_order(settings.get("axis_order", "torch"))
     for name, known in (("ns_dtype", NS_DTYPES), ("precision", PRECISIONS), ("state_dtype", STATE_DTYPES)):
         word = settings.get(name, known[0])

@@ -27,7 +27,7 @@ DEVICES = frozenset(("cpu",))
 @functools.cache
 def any_on(device: torch.device) -> Tensor:
     """A tensor without elements, by which the dispatcher knows the device of a call whose lists are all held."""
-    return torch.empty(0, device=device)
+    return torch.empty(0, dtype=torch.float32, device=device)
 
 
 class _Number:
