@@ -50,9 +50,9 @@ def _compact(value: Any) -> str:
 
 
 def without_usual(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """``{"usual": ..., "runs": ...}``: a value that more than half of the runs have stands once. Undone by :func:`whole_runs`.
+    """``{"usual": ..., "runs": ...}``, where a value that more than half of the runs have stands once.
 
-    Only keys that all runs have are looked at.
+    Only keys that all runs have are looked at. :func:`whole_runs` gives ``runs`` again.
     """
     usual = {}
     for key in set.intersection(*(set(run) for run in runs.values())) if runs else ():
