@@ -231,7 +231,7 @@ class LearnedOptimizer(GivenSettings):
         loss = self._pending.take()
         if active.params and self._run_state.calls_per_update > 1:
             trainable = (p for p, _ in self._trainable())
-            loss = self._run_state.accumulate(active.params, trainable, self.state, loss)
+            loss = self._run_state.accumulate(active.params, trainable, self.state, loss, self._active)
             if loss is None:  # the update takes more calls
                 return result
             active = self._active()

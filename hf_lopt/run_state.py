@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_lopt import distributed, notices
+from hf_lopt.accumulation import add_gradients, set_mean_gradients
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import positive_int
@@ -282,33 +283,22 @@ class RunState:
         trainable: Iterable[Tensor],
         state: Mapping[Tensor, dict[str, Any]],
         loss: Tensor | float,
+        check: Callable[[], object],
     ) -> Tensor | None:
         """Add up gradients and losses where one update takes several calls of ``step()``.
 
         The last of these calls sets the gradients to their means and returns the mean loss, 0-d. The others return
-        None.
-
-        Args:
-            active: parameters with a gradient in this call.
-            trainable: all parameters that may have had one.
-            state: of each parameter, with ``gradient_sum`` (float32, like the parameter) and ``gradients_summed``.
-            loss: of this call.
+        None. For the other arguments see :func:`hf_lopt.accumulation.set_mean_gradients`.
         """
-        for p in active:
-            distributed.local(state[p]["gradient_sum"]).add_(distributed.local_gradient(p))
-            state[p]["gradients_summed"] += 1
         first, calls = self.groups[0], self.calls_per_update
         count = first["accumulated"] + 1
         total = first["accumulated_loss"].to(active[0].device if active else "cpu") + loss
         if count < calls:
+            add_gradients(active, state)
             self.write({"accumulated": count, "accumulated_loss": total})
             return None
+        set_mean_gradients(active, trainable, state, calls, check)
         self.write({"accumulated": 0, "accumulated_loss": torch.zeros_like(total)})
-        for p in trainable:
-            if state[p].get("gradients_summed"):
-                gradient_sum, state[p]["gradients_summed"] = state[p]["gradient_sum"], 0
-                p.grad = (gradient_sum / calls).to(p.dtype)
-                distributed.local(gradient_sum).zero_()
         return total / calls
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:

@@ -239,6 +239,21 @@ def test_half_an_accumulated_update_is_refused_as_a_whole():
     assert_same(before, tensors_of(params, optimizer))
 
 
+def test_a_refused_last_call_leaves_what_was_gathered():
+    """The parameter that does not fit any more had its gradient in an earlier call."""
+    params, optimizer = make("velo", max_training_steps=10)  # two calls per update
+    step(params, optimizer)
+    data, params[0].data, params[0].grad = params[0].data, params[0].data.double(), None
+    before, grads = tensors_of(params, optimizer), [p.grad for p in params]
+    with pytest.raises(RuntimeError, match="float64"):
+        optimizer.step(1.0)
+    assert_same(before, tensors_of(params, optimizer))
+    assert all(p.grad is grad for p, grad in zip(params, grads, strict=True))
+    params[0].data = data
+    optimizer.step(1.0)
+    assert optimizer.steps_done == 1 and not torch.equal(params[0], before["parameter 0"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_expanded_gradient_is_that_of_its_numbers(name: str):
     found = []

@@ -67,7 +67,8 @@ ALLOWED = {
     "saved_state": {"state_formats", "settings", "rules", "step", "distributed"},
     "step_inputs": {"state_formats", "saved_state", "settings", "rules", "step", "distributed"},
     "rank_agreement": {"settings", "step", "distributed"},
-    "run_state": {"pending", "settings", "step", "rules", "distributed", "weights"},
+    "accumulation": {"distributed"},
+    "run_state": {"accumulation", "pending", "settings", "step", "rules", "distributed", "weights"},
     "optimizer": {
         "description",
         "pending",
