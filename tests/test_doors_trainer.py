@@ -448,6 +448,39 @@ def test_other_lrs_are_silent(settings):
     assert plain_loop(weights="bundled", **settings) == []
 
 
+def test_a_pretrained_model_in_a_plain_loop_takes_smaller_ones(tmp_path):
+    model = pretrained(tmp_path)
+    for lr, told in ((0.01, 0), (5e-5, 1)):
+        optimizer = hf_lopt.VeLO(model.parameters(), lr=lr, num_training_steps=3, weights="bundled")
+        with said() as texts:
+            for row in cases.byte_rows(2):
+                loss = model(**{key: value[None] for key, value in row.items()}).loss
+                loss.backward()
+                optimizer.step(loss)
+                optimizer.zero_grad()
+        assert sum("multiplies VeLO's own step, the default" in text for text in texts) == told
+
+
+def test_a_run_that_goes_on_with_a_small_one_is_told_so():
+    first, again = (cases.velo([torch.nn.Parameter(torch.ones(3))], lr=1e-3) for _ in range(2))
+    for optimizer in (first, again):
+        with said() as texts:
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            optimizer.step(1.0)
+        assert sum("multiplies VeLO's own step, the default" in text for text in texts) == 1
+        again.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(("model", "told"), [(scratch, 1), (pretrained, 0)])
+def test_a_small_one_of_an_optimizer_that_is_passed_in_is_told_once(tmp_path, model, told):
+    model = model(tmp_path)
+    with said() as texts:
+        optimizer = cases.velo(model.parameters(), lr=0.01, num_training_steps=None)
+        make(tmp_path, model, arguments={"optimizers": (optimizer, None)}).train()
+    assert sum("multiplies" in text for text in texts) == told
+
+
 def test_a_small_learning_rate_of_the_arguments_is_told_once(tmp_path):
     args = {"learning_rate": 0.01}
     _, said = run(make(tmp_path, cases.tiny_llama(), **args))

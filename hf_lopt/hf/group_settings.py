@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hf_lopt.given_settings import least_multiplier
 from hf_lopt.hf.arguments import BASE_WIDTH, OVERRIDES, optim_name, read_optim_args
-from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, least_multiplier, own_multiplier, schedule_of, untouched
+from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, own_multiplier, schedule_of, untouched
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.param_groups import param_groups
 
