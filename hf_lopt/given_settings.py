@@ -42,6 +42,7 @@ class GivenSettings(Optimizer):
     state_was_loaded: bool = False
     _lr_by_position: Any = None
     _has_begun: bool = False
+    _checks_length: bool = False  # whether whoever made it compares its run with its horizon in the end
     _has_warned: bool = False
     _has_warned_of_lr: bool = False
 

@@ -25,6 +25,7 @@ import hf_lopt
 from hf_lopt import rules
 from hf_lopt.kernels.reference.scheduler import loss_decays, next_loss_buffer
 from hf_lopt.step.scheduler import init_loss_buffer
+from said import said
 
 
 @pytest.fixture(autouse=True)
@@ -579,6 +580,40 @@ def test_the_cuda_kernel_keeps_the_same_buffer(first_step, losses):
 
 
 # ---- the horizon ----
+
+
+@pytest.mark.parametrize(("horizon", "told"), [(6, True), (5, False), (4, True)])
+def test_the_end_of_training_compares_a_run_of_five_steps_with_its_horizon(horizon, told):
+    """Lightning and Accelerate say where it is. Both numbers, once, whichever of them was the larger one."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Regression()
+
+        def training_step(self, batch, index):
+            return self.model(batch)
+
+        def configure_optimizers(self):
+            return cases.velo(self.parameters(), num_training_steps=horizon)
+
+    data = DataLoader(torch.cat(batches()), batch_size=2)
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+    with said() as texts:
+        trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+        trainer.fit(Module(), data)
+    accelerator, model = Accelerator(cpu=True), Regression()
+    optimizer = accelerator.prepare(cases.velo(model.parameters(), num_training_steps=horizon))
+    with said() as others:
+        for x in batches():
+            accelerator.backward(model(x))
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.end_training()
+    for found in (texts, others):
+        found = [text for text in found if "training ended" in text]
+        assert len(found) == told and all("after 5 steps" in x and f"made for {horizon} (" in x for x in found)
 
 
 def trained(steps, **settings):
