@@ -63,6 +63,8 @@ def _chosen_in_constructor(optimizer: LearnedOptimizer) -> dict[str, Any]:
     rule, defaults = optimizer.rule, optimizer.defaults
     keys = [key for key in rule.defaults if key not in ("weights", "num_training_steps")]
     chosen = {k for k in keys if k in optimizer.explicit_settings or defaults[k] != rule.defaults[k]}
+    if optimizer.lr_is_chosen is False:  # hf_lopt.launch gives every optimizer that it makes an lr
+        chosen -= {"lr"}
     return {key: defaults[key] for key in keys if key in chosen}
 
 
