@@ -56,14 +56,6 @@ def check_call(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> d
         given = signature.bind_partial(None, *args, **kwargs).arguments
     except TypeError:
         return None
-    position = [x.name for x in parameters].index("lr") if "lr" in (x.name for x in parameters) else len(args)
-    if position < len(args):
-        call = f"{cls.__name__}(params, {args[position]!r:.20})"
-        notices.note(
-            f"{call} gives lr by position: write lr=..., if it is meant",
-            f"{call} gives lr by position. Write lr=..., if it is meant: lr may be a multiplier of the optimizer's "
-            "own step size, and no learning rate as of Adam.",
-        )
     return dict(list(given.items())[1:])
 
 

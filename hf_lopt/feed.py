@@ -25,6 +25,7 @@ _Result = TypeVar("_Result")
 _lock = threading.RLock()
 _watching: set[_Watch] = set()
 _feeds: list[LossFeed] = []
+_installed: list[Callable[..., None]] = []  # what stands for torch.autograd.backward while there are feeds
 _thread = threading.local()  # .handled: optimizers whose loss an outer deliver() of this thread delivers
 
 
@@ -219,8 +220,10 @@ class LossFeed:
         with _lock:
             if self in _feeds:
                 _feeds.remove(self)
-            if not _feeds and getattr(torch.autograd.backward, "_hf_lopt_original", None) is not None:
+            # What others have put around ours stays, and ours inside of it, which does nothing without a feed.
+            if not _feeds and torch.autograd.backward in _installed:
                 torch.autograd.backward = torch.autograd.backward._hf_lopt_original
+                _installed.clear()
 
     def __enter__(self) -> LossFeed:
         return self
@@ -295,6 +298,7 @@ def feed_loss(optimizer: Any, scaler: Any = None) -> LossFeed:
         _feeds.append(handle)
         if not hasattr(torch.autograd.backward, "_hf_lopt_original"):
             torch.autograd.backward = _watched_backward(torch.autograd.backward)
+            _installed[:] = [torch.autograd.backward]
     return handle
 
 

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_lopt import notices
 from hf_lopt.arguments_given import check_call, check_group
+from hf_lopt.live_modules import models_of, pretrained_name
 from hf_lopt.rules.base import Rule
 
 
 _Self = TypeVar("_Self", bound="GivenSettings")
 # Below it, the step size of a rule that decides its step size itself is next to nothing on a model that is trained
 # from scratch. Fine-tuning goes down to about 0.05.
-SMALL_MULTIPLIER = 0.02
+_SMALL_MULTIPLIER = 0.02
+_HARDLY_MOVES = 1e-3  # the same for a pretrained model
 
 
 class GivenSettings(Optimizer):
@@ -38,6 +40,9 @@ class GivenSettings(Optimizer):
     run_policy: Any = None
     lr_is_chosen: bool | None = None
     state_was_loaded: bool = False
+    _lr_by_position: Any = None
+    _has_begun: bool = False
+    _checks_length: bool = False  # whether whoever made it compares its run with its horizon in the end
     _has_warned: bool = False
     _has_warned_of_lr: bool = False
 
@@ -49,6 +54,7 @@ class GivenSettings(Optimizer):
         if given is not None:
             names = {name for name, value in given.items() if not isinstance(value, dict)}
             self.explicit_settings = frozenset(names | set(kwargs)) - {"params", "rule"}
+            self._lr_by_position = None if "lr" in kwargs else given.get("lr")
         return self
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,23 +100,40 @@ class GivenSettings(Optimizer):
         self.param_groups[:] = groups
         self._given_groups = [(names, group["lr"]) for names, group in zip(explicit, groups, strict=True)]
 
-    def _tell_what_begins(self, rule: Rule) -> None:
+    def _tell_what_begins(self, rule: Rule, constructed: bool = False) -> None:
         """One warning, from the constructor or else the first step, for what is good to know about this run, see
         :mod:`hf_lopt.notices`.
 
         Among it an ``lr`` that is a usual learning rate, of a rule whose own step size it multiplies. What counts is
-        what the groups were made with, and what a scheduler starts from: a warm-up begins at 0. Where it came after
-        the constructor it is worth a second warning.
+        what the groups were made with, and what a scheduler starts from: a warm-up begins at 0. The constructor leaves
+        that, and all else, to the first step: until then an integration may set the lr, or say more of it. An lr that
+        was given by position is told by both kinds of rules, and at once.
+
+        Args:
+            constructed: whether the constructor asks.
         """
+        self._has_begun = not constructed
         largest = 0.0
         if rule.own_schedule and self.run_policy is None:  # else whoever decided it has told
             largest = self._largest_lr()
-        if 0.0 < largest < SMALL_MULTIPLIER and not self._has_warned_of_lr:
-            notices.LOG.info(small_multiplier(rule.class_name, largest))
-            notices.tell(f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0")
-            self._has_warned = self._has_warned_of_lr = True
+        is_small = 0.0 < largest < _SMALL_MULTIPLIER and not self._has_warned_of_lr
+        if self._lr_by_position is not None and not self._has_warned_of_lr:
+            text = by_position(type(self).__name__, self._lr_by_position, rule)
+        elif is_small and constructed:
+            return
+        elif is_small and self._is_too_small(rule, largest):
+            text = f"lr={largest:g} multiplies {rule.class_name}'s own step, the default is lr=1.0"
         else:
             warn_once(self)
+            return
+        if is_small:
+            notices.LOG.info(small_multiplier(rule.class_name, largest))
+        notices.tell(text)
+        self._has_warned = self._has_warned_of_lr = True
+
+    def _is_too_small(self, rule: Rule, lr: float) -> bool:
+        models = models_of(p for group in self.param_groups for p in group["params"])
+        return lr < least_multiplier(rule, next(iter(models), None))
 
     def _largest_lr(self) -> float:
         """0.0 where one lies on an accelerator: reading it would wait."""
@@ -127,6 +150,19 @@ def warn_once(optimizer: GivenSettings, *more: str) -> None:
         notices.discard()
     else:
         optimizer._has_warned = notices.tell(*more)
+
+
+def least_multiplier(rule: Rule, model: nn.Module | None) -> float:
+    """The lr below which the rule's steps do next to nothing; 0 for rules whose lr is a learning rate."""
+    if not rule.own_schedule:
+        return 0.0
+    return _SMALL_MULTIPLIER if pretrained_name(model) is None else _HARDLY_MOVES
+
+
+def by_position(name: str, lr: Any, rule: Rule) -> str:
+    """The words for the call ``name(params, lr)``, which other optimizers take for a learning rate."""
+    meaning = f"multiplies {rule.class_name}'s own step, the default is lr=1.0" if rule.own_schedule else "by position"
+    return f"{name}(params, {lr!r:.20}): lr={lr!r:.20} {meaning}; write lr=... if it is meant"
 
 
 def small_multiplier(name: str, lr: float) -> str:

@@ -1,4 +1,4 @@
-"""Which living modules own some tensors: an optimizer is given tensors, and what they are stands in the modules."""
+"""Which living modules own some tensors, and where those come from: an optimizer is given no more than tensors."""
 
 from __future__ import annotations
 
@@ -34,3 +34,22 @@ def _with_subclasses(cls: type) -> set[type]:
         found |= new
         todo += new
     return found
+
+
+def has_adapters(model: nn.Module | None) -> bool:
+    """Whether ``model`` trains PEFT adapters, which start from random numbers and zeros on top of frozen weights."""
+    modules = [] if model is None else model.modules()
+    return any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules)
+
+
+def pretrained_name(model: nn.Module | None) -> str | None:
+    """The checkpoint that ``model`` was loaded from; None for training from scratch, and of adapters.
+
+    ``from_pretrained`` leaves its argument in ``config._name_or_path``. Submodules count, as in sentence-transformers
+    or under DDP. A random model built from a *configuration* that was loaded by name cannot be told apart.
+    """
+    if has_adapters(model):
+        return None
+    modules = [] if model is None else model.modules()
+    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in modules)
+    return next((str(name) for name in names if name), None)

@@ -62,7 +62,7 @@ class LearnedOptimizer(GivenSettings):
         defaults |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
         super().__init__(params, defaults | self._run_state.initial_values())
         if not isinstance(source, Weights):  # whoever loaded them before tells later
-            self._tell_what_begins(rule_)
+            self._tell_what_begins(rule_, constructed=True)
 
     def __repr__(self) -> str:
         return describe(self, type(self).__name__, self._weights)
@@ -221,7 +221,7 @@ class LearnedOptimizer(GivenSettings):
         created = active is None and self._create_state()
         if self._only_allocates(created):
             return result
-        if created:
+        if not self._has_begun:
             self._tell_what_begins(self._rule)
         active = active or self._active()
         if active.params:

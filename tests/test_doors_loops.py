@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 import pickle
 import threading
@@ -25,6 +26,7 @@ import hf_lopt
 from hf_lopt import rules
 from hf_lopt.kernels.reference.scheduler import loss_decays, next_loss_buffer
 from hf_lopt.step.scheduler import init_loss_buffer
+from said import said
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,16 @@ class AcceleratedUndivided(Accelerated):
         return loss.item()
 
 
+class AcceleratedObserved(Accelerated):
+    """The wrapper is given the loss; nothing of Accelerate sees the backward."""
+
+    def micro_batch(self, i, x, share):
+        loss = self.models[i](x)
+        self.optimizers[i].observe_loss(loss * share)
+        (loss * share).backward()
+        return loss.item()
+
+
 class Fabric(Loop):
     def setup(self):
         fabric = pytest.importorskip("lightning.fabric")
@@ -213,7 +225,14 @@ class FabricObserved(Fabric):
         return loss.item()
 
 
-LOOPS = [Loop, Scaled, ScaledModel, Feed, ScaledFeed, Accelerated, AcceleratedUndivided, Fabric, FabricObserved]
+class FabricUnsynchronised(Fabric):
+    def micro_batch(self, i, x, share):
+        with self.fabric.no_backward_sync(self.models[i], enabled=share < 1):
+            return super().micro_batch(i, x, share)
+
+
+LOOPS = [Loop, Scaled, ScaledModel, Feed, ScaledFeed, Accelerated, AcceleratedUndivided, AcceleratedObserved]
+LOOPS += [Fabric, FabricObserved, FabricUnsynchronised]
 
 
 @pytest.mark.parametrize("case", ["plain", "accumulation", "skipped", "two_models"])
@@ -244,12 +263,18 @@ def lightning_run(automatic, window=1, skip=(), two=False):
             super().__init__()
             self.automatic_optimization = automatic
             self.first, self.second = Regression(), Regression(6.0, seed=1)
-            self.losses, self.seen, self.other = [], [], []
+            self.losses, self.seen, self.others = [], [], []
 
         def configure_optimizers(self):
             learned = cases.velo(self.first.parameters(), num_training_steps=None)
             self.learned, self.probe = learned, cases.LossProbe(learned)
-            return [learned, torch.optim.SGD(self.second.parameters(), lr=0.01)] if two else learned
+            if not two:
+                return learned
+            self.other = torch.optim.SGD(self.second.parameters(), lr=0.01)
+            if two == "learned":
+                self.other = cases.velo(self.second.parameters())
+                self.other_probe = cases.LossProbe(self.other)
+            return [learned, self.other]
 
         def on_train_start(self):
             optimizer = self.optimizers()[0] if two else self.optimizers()
@@ -268,7 +293,8 @@ def lightning_run(automatic, window=1, skip=(), two=False):
             self.losses.append(loss.item())
             last = (index + 1) % window == 0 or self.trainer.is_last_batch
             if two:
-                self.manual_backward(self.second(batch))
+                self.others.append(self.second(batch))
+                self.manual_backward(self.others[-1])
             self.manual_backward(loss / window)
             if index in skip:
                 optimizers[0].zero_grad()
@@ -277,6 +303,8 @@ def lightning_run(automatic, window=1, skip=(), two=False):
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
+                if two == "learned":
+                    assert self.other_probe.read() == approx(self.others[-1].item())
 
         def on_train_batch_end(self, *arguments):
             value = self.probe.read()
@@ -303,13 +331,103 @@ def lightning_run(automatic, window=1, skip=(), two=False):
 
 
 @pytest.mark.parametrize("automatic", [True, False], ids=["automatic", "manual"])
-@pytest.mark.parametrize("case", [{}, {"window": 2}, {"skip": (1, 2)}, {"two": True}], ids=str)
+@pytest.mark.parametrize("case", [{}, {"window": 2}, {"skip": (1, 2)}, {"two": "other"}, {"two": "learned"}], ids=str)
 def test_lightning(automatic, case):
     if automatic and "two" in case:
         pytest.skip("automatic optimization has one optimizer")
     seen, expected = lightning_run(automatic, **case)
     assert len(seen) == (3 if case.get("window") or case.get("skip") else 5)
     assert seen == approx(expected)
+
+
+# ---- loops of libraries ----
+
+
+class Level(torch.nn.Module):
+    """The criterion of :class:`Regression`."""
+
+    def forward(self, prediction, target):
+        return 5.0 + 0.01 * (prediction - target).square().mean()
+
+
+def ignite_run(window, scaled=False):
+    engine = pytest.importorskip("ignite.engine")
+    model = torch.nn.Linear(4, 2)
+    optimizer, losses, seen = cases.velo(model.parameters()), [], []
+    probe, scaler = cases.LossProbe(optimizer), torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+
+    def criterion(prediction, target):
+        losses.append(Level()(prediction, target))
+        return losses[-1]
+
+    settings = {"amp_mode": "amp", "scaler": scaler} if scaled else {}
+    trainer = engine.create_supervised_trainer(
+        model, optimizer, criterion, gradient_accumulation_steps=window, **settings
+    )
+    trainer.add_event_handler(engine.Events.ITERATION_COMPLETED, lambda _: seen.append(probe.read()))
+    with hf_lopt.feed_loss(optimizer, scaler):
+        trainer.run([(x, x[:, :2]) for x in batches()], max_epochs=2)
+    return seen, losses
+
+
+def skorch_run(window):
+    """With a window as skorch's documentation has it: ``get_loss`` divides, ``train_step`` counts."""
+    skorch = pytest.importorskip("skorch")
+
+    class Net(skorch.NeuralNetRegressor):
+        def get_loss(self, *args, **kwargs):
+            losses.append(super().get_loss(*args, **kwargs))
+            return losses[-1] / window
+
+        def on_batch_end(self, net, batch=None, training=False, **kwargs):
+            seen.append(probe.read())
+
+        def train_step(self, batch, **kwargs):
+            if window == 1:
+                return super().train_step(batch, **kwargs)  # gives the optimizer a closure
+            step = self.train_step_single(batch, **kwargs)
+            if len(losses) % window == 0:
+                self.optimizer_.step()
+                self.optimizer_.zero_grad()
+            return step
+
+    losses, seen, x = [], [], torch.cat(batches())
+    settings = {"optimizer__num_training_steps": 20, "optimizer__weights": "bundled", "lr": 1.0, "batch_size": 2}
+    settings |= {"max_epochs": 2, "train_split": None, "verbose": 0, "warm_start": True}
+    net = Net(torch.nn.Linear(4, 2), criterion=Level, optimizer=hf_lopt.VeLO, **settings).initialize()
+    probe = cases.LossProbe(net.optimizer_)
+    with hf_lopt.feed_loss(net.optimizer_) if window > 1 else contextlib.nullcontext():
+        net.fit(x.numpy(), x[:, :2].numpy())
+    return seen, losses
+
+
+LIBRARIES = [(ignite_run, 1), (ignite_run, 2), (ignite_run, 2, True), (skorch_run, 1), (skorch_run, 2)]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda case: "-".join([case[0].__name__, *map(str, case[1:])]))
+def test_loops_of_libraries(library):
+    """Two epochs of five batches; with a window of two, one of them reaches into the second epoch."""
+    run, window, *scaled = library
+    seen, losses = run(window, *scaled)
+    seen = [x for x in seen if x is not None]
+    windows = [losses[i : i + window] for i in range(0, 10, window)]
+    assert seen == approx([sum(x.item() for x in window) / len(window) for window in windows])
+
+
+def test_nothing_on_the_way_of_a_loss_waits_for_the_device():
+    """Tensors on the device "meta" have no values: whoever asks for one gets an error."""
+    model, x = Regression().to("meta"), torch.ones(2, 4, device="meta")
+    optimizer = cases.velo(model.parameters())
+    accelerator = Accelerator(cpu=True, device_placement=False, gradient_accumulation_steps=2)
+    wrapper = accelerator.prepare(optimizer)
+    doors = [wrapper.observe_loss, accelerator.backward, optimizer.observe_loss]
+    with hf_lopt.feed_loss(optimizer):
+        for backward in (*doors, torch.Tensor.backward):
+            for divisor in (2, torch.tensor(2.0), torch.tensor(2.0, device="meta")):
+                backward(model(x) / divisor)
+            assert optimizer._pending.value.device.type == "meta"
+            optimizer.scale_observed_loss(0.5)
+            optimizer.zero_grad()
 
 
 # ---- Accelerate ----
@@ -486,6 +604,35 @@ def test_feed_loss_takes_scalars_of_its_optimizer_only():
         hf_lopt.feed_loss(torch.optim.SGD(model.parameters()))
 
 
+def test_removing_leaves_what_others_put_around_backward(monkeypatch):
+    """Some wrap it too, with functools.wraps, which copies attributes."""
+    monkeypatch.setattr(torch.autograd, "backward", torch.autograd.backward)  # restored in the end
+    model, calls = Regression(), []
+    optimizer = cases.velo(model.parameters())
+    feed = hf_lopt.feed_loss(optimizer)
+
+    def wrap(inner):
+        @functools.wraps(inner)
+        def backward(*args, **kwargs):
+            calls.append(1)
+            return inner(*args, **kwargs)
+
+        return backward
+
+    torch.autograd.backward = wrap(torch.autograd.backward)
+    model(batches(1)[0]).backward()
+    assert len(calls) == 1 and optimizer.has_observed_loss
+    optimizer.zero_grad()
+    feed.remove()
+    model(batches(1)[0]).backward()
+    assert len(calls) == 2 and not optimizer.has_observed_loss
+    optimizer.zero_grad()
+    with hf_lopt.feed_loss(optimizer):
+        loss = model(batches(1)[0])
+        loss.backward()
+    assert len(calls) == 3 and float(optimizer._pending) == approx(loss.item())
+
+
 def test_feed_loss_beside_accelerate_counts_once():
     accelerator, model = Accelerator(cpu=True), Regression()
     optimizer = accelerator.prepare(cases.velo(model.parameters()))
@@ -579,6 +726,40 @@ def test_the_cuda_kernel_keeps_the_same_buffer(first_step, losses):
 
 
 # ---- the horizon ----
+
+
+@pytest.mark.parametrize(("horizon", "told"), [(6, True), (5, False), (4, True)])
+def test_the_end_of_training_compares_a_run_of_five_steps_with_its_horizon(horizon, told):
+    """Lightning and Accelerate say where it is. Both numbers, once, whichever of them was the larger one."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Regression()
+
+        def training_step(self, batch, index):
+            return self.model(batch)
+
+        def configure_optimizers(self):
+            return cases.velo(self.parameters(), num_training_steps=horizon)
+
+    data = DataLoader(torch.cat(batches()), batch_size=2)
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+    with said() as texts:
+        trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+        trainer.fit(Module(), data)
+    accelerator, model = Accelerator(cpu=True), Regression()
+    optimizer = accelerator.prepare(cases.velo(model.parameters(), num_training_steps=horizon))
+    with said() as others:
+        for x in batches():
+            accelerator.backward(model(x))
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.end_training()
+    for found in (texts, others):
+        found = [text for text in found if "training ended" in text]
+        assert len(found) == told and all("after 5 steps" in x and f"made for {horizon} (" in x for x in found)
 
 
 def trained(steps, **settings):

@@ -105,6 +105,7 @@ def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, 
     assert sum("optim='velo'" in text for text in said) == 1
 
     plain, _ = run(make(tmp_path, model(tmp_path)))
+    assert optimizer.length_multiplier == plain.length_multiplier == (5.0 if lr == 1 else 1.0)
     layout = [
         {id_: g["axis_order"] for g in o.param_groups for id_ in (tuple(p.shape) for p in g["params"])}
         for o in (optimizer, plain)
@@ -181,6 +182,53 @@ def test_keywords_hold_the_groups_and_unpack_without_them():
     for missing in (lambda: keywords["params"], lambda: keywords.pop("params"), lambda: keywords["lr"]):
         with pytest.raises(KeyError):
             missing()
+
+
+# ---- loops of its own -----------------------------------------------------------------------------------------------
+
+
+class TwoLosses(Trainer):
+    """Propagates two losses back for every batch, as adversarial training does; none of the second window.
+
+    ``windows`` holds per optimizer step the sum of what reached ``Tensor.backward``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.windows = [0.0]
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == 1:
+            return torch.tensor(0.0)
+        inputs = self._prepare_inputs(inputs)
+        for share in (1.0, 0.5):
+            loss = share * self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_training_step_of_its_own(tmp_path, monkeypatch, window):
+    """Accumulation with a short last window, a step without gradients; Trainer's loops divide losses themselves."""
+    args = cases.arguments(tmp_path, num_train_epochs=1, gradient_accumulation_steps=window)
+    trainer = TwoLosses(cases.tiny_llama(), args, train_dataset=cases.byte_rows(10))
+    seen, backward = cases.SeenLosses(), torch.Tensor.backward
+
+    class NextWindow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.windows.append(0.0)
+
+    def record(self, *args, **kwargs):
+        trainer.windows[-1] += self.item()
+        return backward(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "backward", record)
+    for callback in (seen, NextWindow):
+        trainer.add_callback(callback)
+    run(trainer)
+    expected = [loss or None for loss in trainer.windows[:-1]]
+    assert len(seen.values) == len(expected) == -(-5 // window) and seen.values[1] is expected[1] is None
+    assert [x for x in seen.values if x] == pytest.approx([x for x in expected if x], abs=2e-5)
 
 
 # ---- optimizers and classes that are passed in ----------------------------------------------------------------------
@@ -446,6 +494,39 @@ def warmup(optimizer):
 )
 def test_other_lrs_are_silent(settings):
     assert plain_loop(weights="bundled", **settings) == []
+
+
+def test_a_pretrained_model_in_a_plain_loop_takes_smaller_ones(tmp_path):
+    model = pretrained(tmp_path)
+    for lr, told in ((0.01, 0), (5e-5, 1)):
+        optimizer = hf_lopt.VeLO(model.parameters(), lr=lr, num_training_steps=3, weights="bundled")
+        with said() as texts:
+            for row in cases.byte_rows(2):
+                loss = model(**{key: value[None] for key, value in row.items()}).loss
+                loss.backward()
+                optimizer.step(loss)
+                optimizer.zero_grad()
+        assert sum("multiplies VeLO's own step, the default" in text for text in texts) == told
+
+
+def test_a_run_that_goes_on_with_a_small_one_is_told_so():
+    first, again = (cases.velo([torch.nn.Parameter(torch.ones(3))], lr=1e-3) for _ in range(2))
+    for optimizer in (first, again):
+        with said() as texts:
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.ones_like(p)
+            optimizer.step(1.0)
+        assert sum("multiplies VeLO's own step, the default" in text for text in texts) == 1
+        again.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(("model", "told"), [(scratch, 1), (pretrained, 0)])
+def test_a_small_one_of_an_optimizer_that_is_passed_in_is_told_once(tmp_path, model, told):
+    model = model(tmp_path)
+    with said() as texts:
+        optimizer = cases.velo(model.parameters(), lr=0.01, num_training_steps=None)
+        make(tmp_path, model, arguments={"optimizers": (optimizer, None)}).train()
+    assert sum("multiplies" in text for text in texts) == told
 
 
 def test_a_small_learning_rate_of_the_arguments_is_told_once(tmp_path):

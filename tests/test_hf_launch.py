@@ -4,6 +4,7 @@ The programs in ``scripts/programs`` are raw loops of the shape of well-known ex
 themselves; ``--replace`` is for those.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -411,6 +412,26 @@ def test_rates_in_schedulers_are_in_units_of_the_scripts(schedule, lr, run):
         body = f"optimizer = torch.optim.AdamW(model.parameters(), lr={script_lr})\n"
         space, _ = run(body + f"s = torch.optim.lr_scheduler.{scaled}", replace=("AdamW=celo2",))
         assert space["optimizer"].param_groups[0]["lr"] == pytest.approx(lr)
+
+
+@pytest.mark.parametrize("lr", [None, 0.5])
+def test_a_script_that_leaves_the_optimizer_to_trainer_gets_what_optim_gives(tmp_path, lr, fresh):
+    """Trainer makes an AdamW of its own, unless another is named."""
+    from transformers import Trainer
+
+    import hf_cases as cases
+
+    options, found = Options(optim_args="weights=bundled", lr=lr), []
+    options.add("AdamW=velo")
+    text = "weights=bundled" if lr is None else f"weights=bundled,lr={lr}"
+    for optim, context in (("velo", contextlib.nullcontext()), ("adamw_torch", Replacer(options))):
+        args = cases.arguments(tmp_path, max_steps=3, optim=optim, optim_args=text if optim == "velo" else None)
+        trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(8))
+        with context:
+            trainer.train()
+        found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        assert trainer.optimizer.optimizer.length_multiplier == (5.0 if lr is None else 1.0)
+    assert found[0] == found[1]
 
 
 def test_optimizers_are_not_kept_alive():

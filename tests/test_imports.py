@@ -62,7 +62,7 @@ ALLOWED = {
     "least_sizes": {"live_modules", "parameters", "distributed", "notices"},
     "settings": {"arguments_given", "step", "rules", "distributed"},
     "pending": set(),
-    "given_settings": {"arguments_given", "rules"},
+    "given_settings": {"arguments_given", "live_modules", "rules"},
     "state_formats": {"rules", "step", "distributed", "kernels.reference"},
     "saved_state": {"state_formats", "settings", "rules", "step", "distributed"},
     "step_inputs": {"state_formats", "saved_state", "settings", "rules", "step", "distributed"},

@@ -54,15 +54,16 @@ def test_one_short_warning_at_the_users_line_says_what_is_good_to_know(monkeypat
     assert any("NOT the published ones" in x and "sha256" in x for x in texts)
 
 
-@pytest.mark.parametrize("where", ["constructor", "first step"])
-def test_a_habit_of_adam_is_warned_about_once_at_the_users_line(monkeypatch, where):
-    """By the constructor, beside what else it tells; where weights are given as they are, it leaves that to a step."""
+@pytest.mark.parametrize("source", ["auto", "weights"])
+def test_a_habit_of_adam_is_warned_about_once_at_the_users_line(monkeypatch, source):
+    """By the first step, beside what else there is to tell: until then an integration may set the lr."""
     monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
-    weights = "auto" if where == "constructor" else rules.get("velo").load_weights("bundled")
+    weights = "auto" if source == "auto" else rules.get("velo").load_weights("bundled")
     with said() as texts, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         settings = {"num_training_steps": 4, "lr": 1e-3, "weights": weights}
-        optimizer = hf_lopt.VeLO(model().parameters(), **settings)  # the line of the user
+        optimizer = hf_lopt.VeLO(model().parameters(), **settings)
+        assert not caught
         train(optimizer, 3)
     (warning,) = caught
     assert "lr=0.001 multiplies" in str(warning.message) and len(str(warning.message)) <= notices.LIMIT
@@ -139,14 +140,31 @@ def test_the_line_of_a_script_is_named_at_its_top_level_too(tmp_path, way):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, *way], cwd=tmp_path, env=environment, capture_output=True, text=True)
     (first, line) = done.stderr.splitlines()
-    assert re.match(r".*script\.py:3: UserWarning: .*VeLO\(params, 0\.5\)", first), done.stderr
+    assert re.match(r".*script\.py:3: UserWarning: hf_lopt: VeLO\(params, 0\.5\)", first), done.stderr
     assert line.strip() == "hf_lopt.VeLO([p], 0.5, weights='bundled')"
 
 
-def test_lr_by_position_is_warned_about_and_by_name_is_not():
-    with pytest.warns(UserWarning, match=r"VeLO\(params, 0.5\).*lr=") as caught:
-        assert hf_lopt.VeLO(model().parameters(), 0.5, weights="bundled").param_groups[0]["lr"] == 0.5
-    assert caught[0].filename == __file__ and len(caught) == 1
+@pytest.mark.parametrize(
+    ("cls", "lr", "meaning"),
+    [
+        (hf_lopt.VeLO, 0.5, "multiplies VeLO's own step, the default is lr=1.0"),
+        (hf_lopt.VeLO, 1e-3, "multiplies VeLO's own step, the default is lr=1.0"),
+        (hf_lopt.SmallFC, 5e-5, "multiplies SmallFC's own step, the default is lr=1.0"),
+        (hf_lopt.Celo2, 1e-3, "by position"),
+    ],
+)
+def test_lr_by_position_is_warned_about_once_and_by_name_is_not(monkeypatch, cls, lr, meaning):
+    monkeypatch.setattr("hf_lopt.weights.loading._warned", set())
+    notices.discard()
+    with pytest.warns(UserWarning) as caught:
+        optimizer = cls(model().parameters(), lr)  # with the news about embedded weights
+        (warning,) = caught
+        if optimizer.rule.needs_horizon:
+            optimizer.num_training_steps = 9
+        train(optimizer, 2)
+    assert len(caught) == 1 and warning.filename == __file__ and optimizer.param_groups[0]["lr"] == lr
+    text = str(warning.message)
+    assert f"{cls.__name__}(params, {lr}): lr={lr} {meaning}; write lr=..." in text and len(text) <= notices.LIMIT
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hf_lopt.VeLO(model().parameters(), lr=0.5, weights="bundled")

@@ -16,21 +16,12 @@ from hf_lopt.hf.group_settings import settle
 from hf_lopt.hf.layers import LayerLog
 from hf_lopt.hf.policy import Choice, in_short, told
 from hf_lopt.hf.provenance import facts, trackers_take_text
+from hf_lopt.hf.run_end import fits, length_text
 from hf_lopt.optimizer import LearnedOptimizer
 
 
 _LOGGED = ("lr_mult_mean", "lr_mult_min", "lr_mult_max", "update_rms")
-_FULL = 0.9  # of the horizon: a run that takes less of it is told so
-
-
-def _length_text(name: str, steps: int, horizon: int) -> str:
-    """The words for a run of ``steps`` steps whose schedule was made for ``horizon`` steps."""
-    start = f"training ended after {steps} steps, and {name}'s schedule is made for {horizon} (num_training_steps)"
-    advice = "Give the run its length: max_steps, or optim_args='num_training_steps=...'."
-    if steps > horizon:
-        return f"{start}: the steps beyond were taken with the last stretch of it. {advice}"
-    share = 100 * steps / horizon
-    return f"{start}: it used {share:.2g} % of it and never came to the end, where steps get small. {advice}"
+_ADVICE = "Give the run its length: max_steps, or optim_args='num_training_steps=...'."
 
 
 def _length_multiplier(optimizer: LearnedOptimizer) -> Choice[float]:
@@ -256,5 +247,5 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         loss_feed.set_trainer(learned, False)
         policy, steps = learned.run_policy, state.global_step
         horizon = 0 if policy is None else policy.horizon.value
-        if horizon and self._first_step < steps and not _FULL * horizon <= steps <= horizon:
-            _warn(state, _length_text(learned.rule.class_name, steps, horizon))
+        if horizon and self._first_step < steps and not fits(steps, horizon):
+            _warn(state, length_text(learned.rule.class_name, steps, horizon, _ADVICE))

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hf_lopt.given_settings import least_multiplier
 from hf_lopt.hf.arguments import BASE_WIDTH, OVERRIDES, optim_name, read_optim_args
-from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, least_multiplier, own_multiplier, schedule_of, untouched
+from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, own_multiplier, schedule_of, untouched
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.param_groups import param_groups
 
@@ -62,6 +63,8 @@ def _chosen_in_constructor(optimizer: LearnedOptimizer) -> dict[str, Any]:
     rule, defaults = optimizer.rule, optimizer.defaults
     keys = [key for key in rule.defaults if key not in ("weights", "num_training_steps")]
     chosen = {k for k in keys if k in optimizer.explicit_settings or defaults[k] != rule.defaults[k]}
+    if optimizer.lr_is_chosen is False:  # hf_lopt.launch gives every optimizer that it makes an lr
+        chosen -= {"lr"}
     return {key: defaults[key] for key in keys if key in chosen}
 
 

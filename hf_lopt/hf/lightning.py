@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 from hf_lopt.feed import deliver, parts_of, unwrap
+from hf_lopt.hf.run_end import wrap_on_train_end
 from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
 
@@ -78,8 +79,9 @@ def _wrap_fabric_optimizer(original: Callable[..., None]) -> Callable[..., None]
 
 
 def patch_trainer_strategy(module: Any) -> None:
-    """Wrap ``Strategy.backward`` of the imported module ``lightning.pytorch.strategies.strategy``, once."""
+    """Wrap methods of ``Strategy`` of the imported module ``lightning.pytorch.strategies.strategy``, once."""
     wrap_once(module.Strategy, "backward", _wrap_trainer_backward)
+    wrap_once(module.Strategy, "on_train_end", wrap_on_train_end)
 
 
 def patch_fabric_strategy(module: Any) -> None:

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from hf_lopt.feed import deliver, parts_of, unwrap
 from hf_lopt.hf import limits
+from hf_lopt.hf.run_end import wrap_end_training
 from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
 
@@ -143,9 +144,10 @@ class _OfTheOptimizer:
 
 
 def patch_accelerator(module: Any) -> None:
-    """Wrap ``Accelerator.backward`` and ``accumulate`` of the imported module ``accelerate.accelerator``, once."""
+    """Wrap methods of ``Accelerator`` of the imported module ``accelerate.accelerator``, once."""
     wrap_once(module.Accelerator, "backward", wrap_backward)
     wrap_once(module.Accelerator, "accumulate", wrap_accumulate)
+    wrap_once(module.Accelerator, "end_training", wrap_end_training)
 
 
 def patch_optimizer(module: Any) -> None:

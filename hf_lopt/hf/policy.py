@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from hf_lopt.given_settings import SMALL_MULTIPLIER
+from hf_lopt.given_settings import least_multiplier
+from hf_lopt.live_modules import pretrained_name
 from hf_lopt.rules.base import Rule
 from hf_lopt.weights import Weights
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainingArguments
 
-# Of the step size of a rule with a schedule of its own, on a pretrained model.
-_HARDLY_MOVES = 1e-3
 _CONSTANT = ("constant", "constant_with_warmup")
 
 _T = TypeVar("_T")
@@ -90,25 +89,6 @@ class RunPolicy:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
-def has_adapters(model: nn.Module | None) -> bool:
-    """Whether ``model`` trains PEFT adapters, which start from random numbers and zeros on top of frozen weights."""
-    modules = [] if model is None else model.modules()
-    return any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules)
-
-
-def pretrained_name(model: nn.Module | None) -> str | None:
-    """The checkpoint that ``model`` was loaded from; None for training from scratch, and of adapters.
-
-    ``from_pretrained`` leaves its argument in ``config._name_or_path``. Submodules count, as in sentence-transformers
-    or under DDP. A random model built from a *configuration* that was loaded by name cannot be told apart.
-    """
-    if has_adapters(model):
-        return None
-    modules = [] if model is None else model.modules()
-    names = (getattr(getattr(m, "config", None), "_name_or_path", None) for m in modules)
-    return next((str(name) for name in names if name), None)
-
-
 def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
     """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
     lr, finetune_lr = rule.defaults["lr"], weights.finetune_lr
@@ -128,13 +108,6 @@ def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[
     settings = rule.finetune_settings if weights.finetune_lr is None else weights.finetune_settings
     why = "which suits a pretrained model"
     return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
-
-
-def least_multiplier(rule: Rule, model: nn.Module | None) -> float:
-    """The lr below which the rule's steps do next to nothing; 0 for rules whose lr is a learning rate."""
-    if not rule.own_schedule:
-        return 0.0
-    return SMALL_MULTIPLIER if pretrained_name(model) is None else _HARDLY_MOVES
 
 
 # ---- the arguments --------------------------------------------------------------------------------------------------

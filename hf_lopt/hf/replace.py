@@ -263,7 +263,7 @@ class Replacer:
 
         groups = learned_groups(script, rule, model, lr, given, overrides)
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
-        optimizer.lr_is_chosen = lr_is_chosen
+        optimizer.lr_is_chosen, optimizer._checks_length = lr_is_chosen, True
         constant = rule.own_schedule and schedule == "auto"
         run = schedules.Run(script.name, rule, lr, script.lr, constant, [g["lr"] for g in optimizer.param_groups])
         if rule.needs_loss:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from hf_lopt.hf import constructor, messages
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
+from hf_lopt.hf.run_end import fits
 from hf_lopt.optimizer import LearnedOptimizer
 from hf_lopt.rules.base import Rule
 
@@ -36,7 +37,6 @@ _ABSOLUTE = {
 _LENGTH = "num_training_steps"
 # From get_scheduler down to the constructor of a scheduler it is three calls.
 _DEPTH = 8
-_USED = 0.9
 
 
 class ConstantSchedule(LRScheduler):
@@ -194,7 +194,7 @@ class Run:
     @property
     def length_mismatch(self) -> str:
         """What to tell at the end of a run that was not as long as its horizon; "" otherwise."""
-        if not self.length or _USED * self.length <= self.calls <= self.length:
+        if not self.length or fits(self.calls, self.length):
             return ""
         return (
             f"{self.rule.class_name} took {self.calls} steps of a run of {self.length}: its schedule was for the "
