@@ -323,9 +323,10 @@ def test_celo2_is_momentum_and_gradient_over_the_second_moment(rule):
     np.testing.assert_allclose(forward(vectors, x[:, :15])[:, 0], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rule", "scale"), [("small_fc_lopt", 2.0), ("mulo", 0.2), ("elo", 1.0)])
+@pytest.mark.parametrize(("rule", "scale"), [("small_fc_lopt", 4.0), ("mulo", 0.4), ("elo", 1.0)])
 def test_small_fc_is_adafactor_with_momentum(rule, scale):
-    """And for the first two the exponent is the schedule of the step count, whatever the other inputs are."""
+    """For the first two as far as the newest gradient agrees with it; and the exponent is the schedule of the step
+    count, whatever the other inputs are."""
     theta = theta_of(rule)
     steps = np.array([0, 1, 2, 3, 5, 10, 15, 20, 30, 60, 100, 250, 1000, 5000, 2e4, 1e5, 1e6])
     taus = np.array([1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5])
@@ -333,7 +334,12 @@ def test_small_fc_is_adafactor_with_momentum(rule, scale):
     x[:, 28:] = np.tanh(steps[:, None] / taus - 1)
     out = forward(layers_of(theta, "nn/~/"), x)
     # Columns: g, p, m (3), v, m/sqrt v (3), 1/sqrt v, fac g (3), 12 of the factors, fac m (3), time (11).
-    np.testing.assert_allclose(out[:, 0], scale * (x[:, 25] + 0.3 * x[:, 10]), rtol=0, atol=1e-6)
+    direction, newest = x[:, 25] + 0.3 * x[:, 10], 1.3 * x[:, 10]
+    if rule != "elo":
+        agreed = np.where(direction * newest > 0, np.minimum(np.abs(direction), np.abs(newest)), 0.0)
+        assert 0 < (agreed == 0).sum() < len(steps)
+        direction = np.sign(direction) * agreed
+    np.testing.assert_allclose(out[:, 0], scale * direction, rtol=0, atol=2e-6)
     held = np.minimum(steps, 1e5)
     expected = np.minimum(1, (held + 1) / 20) / np.sqrt(1 + held / 300) if rule != "elo" else np.ones(len(steps))
     np.testing.assert_allclose(np.exp(0.001 * out[:, 1]), expected, rtol=small_fc.TOLERANCE if rule != "elo" else 0)

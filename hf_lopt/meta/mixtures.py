@@ -1,8 +1,8 @@
 """Networks of a few numbers: mixing weights of features, and the form of a schedule, for a search in few dimensions.
 
 A mixture is a mapping from names to numbers. "feature[column]" is the weight of a feature in the direction of the
-step. Rules whose output is not normalised and whose schedule is their own have four more, which the constructed
-weights give the values in ``SCHEDULE``: the direction is multiplied by
+step. Rules whose output is not normalised and whose schedule is their own count it as far as the newest gradient
+agrees with it, and have four more, which the constructed weights give the values in ``SCHEDULE``: it is multiplied by
 
     exp(log_scale) · min(1, (i + 1) / W) / (1 + i / D) ** power       after i steps
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,12 +63,14 @@ def mixture_leaves(rule: str, theta: Mapping[str, Tensor], weights: Mapping[str,
     timing = {name: value for name, value in weights.items() if name in SCHEDULE}
     if timing and rule not in TIMED:
         raise ValueError(f"{rule} has no scale and schedule of its own, which {', '.join(timing)} would change")
-    form = networks.columns(features, direction({k: v for k, v in weights.items() if k not in timing}))
+    chosen = direction({k: v for k, v in weights.items() if k not in timing})
+    form = networks.columns(features, chosen)
     out = {name: leaf.clone() for name, leaf in theta.items()}
     firsts = [f"{prefix}w0__{k}" for k in range(len(features.names))]
     grouped = firsts[0] in out
     first = torch.cat([out[name] for name in firsts]) if grouped else out[f"{prefix}w0"]
-    first[:, :2] = _pair(len(first), form)
+    units = small_fc.direction_units(chosen)[0] if rule in TIMED else networks.pair(form)
+    set_units(first, units)
     for name, part in zip(firsts, first.split(features.widths()), strict=True) if grouped else ():
         out[name] = part
     if timing:
@@ -76,22 +78,23 @@ def mixture_leaves(rule: str, theta: Mapping[str, Tensor], weights: Mapping[str,
     return out
 
 
-def _pair(inputs: int, form: Mapping[int, float]) -> Tensor:
-    """Weights (inputs, 2) of two units with opposite signs."""
-    pair = torch.zeros(inputs, 2, dtype=torch.float32)
-    for column, weight in form.items():
-        pair[column] = torch.tensor([weight, -weight], dtype=torch.float32)
-    return pair
+def set_units(first: Tensor, units: Sequence[networks.Unit], start: int = 0) -> None:
+    """Give the units from ``start`` on of a first layer (inputs, units) other inputs."""
+    first[:, start : start + len(units)] = 0.0
+    for unit, each in enumerate(units, start):
+        for column, weight in each.weights.items():
+            first[column, unit] = weight
 
 
 def _set_schedule(leaves: Mapping[str, Tensor], prefix: str, before: int, numbers: Mapping[str, float]) -> None:
-    """Change output 0 by exp(log_scale), and the exponent, which the units 2 and 3 carry, to the wanted schedule.
+    """Change output 0 by exp(log_scale), and the exponent, which two units carry, to the wanted schedule.
 
     Raises:
         ValueError: the network's exponent does not come from these units.
     """
     exponent = torch.zeros_like(leaves[f"{prefix}w2"][:, 1])
-    exponent[2:4] = torch.tensor([1.0 / small_fc.EXP_MULT, -1.0 / small_fc.EXP_MULT], dtype=torch.float32)
+    carry = list(small_fc.EXPONENT)
+    exponent[carry] = torch.tensor([1.0 / small_fc.EXP_MULT, -1.0 / small_fc.EXP_MULT], dtype=torch.float32)
     if not torch.equal(leaves[f"{prefix}w2"][:, 1], exponent):
         raise ValueError(
             "a scale and a schedule can be mixed into constructed weights, and others of their form, only"
@@ -102,8 +105,8 @@ def _set_schedule(leaves: Mapping[str, Tensor], prefix: str, before: int, number
     )
     *coefficients, constant = schedules.step_fit(warmup, decay, numbers["power"])
     first, bias = leaves[f"{prefix}w0"], leaves[f"{prefix}b0"]
-    first[:, 2:4] = _pair(len(first), dict(enumerate(coefficients, before)))
-    bias[2:4] = torch.tensor([constant, -constant], dtype=torch.float32)
+    set_units(first, networks.pair(dict(enumerate(coefficients, before))), carry[0])
+    bias[carry] = torch.tensor([constant, -constant], dtype=torch.float32)
     leaves[f"{prefix}w2"][:, 0] *= math.exp(numbers["log_scale"])
 
 

@@ -104,6 +104,20 @@ def limited(form: Form, pull: Form, limit: float) -> tuple[list[Unit], Tensor]:
 LIMITED = {0: 1.0, 1: -1.0, 2: -1.0, 3: 1.0}  # how the last layer joins the units of `limited`
 
 
+def agreeing(form: Form, other: Form) -> tuple[list[Unit], Tensor]:
+    """What two linear forms d and q agree on: where they have the same sign, the one nearer to zero; else 0, exactly.
+
+    In two hidden layers: relu(d), relu(-d), relu(d - q), relu(q - d), and of these relu(relu(d) - relu(d - q)) and
+    relu(relu(-d) - relu(q - d)), which count 1 and -1 times.
+
+    Returns:
+        the units of the first layer, and the weights of the second, (4, 2) from in to out.
+    """
+    difference = {i: form.get(i, 0.0) - other.get(i, 0.0) for i in {**form, **other}}
+    second = [[1, 0], [0, 1], [-1, 0], [0, -1]]
+    return [*pair(form), *pair(difference)], torch.tensor(second, dtype=torch.float32)
+
+
 def relu_pair(
     spec: ElementFeatures, direction: Direction, hidden: Sequence[int], outputs: int, bank: tuple[int, ...] = (1,)
 ) -> dict[str, Tensor]:
