@@ -67,7 +67,9 @@ NO_TIME = {"result": "not run: time"}
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # The operators on the backend "cuda", and whole steps.
-OPERATORS = [f"tests/test_{name}.py" for name in ("kernels", "kernels_small", "kernel_arguments", "cuda")]
+OPERATORS = [
+    f"tests/test_{name}.py" for name in ("kernels", "kernels_small", "kernel_arguments", "kernel_formats", "cuda")
+]
 GRAPH, LAUNCHES = "captured", "profiler or waits"
 SANITIZER = "compute-sanitizer"
 OURS = [sys.executable, "-m", "benchmarks.gpu"]

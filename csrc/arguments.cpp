@@ -123,17 +123,6 @@ void TensorChecks::accumulator(const Tensor& x, const Tensors& scales, const Ten
     numel(scale, depth * rows * ((columns + kCodeBlock - 1) / kCodeBlock), "scales", index);
 }
 
-void check_float32_state(const Tensors& momenta, const Tensors& second_moments, const std::optional<Tensor>& step) {
-    STD_TORCH_CHECK(!step, "these kernels round to nearest only, got the number of a step for random rounding");
-    for (const Tensors* list : {&momenta, &second_moments}) {
-        for (size_t t = 0; t < list->size(); t++) {
-            const ScalarType got = (*list)[t].scalar_type();
-            STD_TORCH_CHECK(got == ScalarType::Float, "these kernels take accumulators in float32, got ",
-                            torch::headeronly::toString(got), " for parameter ", t);
-        }
-    }
-}
-
 void TensorChecks::state(const Tensor& x, int64_t wanted, const char* name, int64_t index) const {
     type(x, ScalarType::Float, name, index);
     STD_TORCH_CHECK(x.numel() == wanted && x.is_contiguous(), place(name, index), " must be contiguous and have ",

@@ -74,10 +74,6 @@ ParameterSizes sizes_of(const Tensor& x, int64_t row_axis, int64_t col_axis, int
 void check_sums(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                 const Ints& row_axes, const Ints& col_axes, bool moments, const Tensors& momentum_scales,
                 const Tensors& second_scales);
-// That there is nothing but float32 among accumulators, and nothing to be rounded at random, for kernels without the
-// other formats.
-void check_float32_state(const Tensors& momenta, const Tensors& second_moments, const std::optional<Tensor>& step);
-
 // A row accumulator as [outer, B, inner], where B is the axis of the columns.
 struct RowAccumulator {
     int64_t outer = 1, b = 1, inner = 1;
@@ -117,6 +113,16 @@ bool check_rate(const TensorChecks& check, const Tensor& x, int64_t tensors, int
 // Sums of squares of the steps and numbers of elements, (slices,) float64, or neither.
 void check_squares(const TensorChecks& check, const std::optional<Tensor>& squares, const std::optional<Tensor>& numel,
                    int64_t slices);
+
+// Where a local tensor is in the whole one, for what is rounded at random: a row is what lies behind one of its axes,
+// that one included, joined.
+struct TensorPlace {
+    uint32_t key = 0, first_column = 0;
+    int64_t row_length = 1;                     // of the local tensor
+    std::vector<int64_t> sizes, starts, whole;  // of the axes before the rows: local sizes, first indices, whole sizes
+};
+// One for each tensor; none where nothing is rounded at random.
+std::vector<TensorPlace> check_places(const Tensors& params, const Rounding& rounding);
 
 struct NetworkSizes {
     int64_t count = 0;      // of tensors or slices, for which there are step sizes

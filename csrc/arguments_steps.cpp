@@ -59,6 +59,42 @@ void check_squares(const TensorChecks& check, const std::optional<Tensor>& squar
     check.dims(*numel, 1, "numel");
 }
 
+std::vector<TensorPlace> check_places(const Tensors& params, const Rounding& rounding) {
+    std::vector<TensorPlace> places;
+    if (!rounding.step) return places;
+    const TensorChecks check(params[0]);
+    check.type(*rounding.step, ScalarType::Long, "step");
+    check.numel(*rounding.step, 1, "step");
+    size_t at = 0;
+    for (const Tensor& p : params) {
+        const int64_t dim = p.dim(), length = 2 + 2 * dim;
+        STD_TORCH_CHECK(at + length <= rounding.places.size(), "places must have ", length,
+                        " numbers for a tensor of ", dim, " axes, there are ", rounding.places.size(), " numbers for ",
+                        params.size(), " tensors");
+        const int64_t *numbers = rounding.places.data() + at, *starts = numbers + 2, *whole = starts + dim;
+        const int64_t row_axis = numbers[1];
+        STD_TORCH_CHECK(row_axis >= 0 && row_axis <= dim, "places: a tensor of ", dim, " axes has no axis ", row_axis);
+        TensorPlace place;
+        place.key = (uint32_t)numbers[0];
+        for (int64_t i = 0; i < dim; i++) {
+            if (i < row_axis) {
+                place.sizes.push_back(p.size(i));
+                place.starts.push_back(starts[i]);
+                place.whole.push_back(whole[i]);
+                continue;
+            }
+            place.row_length *= p.size(i);
+            place.first_column = (uint32_t)(place.first_column * whole[i] + starts[i]);
+            STD_TORCH_CHECK(i == row_axis || (starts[i] == 0 && whole[i] == p.size(i)),
+                            "the fused kernels round rows at random that are not cut along axis ", i);
+        }
+        places.push_back(std::move(place));
+        at += length;
+    }
+    STD_TORCH_CHECK(at == rounding.places.size(), "places has ", rounding.places.size(), " numbers, wanted ", at);
+    return places;
+}
+
 namespace {
 
 // The rows of a matrix, or a vector for one row: one for each of `count` tensors or one for all.

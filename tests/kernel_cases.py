@@ -98,7 +98,11 @@ class Case:
         if device == "cpu":
             return self
         lists = ("params", "grads", "momenta", "second_moments", "diagonals", "rows", "cols")
-        return replace(self, compared={}, **{name: [moved(x, device) for x in getattr(self, name)] for name in lists})
+        found = {name: [moved(x, device) for x in getattr(self, name)] for name in lists}
+        scales = {name: [moved(x, device) for x in xs] for name, xs in self.scales.items()}
+        step = self.rounding["step"]
+        rounding = self.rounding | {"step": None if step is None else step.to(device)}
+        return replace(self, compared={}, scales=scales, rounding=rounding, **found)
 
     def numbers(self, first: float, last: float | None = None, count: int | None = None) -> Tensor:
         """A number for each tensor, or for each of ``count``."""

@@ -242,6 +242,41 @@ def test_copies_of_a_model_with_networks_of_their_own(emulated, rule):
     assert launches >= 3 * 7, "a step of all copies is that of one"
 
 
+@pytest.mark.parametrize(
+    "rule, state_dtype",
+    [("velo", "int8"), ("small_fc_lopt", "bfloat16"), ("celo_adam", "int8"), ("celo2", "int8")],
+)
+def test_steps_with_state_in_fewer_bits(emulated, rule, state_dtype):
+    """Whole steps as plain PyTorch makes them: matrices with codes and without, a convolution, vectors. Numbers beside
+    a boundary may be rounded the other way."""
+    shapes = [(40, 130), (65, 64), (16, 32, 3, 3), (9, 5), (40,)]
+    ends, launches = [], []
+    for plain in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter((torch.randn(s, generator=generator) * 0.3).bfloat16()) for s in shapes]
+        optimizer = hf_lopt.LearnedOptimizer(
+            params,
+            rule,
+            weights="bundled",
+            state_dtype=state_dtype,
+            stochastic_rounding=True,
+            **({"num_training_steps": 9} if rules.get(rule).needs_horizon else {"lr": 0.01}),
+        )
+        before = emulated.launches
+        with ops.plain() if plain else contextlib.nullcontext():
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+                optimizer.step(torch.tensor(1.0))
+        launches.append(emulated.launches - before)
+        ends.append([*params, *(x for values in optimizer.state.values() for x in values.values())])
+    for got, want in zip(*ends, strict=True):
+        if isinstance(got, torch.Tensor):
+            other = (got.float() - want.float()).abs() > 1e-4 * want.float().abs() + 1e-6
+            assert other.sum() <= 1 + 2e-3 * other.numel(), (got.dtype, got.shape, other.sum())
+    assert launches[0] >= 3 * 6 and launches[1] == 0
+
+
 @pytest.mark.parametrize("rule", ["velo", "small_fc_lopt"])
 def test_a_skipped_step_changes_nothing(emulated, rule):
     settings_ = {"num_training_steps": 10} if rules.get(rule).needs_horizon else {}

@@ -117,11 +117,6 @@ HF_LOPT_INLINE vf one_more(vf x, vf a, vf b) {
 }
 #endif
 
-HF_LOPT_INLINE vu next_hash(vu x) {
-    x = x * 0xc2b2ae35u;
-    return x ^ (x >> 15);
-}
-
 HF_LOPT_INLINE vu lanes() {
     vu x;
     for (int i = 0; i < kWidth; i++) x[i] = (uint32_t)i;
@@ -130,14 +125,10 @@ HF_LOPT_INLINE vu lanes() {
 
 // The first hash of the elements from i on; `next_hash` gives the others, two places of random numbers each.
 HF_LOPT_INLINE vu first_hash(const RandomRow& row, int64_t i) {
-    const vu x = (lanes() + (row.start + (uint32_t)i)) * 0x85ebca6bu;
-    return next_hash(x ^ (x >> 16));
+    return hash_of_column(lanes() + (row.start + (uint32_t)i));
 }
 
-HF_LOPT_INLINE vu draw(const RandomRow& row, vu hash, int slot) {
-    const vu turned = hash + row.turn;
-    return slot & 1 ? turned >> 16 : turned & 0xffffu;
-}
+HF_LOPT_INLINE vu draw(const RandomRow& row, vu hash, int slot) { return random_bits(hash, row.turn, slot); }
 
 HF_LOPT_INLINE vf magnitude(vf x) { return (vf)((vu)x & 0x7fffffffu); }
 

@@ -4,54 +4,22 @@
 
 namespace hf_lopt {
 
-RandomPlace::RandomPlace(uint32_t key, uint32_t turn, const Tensor& p, const int64_t* starts, const int64_t* sizes,
-                         int64_t row_axis)
-    : there_(true), key_(key), turn_(turn), row_length_(1) {
-    for (int64_t i = 0; i < p.dim(); i++) {
-        if (i < row_axis) {
-            local_.push_back(p.size(i));
-            starts_.push_back(starts[i]);
-            sizes_.push_back(sizes[i]);
-            continue;
-        }
-        row_length_ *= p.size(i);
-        first_column_ = (uint32_t)(first_column_ * sizes[i] + starts[i]);
-        STD_TORCH_CHECK(i == row_axis || (starts[i] == 0 && sizes[i] == p.size(i)),
-                        "the fused kernels round rows at random that are not cut along axis ", i);
-    }
-}
-
 RandomRow RandomPlace::row(int64_t line, int64_t start) const {
     int64_t global = 0, stride = 1;
-    for (int64_t i = (int64_t)local_.size() - 1; i >= 0; i--) {
-        global += (line % local_[i] + starts_[i]) * stride;
-        line /= local_[i];
-        stride *= sizes_[i];
+    for (size_t i = place_.sizes.size(); i-- > 0;) {
+        global += (line % place_.sizes[i] + place_.starts[i]) * stride;
+        line /= place_.sizes[i];
+        stride *= place_.whole[i];
     }
-    return {mix_bits(key_ ^ mix_bits((uint32_t)global)) + first_column_ + (uint32_t)start, turn_};
+    return {row_hash(place_.key, (uint32_t)global) + place_.first_column + (uint32_t)start, turn_};
 }
 
 std::vector<RandomPlace> random_places(const Tensors& params, const Rounding& rounding) {
-    std::vector<RandomPlace> places(params.size());
-    if (!rounding.step) return places;
-    const TensorChecks check(params[0]);
-    check.type(*rounding.step, ScalarType::Long, "step");
-    check.numel(*rounding.step, 1, "step");
-    const uint32_t turn =
-        (uint32_t)*static_cast<const int64_t*>(rounding.step->data_ptr()) * 0x9e37u % 0x10000u * 0x10001u;
-    size_t at = 0;
-    for (size_t t = 0; t < params.size(); t++) {
-        const int64_t dim = params[t].dim(), length = 2 + 2 * dim;
-        STD_TORCH_CHECK(at + length <= rounding.places.size(), "places must have ", length,
-                        " numbers for a tensor of ", dim, " axes, there are ", rounding.places.size(), " numbers for ",
-                        params.size(), " tensors");
-        const int64_t* numbers = rounding.places.data() + at;
-        STD_TORCH_CHECK(numbers[1] >= 0 && numbers[1] <= dim, "places: a tensor of ", dim, " axes has no axis ",
-                        numbers[1]);
-        places[t] = RandomPlace((uint32_t)numbers[0], turn, params[t], numbers + 2, numbers + 2 + dim, numbers[1]);
-        at += length;
+    std::vector<RandomPlace> places;
+    for (TensorPlace& place : check_places(params, rounding)) {
+        places.emplace_back(std::move(place), turn_of(*static_cast<const int64_t*>(rounding.step->data_ptr())));
     }
-    STD_TORCH_CHECK(at == rounding.places.size(), "places has ", rounding.places.size(), " numbers, wanted ", at);
+    places.resize(params.size());
     return places;
 }
 

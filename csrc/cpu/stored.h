@@ -11,18 +11,16 @@ namespace hf_lopt {
 class RandomPlace {
   public:
     RandomPlace() = default;
-    RandomPlace(uint32_t key, uint32_t turn, const Tensor& p, const int64_t* starts, const int64_t* sizes,
-                int64_t row_axis);
+    RandomPlace(TensorPlace&& place, uint32_t turn) : there_(true), turn_(turn), place_(std::move(place)) {}
     bool there() const { return there_; }
-    int64_t row_length() const { return row_length_; }
+    int64_t row_length() const { return there_ ? place_.row_length : 0; }
     // Of line `line` of the local rows, from column `start` on.
     RandomRow row(int64_t line, int64_t start) const;
 
   private:
     bool there_ = false;
-    uint32_t key_ = 0, turn_ = 0, first_column_ = 0;
-    int64_t row_length_ = 0;
-    std::vector<int64_t> local_, starts_, sizes_;  // of the axes before the rows
+    uint32_t turn_ = 0;
+    TensorPlace place_;
 };
 
 // One for each tensor.

@@ -1,6 +1,7 @@
 // Pass 2: the network on the scaled features, new accumulators and the update of the parameter, all in place.
 //
-// For networks of U hidden units, in float32: tensor_core.cuh has the other way to evaluate many units.
+// For networks of U hidden units, in float32: tensor_core.cuh has the other way to evaluate many units. `Args`:
+// ApplyArgs, or with formats.
 #pragma once
 
 #include "full_tiles.cuh"
@@ -113,26 +114,25 @@ struct UpdateSums {
 };
 
 // Stores the accumulators, and adds to their statistics.
-template <bool strided = false, class T>
-HF_LOPT_DEVICE void store_accumulators(const ApplyArgs& a, const Place& at, const RowPlace& row, Updated& u,
-                                       UpdateSums<T>& sums) {
-    const TensorEntry& t = *at.entry;
+template <bool strided = false, class Args, class T>
+HF_LOPT_DEVICE void store_accumulators(const Args& a, FormatsOf<Args> formats, const Place& at, const RowPlace& row,
+                                       Updated& u, UpdateSums<T>& sums) {
     bool live[kLane];
     HF_LOPT_EACH(e) live[e] = at.live(row, e);
-    float *m = pointer<float>(a.table, t, sM), *v = pointer<float>(a.table, t, sV);
-#pragma unroll
-    for (int k = 0; k < kMomenta; k++) {
-        store<strided>(m + k * t.decay, kFloat32, at, row, u.m[k]);
-        sums.m[k].add(u.m[k], live);
-    }
-    store<strided>(v, kFloat32, at, row, u.v);
-    sums.v.add(u.v, live);
+    formats.template store_all<strided>(a.table, at, row, u, [&](int k) {
+        if (k < kMomenta) {
+            sums.m[k].add(u.m[k], live);
+        } else {
+            sums.v.add(u.v, live);
+        }
+    });
 }
 
 // Stores what the outputs decide, and adds to the statistics.
-template <bool strided = false, class T>
-HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const RowPlace& row, const Lane& old, float decay,
-                               const Lane& direction, const Lane& magnitude, UpdateSums<T>& sums) {
+template <bool strided = false, class Args, class T>
+HF_LOPT_DEVICE void store_step(const Args& a, FormatsOf<Args> formats, const Place& at, const RowPlace& row,
+                               const Lane& old, float decay, const Lane& direction, const Lane& magnitude,
+                               UpdateSums<T>& sums) {
     const TensorEntry& t = *at.entry;
     bool live[kLane];
     Lane step, p;
@@ -146,7 +146,7 @@ HF_LOPT_DEVICE void store_step(const ApplyArgs& a, const Place& at, const RowPla
         store<strided>(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
         sums.p.add(old, live);
     } else {
-        store<strided>(pointer<void>(a.table, t, sP), t.p_type, at, row, p);
+        formats.template store_parameter<strided>(a.table, at, row, p);
         sums.p.add(p, live);
     }
 }
@@ -229,27 +229,28 @@ HF_LOPT_DEVICE void set_bias(const ApplyArgs& a, const Place& at, const RowPlace
     for (int j = 0; j < U; j++) HF_LOPT_EACH(e) z[j].x[e] += of_line[j];
 }
 
-template <int U, Kind kind>
-HF_LOPT_DEVICE void apply_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, double* out) {
+template <int U, Kind kind, class Args>
+HF_LOPT_DEVICE void apply_rows(const Args& a, const Place& at, const Shared<U>& s, double* out) {
     UpdateSums<float> sums;
+    const FormatsOf<Args> formats(a, at);
 #pragma unroll 1
     for (int turn = 0; turn < at.turns(); turn++) {
         forget_loads();  // all weights do not fit into registers
         const RowPlace row = at.row(turn);
-        Updated u = update(a.table, a.constants, at, row);
+        Updated u = update(formats, a.table, a.constants, at, row);
         Lane factor[kFactored], z[U], direction, magnitude;
         load_factors<U, kind>(a, at, row, s, factor);
         set_bias<U, kind>(a, at, row, s, z);
         first_layer<U>(s.net, u, a.constants.second_eps, factor, z);
-        store_accumulators(a, at, row, u, sums);  // before the next layers need their registers
+        store_accumulators(a, formats, at, row, u, sums);  // before the next layers need their registers
         finish_network<U>(s.net, z, [](const Lane& x) { return map(x, relu); }, &direction, &magnitude);
-        store_step(a, at, row, u.p, s.net.decay, direction, magnitude, sums);
+        store_step(a, formats, at, row, u.p, s.net.decay, direction, magnitude, sums);
     }
     sums.flush(out);
 }
 
-template <int U, Kind kind>
-HF_LOPT_OUT_OF_LINE void apply_other_rows(const ApplyArgs& a, const Shared<U>& s, double* out) {
+template <int U, Kind kind, class Args>
+HF_LOPT_OUT_OF_LINE void apply_other_rows(const Args& a, const Shared<U>& s, double* out) {
     const Place at = place(a.table);
     apply_rows<U, kind>(a, at, s, out);
 }
@@ -261,16 +262,17 @@ HF_LOPT_DEVICE void finish_element(const Network<U>& w, float (&z)[U], float* di
 }
 
 // Any kind of tensors, element by element: those of rank < 2, strided slices, and all where there are many units.
-template <int U, Kind kind>
-HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, double* out) {
+template <int U, Kind kind, class Args>
+HF_LOPT_OUT_OF_LINE void apply_elements(const Args& a, const Shared<U>& s, double* out) {
     const Place at = place(a.table);
     using T = std::conditional_t<kind == kFlat, double, float>;
     constexpr bool strided = kind == kStrided, columns = kind == kMatrix || kind == kInner;
     const TensorEntry& t = *at.entry;
     UpdateSums<T> sums;
+    const FormatsOf<Args> formats(a, at);
     for (int turn = 0; turn < at.turns(); turn++) {
         const RowPlace row = at.row(turn);
-        Updated u = update<strided>(a.table, a.constants, at, row);
+        Updated u = update<strided>(formats, a.table, a.constants, at, row);
         Lane direction = splat(0.0f), magnitude = splat(0.0f), d[kFactored], factor[kFactored];
         if constexpr (kind == kFlat) {
             load_diagonals(a.table, at, row, d);
@@ -328,8 +330,8 @@ HF_LOPT_OUT_OF_LINE void apply_elements(const ApplyArgs& a, const Shared<U>& s, 
             }
             finish_element<U>(s.net, z, &direction.x[e], &magnitude.x[e]);
         }
-        store_accumulators<strided>(a, at, row, u, sums);
-        store_step<strided>(a, at, row, u.p, s.net.decay, direction, magnitude, sums);
+        store_accumulators<strided>(a, formats, at, row, u, sums);
+        store_step<strided>(a, formats, at, row, u.p, s.net.decay, direction, magnitude, sums);
         if constexpr (kind == kFlat) {
             float* x = pointer<float>(a.table, t, sD);
 #pragma unroll
@@ -363,8 +365,8 @@ HF_LOPT_DEVICE void clear_results(const ApplyArgs& a, const Place& at) {
 }
 
 // A tile of a kernel. `apply_matrix` does those of factored tensors that are not strided.
-template <int U, class F>
-HF_LOPT_DEVICE void apply_tile(const ApplyArgs& a, Shared<U>& s, F apply_matrix) {
+template <int U, class Args, class F>
+HF_LOPT_DEVICE void apply_tile(const Args& a, Shared<U>& s, F apply_matrix) {
     const Place at = place(a.table);
     if (*a.skip) {
         clear_results(a, at);

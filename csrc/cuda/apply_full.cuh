@@ -13,15 +13,16 @@ HF_LOPT_DEVICE Lane exponentials(const Lane& x) {
 }
 
 // In shared memory.
-template <int U>
-struct ForFullTiles {
+template <int U, class Formats = InFloat32>
+struct ForFullTiles : Formats::ForTile {
     ComingRows<1> rows;
     OfLines factors;
     alignas(16) float bias[kTileRows][U];  // what the vector features add to the first layer in each row, and its bias
 };
 
-template <int U>
-HF_LOPT_DEVICE void set_line_biases(const ApplyArgs& a, const Place& at, const Shared<U>& s, ForFullTiles<U>& shared) {
+template <int U, class Formats>
+HF_LOPT_DEVICE void set_line_biases(const ApplyArgs& a, const Place& at, const Shared<U>& s,
+                                    ForFullTiles<U, Formats>& shared) {
     const TensorEntry& t = *at.entry;
     const float* x = pointer<float>(a.table, t, sLine);
     for_rows(at, [&](int r, int64_t line) {
@@ -40,21 +41,22 @@ HF_LOPT_DEVICE void set_line_biases(const ApplyArgs& a, const Place& at, const S
 }
 
 // `into_out`: what the network says is stored as such, and the parameter is left alone.
-template <int U, bool into_out, class P, class G>
-HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const Shared<U>& s, ForFullTiles<U>& shared,
-                                    double* out) {
+template <int U, bool into_out, class P, class G, class Args>
+HF_LOPT_DEVICE void apply_full_rows(const Args& a, const Place& at, const Shared<U>& s,
+                                    ForFullTiles<U, FormatsOf<Args>>& shared, double* out) {
     const TensorEntry& t = *at.entry;
     const FullTile f = full_tile(at);
-    FullRows<1, P, G> rows(a.table, t, f, shared.rows);
+    FullRows<1, P, G, FormatsOf<Args>> rows(a, at, f, shared.rows, shared);
     set_line_biases(a, at, s, shared);
     copy_lines(a.table, at, sLineFactor, shared.factors);
+    rows.state.set_rows(at);
     barrier();
     [[maybe_unused]] float* steps = pointer<float>(a.table, t, sOut);
     UpdateSums<float> sums;
 #pragma unroll 1
     for (int row = at.warp(); rows.left > 0; row += kWarps) {
         forget_loads();  // all weights do not fit into registers
-        Updated u = rows.next(a.constants);
+        Updated u = rows.next(a.constants, row);
         Lane factor[kFactored], z[U], direction, magnitude;
         const Lane rho = load_four(shared.factors.row[row]);
 #pragma unroll
@@ -66,13 +68,13 @@ HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const S
         }
         first_layer<U>(s.net, u, a.constants.second_eps, factor, z);
         // Before the next layers need their registers.
-#pragma unroll
-        for (int k = 0; k < kMomenta; k++) {
-            store_four(rows.m[k] + rows.element, u.m[k]);
-            sums.m[k].add(u.m[k]);
-        }
-        store_four(rows.v + rows.element, u.v);
-        sums.v.add(u.v);
+        rows.state.store(rows.element, row, f.column, u, [&](int k) {
+            if (k < kMomenta) {
+                sums.m[k].add(u.m[k]);
+            } else {
+                sums.v.add(u.v);
+            }
+        });
         finish_network<U>(s.net, z, [](const Lane& x) { return map(x, relu); }, &direction, &magnitude);
         const Lane step = direction * exponentials(magnitude);
         HF_LOPT_EACH(e) sums.step2 += step.x[e] * step.x[e];
@@ -81,7 +83,7 @@ HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const S
             sums.p.add(u.p);
         } else {
             Lane p = u.p - u.p * s.net.decay - step;
-            store_four(rows.p + rows.element, p);
+            rows.state.store_parameter(rows.p + rows.element, row, f.column, p);
             sums.p.add(p);
         }
     }
@@ -89,15 +91,16 @@ HF_LOPT_DEVICE void apply_full_rows(const ApplyArgs& a, const Place& at, const S
 }
 
 // `into_out`: what the tiles that have a loop of their own do; others do either.
-template <int U, bool into_out>
-HF_LOPT_DEVICE void apply_tile_of_few(const ApplyArgs& a, Shared<U>& s, ForFullTiles<U>& shared) {
+template <int U, bool into_out, class Args>
+HF_LOPT_DEVICE void apply_tile_of_few(const Args& a, Shared<U>& s, ForFullTiles<U, FormatsOf<Args>>& shared) {
     apply_tile<U>(a, s, [&](const Place& at, double* partial) {
         if (at.entry->inner > 1) {
             apply_other_rows<U, kInner>(a, s, partial);
-        } else if ((a.into_out != 0) != into_out || !with_types_of_full_tile(at, [&](auto p, auto g) {
+        } else if ((a.into_out != 0) != into_out ||
+                   !with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
                        apply_full_rows<U, into_out, decltype(p), decltype(g)>(a, at, s, shared, partial);
                    })) {
-            apply_other_rows<U, kMatrix>(a, s, partial);
+            apply_other_rows<U, FormatsOf<Args>::kOtherRows>(a, s, partial);
         }
     });
 }

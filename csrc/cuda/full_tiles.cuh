@@ -31,10 +31,10 @@ HF_LOPT_DEVICE bool is_full(const Place& at) {
 
 // Calls f(P, G) with a parameter and a gradient of the types of the tile, if it is a full one of types that there are
 // loops for.
-template <class F>
-HF_LOPT_DEVICE bool with_types_of_full_tile(const Place& at, F f) {
+template <class Formats, class F>
+HF_LOPT_DEVICE bool with_types_of_full_tile(const Formats& formats, const Place& at, F f) {
     const TensorEntry& t = *at.entry;
-    if (!is_full(at) || t.p_type != t.g_type) return false;
+    if (!is_full(at) || t.p_type != t.g_type || !formats.along_lines()) return false;
     if (t.p_type == kFloat32) {
         f(float{}, float{});
     } else if (t.p_type == kBFloat16) {
@@ -93,25 +93,79 @@ struct ComingRow {
 template <int ahead>
 using ComingRows = ComingRow[ahead];
 
+// The accumulators in a full tile, as they are read from `ComingRow`s and written. `row`: of the tile.
+template <class Formats>
+struct FullState;
+
+template <>
+struct FullState<InFloat32> {
+    float *m[kMomenta], *v;
+
+    template <class Args>
+    HF_LOPT_MEMBER FullState(const Args&, const Place&, InFloat32::ForTile&) {}
+
+    HF_LOPT_MEMBER void set_pointers(const TensorTable& table, const TensorEntry& t) {
+        v = pointer<float>(table, t, sV);
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) m[k] = pointer<float>(table, t, sM) + k * t.decay;
+    }
+    // What is the same for all columns of a row; a barrier has to follow.
+    HF_LOPT_MEMBER void set_rows(const Place&) {}
+
+    HF_LOPT_MEMBER void begin(ComingRow& to, int64_t from) const {
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) begin_copy_of_four(to.m[k], m[k] + from);
+        begin_copy_of_four(to.v, v + from);
+    }
+    // What `of_thread` has copied.
+    HF_LOPT_MEMBER Lane momentum(ComingRow& row, int k, int of_thread, int) const {
+        return load_four(coming<float>(row.m[k], of_thread));
+    }
+    HF_LOPT_MEMBER Lane second_moment(ComingRow& row, int of_thread, int) const {
+        return load_four(coming<float>(row.v, of_thread));
+    }
+    // The numbers from `element` of the tensor, `column` of the strip on; `y` becomes what was stored.
+    HF_LOPT_MEMBER void store_momentum(int k, int64_t element, int, int, Lane& y) const {
+        store_four(m[k] + element, y);
+    }
+    HF_LOPT_MEMBER void store_second_moment(int64_t element, int, int, Lane& y) const { store_four(v + element, y); }
+    // Those of a row, all at once or one after the other; calls add(k) for momentum k and add(kMomenta) when that is
+    // done.
+    template <class F>
+    HF_LOPT_MEMBER void store(int64_t element, int, int, Updated& u, F add) const {
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) {
+            store_four(m[k] + element, u.m[k]);
+            add(k);
+        }
+        store_four(v + element, u.v);
+        add(kMomenta);
+    }
+    template <class P>
+    HF_LOPT_MEMBER void store_parameter(P* p, int, int, Lane& y) const {
+        store_four(p, y);
+    }
+};
+
 // The elements of a thread from row to row of a full tile. `wait` goes to the next row; `proceed` says that it has
 // been read, so that another one may take its place.
-template <int ahead, class P, class G>
+template <int ahead, class P, class G, class Formats>
 struct FullRows {
     P* p;
     const G* g;
-    float *m[kMomenta], *v;
+    FullState<Formats> state;
     int64_t element, step;
     int left, turn = 0;  // rows after this one; rows until now
     ComingRow* rows;
 
-    HF_LOPT_MEMBER FullRows(const TensorTable& table, const TensorEntry& t, const FullTile& f,
-                            ComingRows<ahead>& shared)
-        : rows(shared) {
-        p = pointer<P>(table, t, sP);
-        g = pointer<G>(table, t, sG);
-        v = pointer<float>(table, t, sV);
-#pragma unroll
-        for (int k = 0; k < kMomenta; k++) m[k] = pointer<float>(table, t, sM) + k * t.decay;
+    template <class Args>
+    HF_LOPT_MEMBER FullRows(const Args& a, const Place& at, const FullTile& f, ComingRows<ahead>& shared,
+                            typename Formats::ForTile& tile)
+        : state(a, at, tile), rows(shared) {
+        const TensorEntry& t = *at.entry;
+        p = pointer<P>(a.table, t, sP);
+        g = pointer<G>(a.table, t, sG);
+        state.set_pointers(a.table, t);
         step = f.element_step;
         element = f.element - step;
         left = f.turns;
@@ -125,9 +179,7 @@ struct FullRows {
             const int64_t from = element + (skipped + 1) * step;
             begin_copy_of_four(to.g, g + from);
             begin_copy_of_four(to.p, p + from);
-#pragma unroll
-            for (int k = 0; k < kMomenta; k++) begin_copy_of_four(to.m[k], m[k] + from);
-            begin_copy_of_four(to.v, v + from);
+            state.begin(to, from);
         }
         end_group();
     }
@@ -141,14 +193,15 @@ struct FullRows {
 
     HF_LOPT_MEMBER void proceed(ComingRow& row) const { begin(ahead - 1, row); }
 
-    HF_LOPT_MEMBER Updated next(const FeatureConstants& c) {
+    // `of_tile`: the number of the row in the tile.
+    HF_LOPT_MEMBER Updated next(const FeatureConstants& c, int of_tile) {
         Updated u;
         ComingRow& row = wait();
         u.g = load_four(coming<G>(row.g, thread()));
         u.p = load_four(coming<P>(row.p, thread()));
 #pragma unroll
-        for (int k = 0; k < kMomenta; k++) u.m[k] = load_four(coming<float>(row.m[k], thread()));
-        u.v = load_four(coming<float>(row.v, thread()));
+        for (int k = 0; k < kMomenta; k++) u.m[k] = state.momentum(row, k, thread(), of_tile);
+        u.v = state.second_moment(row, thread(), of_tile);
         proceed(row);
         finish_update(u, c);
         return u;

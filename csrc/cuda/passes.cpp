@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "operators.h"
+#include "stored_formats.h"
 
 namespace hf_lopt {
 
@@ -8,7 +9,6 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
                                           Ints row_axes, Ints col_axes, double clip, bool moments,
                                           Tensors momentum_scales, Tensors second_scales) {
     check_sums(params, grads, momenta, second_moments, row_axes, col_axes, moments, momentum_scales, second_scales);
-    if (moments) check_float32_state(momenta, second_moments, std::nullopt);
     const size_t count = params.size();
     const Device device(params[0]);
     SumsArgs args{};
@@ -19,10 +19,12 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
                     " and ", args.second_moments);
     args.width = statistics_width(args.second_moments, args.momenta);
     args.clip = (float)clip;
-    args.moments = moments;
 
     TensorTableBuilder builder;
     ContiguousCopies copies;
+    const Tensors none;
+    const StoredFormats formats(params, moments ? momenta : none, moments ? second_moments : none, momentum_scales,
+                                second_scales, nullptr, copies);
     Pieces pieces;
     std::vector<int64_t> places;
     for (size_t t = 0; t < count; t++) {
@@ -31,8 +33,8 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
         builder.set_any(sG, t, copies.readable(grads[t]));
         if (moments) {
             builder.set_any(sP, t, copies.readable(params[t]));
-            builder.set_float(sM, t, copies.readable(momenta[t]));
-            builder.set_float(sV, t, copies.readable(second_moments[t]));
+            builder.set_state(sM, t, copies.readable(momenta[t]));
+            builder.set_state(sV, t, copies.readable(second_moments[t]));
         }
         places.push_back(pieces.add(e.factored ? e.line_length() : 0));
         places.push_back(pieces.add(e.factored ? e.vector_length() : 0));
@@ -49,7 +51,9 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
         cols.push_back(
             pieces.piece(places[2 * t + 1 - line], e.factored ? shape_without(grads[t], col_axes[t]) : Ints{0}));
     }
+    formats.set(builder);
     args.table = builder.build(params[0], device.stream(), true, true);
+    args.moments = moments && !formats.needed();
     const Tensor stats = doubles(params[0], {(int64_t)count, args.width}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor parts = floats(params[0], {builder.parts()});
@@ -58,6 +62,7 @@ std::tuple<Tensors, Tensors, Tensor> sums(Tensors params, Tensors grads, Tensors
         args.partial = double_data(partial);
         args.stats = double_data(stats);
         launch_sums(args, builder.tiles(), device.stream());
+        if (formats.needed()) launch_moments_stored({args, formats.table(builder)}, builder.tiles(), device.stream());
     }
     return {std::move(rows), std::move(cols), stats};
 }
@@ -149,14 +154,15 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
 namespace {
 
 // Entries for both later passes; `change`: params and accumulators are written.
-void add_entries(const CommonArguments& x, TensorTableBuilder& builder, ContiguousCopies& copies, bool change) {
+void add_entries(const CommonArguments& x, TensorTableBuilder& builder, ContiguousCopies& copies, bool change,
+                 const StoredFormats& formats) {
     for (size_t t = 0; t < x.params.size(); t++) {
         const auto take = [&](const Tensor& y) { return change ? copies.writable(y) : copies.readable(y); };
-        builder.add(x.params[t], x.row_axes[t], x.col_axes[t], slice_of(x.slice_axes, t));
+        builder.add(x.params[t], x.row_axes[t], x.col_axes[t], slice_of(x.slice_axes, t), formats.row_length(t));
         builder.set_any(sP, t, take(x.params[t]));
         builder.set_any(sG, t, copies.readable(x.grads[t]));
-        builder.set_float(sM, t, take(x.momenta[t]));
-        builder.set_float(sV, t, take(x.second_moments[t]));
+        builder.set_state(sM, t, take(x.momenta[t]));
+        builder.set_state(sV, t, take(x.second_moments[t]));
         if (!builder.layout(t).factored) {
             builder.set_float(sD, t, take(x.diagonals[t]));
             continue;
@@ -169,46 +175,67 @@ void add_entries(const CommonArguments& x, TensorTableBuilder& builder, Contiguo
         set(sLine, sVector, x.rows[t], x.cols[t]);
         set(sLineFactor, sVectorFactor, x.row_factors[t], x.col_factors[t]);
     }
+    formats.set(builder);
+}
+
+ScalesArgs scales_args(const FeatureConstants& c, const bool* skip) {
+    ScalesArgs args{};
+    args.momenta = kMomenta;
+    std::copy(std::begin(c.keep_m), std::end(c.keep_m), args.keep_m);
+    std::copy(std::begin(c.add_m), std::end(c.add_m), args.add_m);
+    args.keep_v = c.keep_v;
+    args.add_v = c.add_v;
+    args.clip = c.clip;
+    args.skip = skip;
+    return args;
 }
 
 }  // namespace
 
 Tensor feature_sums(const CommonArguments& common) {
     check_common(common);
-    check_float32_state(common.momenta, common.second_moments, std::nullopt);
     const Device device(common.params[0]);
     FeatureSumsArgs args{};
     args.constants = feature_constants(common);
     args.columns = feature_columns(common.features);
     TensorTableBuilder builder;
     ContiguousCopies copies;
-    add_entries(common, builder, copies, false);
+    const StoredFormats formats(common.params, common.momenta, common.second_moments, common.momentum_scales,
+                                common.second_scales, nullptr, copies);
+    add_entries(common, builder, copies, false, formats);
     args.table = builder.build(common.params[0], device.stream(), true);
     const Tensor sums = doubles(common.params[0], {builder.entries(), args.columns.count}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor partial = doubles(common.params[0], {builder.tiles(), kSums});
         args.partial = double_data(partial);
         args.sums = double_data(sums);
-        launch_feature_sums(args, builder.tiles(), device.stream());
+        if (formats.needed()) {
+            launch_feature_sums_stored({args, formats.table(builder)}, builder.tiles(), device.stream());
+        } else {
+            launch_feature_sums(args, builder.tiles(), device.stream());
+        }
     }
     return sums;
 }
 
 std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const NetworkArguments& network) {
     check_common(common);
-    check_float32_state(common.momenta, common.second_moments, network.rounding.step);
     const Tensor& like = common.params[0];
     const Device device(like);
     ApplyArgs args{};
     args.constants = feature_constants(common);
     args.columns = feature_columns(common.features);
     const int64_t units = check_network(common, args.columns, network);
+    args.skip = static_cast<const bool*>(network.skip.data_ptr());
     TensorTableBuilder builder;
     ContiguousCopies copies;
-    add_entries(common, builder, copies, true);
+    StoredFormats formats(common.params, common.momenta, common.second_moments, common.momentum_scales,
+                          common.second_scales, &network.rounding, copies);
+    formats.form_scales(common.params, common.grads, common.momenta, common.second_moments,
+                        scales_args(args.constants, args.skip), device, copies);
+    add_entries(common, builder, copies, true, formats);
     const int64_t count = builder.entries();
     check_network_rows(network, count);
-    args.skip = static_cast<const bool*>(network.skip.data_ptr());
     args.exp_mult = (float)network.exp_mult;
     args.into_out = !network.out.empty();
     for (int i = 0; i < 3; i++) {
@@ -226,10 +253,18 @@ std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const Ne
         args.partial = double_data(partial);
         args.sums = double_data(sums);
         args.stats = double_data(stats);
-        (units == 4     ? launch_apply_4
-         : units == 8   ? launch_apply_8
-         : network.tf32 ? launch_apply_32_tf32
-                        : launch_apply_32)(args, builder.tiles(), device.stream());
+        if (formats.needed()) {
+            (units == 4   ? launch_apply_4_stored
+             : units == 8 ? launch_apply_8_stored
+             : network.tf32
+                 ? launch_apply_32_tf32_stored
+                 : launch_apply_32_stored)({args, formats.table(builder)}, builder.tiles(), device.stream());
+        } else {
+            (units == 4     ? launch_apply_4
+             : units == 8   ? launch_apply_8
+             : network.tf32 ? launch_apply_32_tf32
+                            : launch_apply_32)(args, builder.tiles(), device.stream());
+        }
     }
     copies.store();
     return {sums, stats};
@@ -238,7 +273,6 @@ std::tuple<Tensor, Tensor> apply_network(const CommonArguments& common, const Ne
 Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& second_moments,
                  const AdamArguments& step) {
     const int64_t slices = check_adam_step(params, grads, momenta, second_moments, step);
-    check_float32_state(momenta, second_moments, step.rounding.step);
     const size_t count = params.size();
     const Device device(params[0]);
     AdamArgs args{};
@@ -255,20 +289,36 @@ Tensor adam_step(const Tensors& params, const Tensors& grads, const Tensors& mom
     args.skip = static_cast<const bool*>(step.skip.data_ptr());
     TensorTableBuilder builder;
     ContiguousCopies copies;
+    StoredFormats formats(params, momenta, second_moments, step.momentum_scales, step.second_scales, &step.rounding,
+                          copies);
+    ScalesArgs scales{};
+    scales.momenta = 1;
+    scales.keep_m[0] = args.keep_m;
+    scales.add_m[0] = args.add_m;
+    scales.keep_v = args.keep_v;
+    scales.add_v = args.add_v;
+    scales.clip = args.clip;
+    scales.skip = args.skip;
+    formats.form_scales(params, grads, momenta, second_moments, scales, device, copies);
     for (size_t t = 0; t < count; t++) {
-        builder.add_flat(params[t], args.slices);
+        builder.add_flat(params[t], args.slices, formats.row_length(t));
         builder.set_any(sP, t, copies.writable(params[t]));
         builder.set_any(sG, t, copies.readable(grads[t]));
-        builder.set_float(sM, t, copies.writable(momenta[t]));
-        builder.set_float(sV, t, copies.writable(second_moments[t]));
+        builder.set_state(sM, t, copies.writable(momenta[t]));
+        builder.set_state(sV, t, copies.writable(second_moments[t]));
     }
+    formats.set(builder);
     args.table = builder.build(params[0], device.stream(), true);
     const Tensor sums = doubles(params[0], {(int64_t)count}, builder.any_empty());
     if (builder.tiles() > 0) {
         const Tensor partial = doubles(params[0], {builder.tiles()});
         args.partial = double_data(partial);
         args.sums = double_data(sums);
-        launch_adam(args, builder.tiles(), device.stream());
+        if (formats.needed()) {
+            launch_adam_stored({args, formats.table(builder)}, builder.tiles(), device.stream());
+        } else {
+            launch_adam(args, builder.tiles(), device.stream());
+        }
     }
     copies.store();
     return sums;
@@ -278,12 +328,13 @@ namespace {
 
 // A table of pairs: what is written and what is read.
 TensorTable pairs(const Tensors& targets, const Tensors& values, const Ints& slice_axes, const Device& device,
-                  TensorTableBuilder& builder, ContiguousCopies& copies) {
+                  TensorTableBuilder& builder, ContiguousCopies& copies, const StoredFormats* formats = nullptr) {
     for (size_t t = 0; t < targets.size(); t++) {
-        builder.add(targets[t], -1, -1, slice_of(slice_axes, t));
+        builder.add(targets[t], -1, -1, slice_of(slice_axes, t), formats ? formats->row_length(t) : 0);
         builder.set_any(sP, t, copies.writable(targets[t]));
         builder.set_any(sG, t, copies.readable(values[t]));
     }
+    if (formats) formats->set(builder);
     return builder.build(targets[0], device.stream(), false);
 }
 
@@ -293,7 +344,6 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
              std::optional<Tensor> numel, double norm_eps, Ints slice_axes, Tensor skip, const Rounding& rounding) {
     check_pairs(params, steps, "params", "steps");
     check_slice_axes(params, slice_axes);
-    check_float32_state({}, {}, rounding.step);
     if (params.empty()) return;
     const TensorChecks check(params[0]);
     check.flag(skip, "skip");
@@ -301,7 +351,8 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
     DescendArgs args{};
     TensorTableBuilder builder;
     ContiguousCopies copies;
-    args.table = pairs(params, steps, slice_axes, device, builder, copies);
+    const StoredFormats formats(params, {}, {}, {}, {}, &rounding, copies);
+    args.table = pairs(params, steps, slice_axes, device, builder, copies, &formats);
     const int64_t count = (int64_t)params.size(), slices = builder.entries();
     args.rate_of_slice = check_rate(check, lr, count, slices, "lr");
     args.weight_decay_of_slice = check_rate(check, weight_decay, count, slices, "weight_decay");
@@ -314,7 +365,13 @@ void descend(Tensors params, Tensors steps, Tensor lr, Tensor weight_decay, std:
         args.squares = double_data(copies.readable(*squares));
         args.numel = double_data(copies.readable(*numel));
     }
-    if (builder.tiles() > 0) launch_descend(args, builder.tiles(), device.stream());
+    if (builder.tiles() > 0) {
+        if (formats.needed()) {
+            launch_descend_stored({args, formats.table(builder)}, builder.tiles(), device.stream());
+        } else {
+            launch_descend(args, builder.tiles(), device.stream());
+        }
+    }
     copies.store();
 }
 

@@ -61,6 +61,12 @@ HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return __ldcg(x);
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
+// The root of x >= 0 to a few units in the last place.
+HF_LOPT_DEVICE float rough_root(float x) {
+    float y;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 // 1 / x, rounded
 HF_LOPT_DEVICE float reciprocal(float x) { return __frcp_rn(x); }
 // The larger and the smaller of both; NaN stays NaN. An instruction each, where a comparison and a choice are two.
@@ -91,8 +97,8 @@ HF_LOPT_DEVICE void store_wide(void* to, const Word2& y) {
                  : "memory");
 }
 
-// Begins to copy 16 or 8 bytes from the memory of the device into shared memory, while the thread goes on. Copies come
-// in groups, which `end_group` ends. The thread may read them after `wait_for_groups`, others of its warp after a
+// Begins to copy 16, 8 or 4 bytes from the memory of the device into shared memory, while the thread goes on. Copies
+// come in groups, which `end_group` ends. The thread may read them after `wait_for_groups`, others of its warp after a
 // barrier.
 template <int bytes>
 HF_LOPT_DEVICE void begin_copy(void* to, const void* from) {
@@ -100,8 +106,10 @@ HF_LOPT_DEVICE void begin_copy(void* to, const void* from) {
     const size_t global = __cvta_generic_to_global(from);
     if constexpr (bytes == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-    } else {
+    } else if constexpr (bytes == 8) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared), "l"(global) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
     }
 }
 HF_LOPT_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,5 +1,6 @@
 // Pass 0: sums over the gradient. Reads the gradient only, unless the statistics of everything else are asked for too.
 #include "full_tiles.cuh"
+#include "moments.cuh"
 
 namespace hf_lopt {
 namespace {
@@ -64,34 +65,6 @@ HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const RowPlac
         out[row.line * t.inner + (at.start() + i) % t.inner] = sum;
     }
     warp_barrier();
-}
-
-template <class T>
-HF_LOPT_OUT_OF_LINE void moments(const SumsArgs& a, double* stats) {
-    const Place at = place(a.table);
-    const TensorEntry& t = *at.entry;
-    MomentSums<T> p, others[1 + kMomenta];
-    const float* v = pointer<float>(a.table, t, sV);
-    const float* m = pointer<float>(a.table, t, sM);
-    for (int turn = 0; turn < at.turns(); turn++) {
-        const RowPlace row = at.row(turn);
-        bool live[kLane];
-        HF_LOPT_EACH(e) live[e] = at.live(row, e);
-        p.add(load(pointer<void>(a.table, t, sP), t.p_type, at, row), live);
-#pragma unroll
-        for (int j = 0; j < 1 + kMomenta; j++) {
-            if (j >= a.second_moments + a.momenta) continue;
-            const float* x = j < a.second_moments ? v + j * t.numel : m + (j - a.second_moments) * t.numel;
-            others[j].add(load(x, kFloat32, at, row), live);
-        }
-    }
-    double sums[kMomentStats] = {p.squares};
-#pragma unroll
-    for (int j = 0; j < 1 + kMomenta; j++) {
-        sums[1 + 2 * j] = others[j].sum;
-        sums[2 + 2 * j] = others[j].squares;
-    }
-    block_sums(sums, a.width - kGradientStats, stats + kGradientStats);
 }
 
 HF_LOPT_DEVICE void total_columns(const SumsArgs& a, const Place& at) {

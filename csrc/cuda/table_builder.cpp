@@ -36,6 +36,14 @@ void make_matrix(TensorEntry& e, int64_t rows, int64_t columns) {
     e.mid = e.groups = e.inner = 1;
 }
 
+void make_flat_or_rows(TensorEntry& e, int64_t numel, int64_t row_length) {
+    if (row_length > 0 && numel > row_length && numel % row_length == 0) {
+        make_matrix(e, numel / row_length, row_length);
+    } else {
+        make_flat(e, numel);
+    }
+}
+
 // Numbers from one place to the next along each axis, in a contiguous tensor that has lost `axis`: none along that.
 Ints strides_without(const Tensor& x, int64_t axis) {
     Ints strides(x.dim(), 0);
@@ -50,7 +58,8 @@ Ints strides_without(const Tensor& x, int64_t axis) {
 
 }  // namespace
 
-void TensorTableBuilder::add(const Tensor& shape, int64_t row_axis, int64_t col_axis, const int64_t* slice) {
+void TensorTableBuilder::add(const Tensor& shape, int64_t row_axis, int64_t col_axis, const int64_t* slice,
+                             int64_t row_length) {
     const int64_t dim = shape.dim(), numel = shape.numel(), first = std::min(row_axis, col_axis),
                   last = std::max(row_axis, col_axis);
     TensorEntry e{};
@@ -65,7 +74,7 @@ void TensorTableBuilder::add(const Tensor& shape, int64_t row_axis, int64_t col_
     first_.push_back(entries_.size());
     tensors_.push_back({e.factored, e.row_is_line});
     if (!slice || dim < 2 || (dim == 2 && slice[0] != slice[1])) {
-        make_flat(e, numel);
+        make_flat_or_rows(e, numel, row_length);
         if (e.factored) {
             make_matrix(e, shape.size(first), shape.size(last));
             e.numel = numel;
@@ -92,7 +101,7 @@ void TensorTableBuilder::add(const Tensor& shape, int64_t row_axis, int64_t col_
     if (e.factored) {
         make_matrix(e, rows, columns);
     } else {
-        make_flat(e, rows * columns);
+        make_flat_or_rows(e, rows * columns, row_length);
     }
     for (int64_t s = 0; s < slices; s++) push(e, {s * rows * columns, s * rows, s * columns});
 }
@@ -132,14 +141,14 @@ void TensorTableBuilder::add_strided(const Tensor& shape, TensorEntry e, int64_t
     }
 }
 
-void TensorTableBuilder::add_flat(const Tensor& shape, int64_t slices) {
+void TensorTableBuilder::add_flat(const Tensor& shape, int64_t slices, int64_t row_length) {
     const int64_t numel = shape.numel();
     TensorEntry e{};
     e.tensor = (int32_t)tensors_.size();
     e.decay = numel;
     first_.push_back(entries_.size());
     tensors_.push_back({false, false});
-    make_flat(e, numel / slices);
+    make_flat_or_rows(e, numel / slices, row_length);
     for (int64_t s = 0; s < slices; s++) push(e, {s * (numel / slices), 0, 0});
 }
 
@@ -183,6 +192,22 @@ void TensorTableBuilder::set_any(Slot slot, size_t t, const Tensor& x) {
     set_elements(slot, t, x.data_ptr(), type == kFloat32 ? sizeof(float) : sizeof(uint16_t));
 }
 
+void TensorTableBuilder::set_state(Slot slot, size_t t, const Tensor& x) {
+    const ScalarType type = x.scalar_type();
+    set_elements(slot, t, x.data_ptr(), type == ScalarType::Float ? 4 : type == ScalarType::BFloat16 ? 2 : 1);
+}
+
+void TensorTableBuilder::set_formats(size_t t, FormatEntry f) {
+    formats_.resize(entries_.size());
+    for (size_t i = first_[t]; i < end(t); i++) {
+        const TensorEntry& e = entries_[i];
+        const int64_t first = starts_[i].element;
+        f.lines_are_rows = !e.strided && e.columns == f.row && first % f.row == 0;
+        f.first = f.lines_are_rows ? first / f.row : first;
+        formats_[i] = f;
+    }
+}
+
 TensorTable TensorTableBuilder::build(const Tensor& like, void* stream, bool tickets, bool sums) {
     int32_t tile = 0;
     int64_t ticket = 0;
@@ -207,8 +232,11 @@ TensorTable TensorTableBuilder::build(const Tensor& like, void* stream, bool tic
     std::vector<char> content;
     append(content, entries_.data(), entries_.size());
     append(content, first_tile_.data(), first_tile_.size());
+    const size_t before_formats = content.size();
+    append(content, formats_.data(), formats_.size());
     char* data = tickets ? device_copy(like, content, stream, ticket * sizeof(uint32_t), like.data_ptr())
                          : device_copy(like, content, stream);
+    formats_on_device_ = reinterpret_cast<const FormatEntry*>(data + before_formats);
     TensorTable table{};
     table.entries = reinterpret_cast<const TensorEntry*>(data);
     table.first_tile = reinterpret_cast<const int32_t*>(data + entries_.size() * sizeof(TensorEntry));

@@ -17,10 +17,12 @@ class TensorTableBuilder {
     // Axes and slices have passed the checks of arguments.h.
     //
     // Adds a tensor as rows and columns; axes of -1: flat. `slice`: two axes, and an entry for each slice over them;
-    // the same one twice: for each vector along it.
-    void add(const Tensor& shape, int64_t row_axis, int64_t col_axis, const int64_t* slice = nullptr);
+    // the same one twice: for each vector along it. `row_length`: what would be flat becomes rows of so many numbers,
+    // if it is several of them; 0: it does not.
+    void add(const Tensor& shape, int64_t row_axis, int64_t col_axis, const int64_t* slice = nullptr,
+             int64_t row_length = 0);
     // Adds a flat tensor in so many equal slices.
-    void add_flat(const Tensor& shape, int64_t slices);
+    void add_flat(const Tensor& shape, int64_t slices, int64_t row_length = 0);
     // Of a tensor that is not sliced.
     const TensorEntry& entry(size_t t) const { return entries_[first_[t]]; }
     const Layout& layout(size_t t) const { return tensors_[t]; }
@@ -30,11 +32,16 @@ class TensorTableBuilder {
     // Tensors of the shape of the parameter: of any supported type, of float32.
     void set_any(Slot slot, size_t t, const Tensor& x);
     void set_float(Slot slot, size_t t, const Tensor& x) { set_elements(slot, t, x.data_ptr(), sizeof(float)); }
+    // Accumulators in any format.
+    void set_state(Slot slot, size_t t, const Tensor& x);
+    // Of the tensor as a whole; the entries of slices are made from it.
+    void set_formats(size_t t, FormatEntry whole);
 
     // After everything has been set. `tickets`: blocks count their arrivals, and `like` is a tensor that stays where
     // it is from step to step. `sums`: rows and columns are added up.
     TensorTable build(const Tensor& like, void* stream, bool tickets, bool sums = false);
     int tiles() const { return first_tile_.back(); }
+    const FormatEntry* formats() const { return formats_on_device_; }
     int64_t parts() const { return parts_; }
     // Whether there is an entry without elements, whose results no block writes.
     bool any_empty() const { return any_empty_; }
@@ -50,6 +57,8 @@ class TensorTableBuilder {
     void set_elements(Slot slot, size_t t, const void* data, size_t size);
 
     std::vector<TensorEntry> entries_;
+    std::vector<FormatEntry> formats_;  // none, or one for each entry
+    const FormatEntry* formats_on_device_ = nullptr;
     std::vector<Start> starts_;
     std::vector<size_t> first_;  // the first entry of each tensor
     std::vector<Layout> tensors_;

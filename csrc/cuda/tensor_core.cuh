@@ -143,13 +143,15 @@ struct Raw {
     Lane g, v, p_or_m;
 };
 
-HF_LOPT_DEVICE Raw load_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q) {
+template <class Args>
+HF_LOPT_DEVICE Raw load_raw(const Args& a, const FormatsOf<Args>& formats, const Place& at, const RowPlace& row,
+                            int q) {
     const TensorEntry& t = *at.entry;
     Raw r;
     r.g = load(pointer<void>(a.table, t, sG), t.g_type, at, row);
-    r.v = load(pointer<float>(a.table, t, sV), kFloat32, at, row);
-    const float* m = pointer<float>(a.table, t, sM) + (q - 1) * t.decay;
-    r.p_or_m = q == 0 ? load(pointer<void>(a.table, t, sP), t.p_type, at, row) : load(m, kFloat32, at, row);
+    r.v = formats.template load<false>(a.table, at, row, sV, 0);
+    r.p_or_m = q == 0 ? load(pointer<void>(a.table, t, sP), t.p_type, at, row)
+                      : formats.template load<false>(a.table, at, row, sM, q - 1);
     return r;
 }
 
@@ -281,17 +283,20 @@ HF_LOPT_DEVICE void evaluate(const Shared<kUnits>& s, const Fragments<kTf32>& f,
 }
 
 // Lanes 1 to 3 of a group store their momentum; lane 0 the second moment and the parameter or the step.
-HF_LOPT_DEVICE void store_raw(const ApplyArgs& a, const Place& at, const RowPlace& row, int q, Raw& r, Lane step) {
+template <class Args>
+HF_LOPT_DEVICE void store_raw(const Args& a, const FormatsOf<Args>& formats, const Place& at, const RowPlace& row,
+                              int q, Raw& r, Lane step) {
     const TensorEntry& t = *at.entry;
+    const auto draws = formats.template draws<false>(at, row);
     if (q > 0) {
-        store(pointer<float>(a.table, t, sM) + (q - 1) * t.decay, kFloat32, at, row, r.p_or_m);
+        formats.template store<false>(a.table, at, row, sM, q - 1, draws, q - 1, r.p_or_m);
         return;
     }
-    store(pointer<float>(a.table, t, sV), kFloat32, at, row, r.v);
+    formats.template store<false>(a.table, at, row, sV, 0, draws, kMomenta, r.v);
     if (a.into_out) {
         store(pointer<void>(a.table, t, sOut), kFloat32, at, row, step);
     } else {
-        store(pointer<void>(a.table, t, sP), t.p_type, at, row, r.p_or_m);
+        formats.template store_parameter<false>(a.table, at, row, r.p_or_m);
     }
 }
 
@@ -320,20 +325,22 @@ HF_LOPT_DEVICE void flush(const MomentSums<float>& first, const MomentSums<float
 }
 
 // In shared memory.
-struct ForFullTiles {
+template <class Formats>
+struct ForFullTiles : Formats::ForTile {
     ComingRows<2> rows;
     OfLines factors, accumulators;
     float line_bias[kWarps][kUnits];  // of the row that a warp works on
 };
 
 // A full tile: what the other loop does, with places that are known when it begins.
-template <Precision precision, class P, class G>
-HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
-                                               const Fragments<precision>& f, ForFullTiles& shared, double* out) {
-    const TensorEntry& t = *tile.entry;
-    FullRows<2, P, G> rows(a.table, t, full_tile(tile), shared.rows);
+template <Precision precision, class P, class G, class Args>
+HF_LOPT_DEVICE void apply_full_on_tensor_cores(const Args& a, const Place& tile, const Shared<kUnits>& s,
+                                               const Fragments<precision>& f, ForFullTiles<FormatsOf<Args>>& shared,
+                                               double* out) {
+    FullRows<2, P, G, FormatsOf<Args>> rows(a, tile, full_tile(tile), shared.rows, shared);
     copy_lines(a.table, tile, sLineFactor, shared.factors);
     copy_lines(a.table, tile, sLine, shared.accumulators);
+    rows.state.set_rows(tile);
     const int lane = thread() % kWarpSize, q = lane % 4, k = q > 0 ? q - 1 : 0, group = lane / 4;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k], decay = s.net.decay;
     float* line_biases = shared.line_bias[tile.warp()];
@@ -358,9 +365,9 @@ HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& 
             const int from = thread() / kWarpSize * kWarpSize + first_column / kLane;  // the thread that has copied it
             Raw r;
             r.g = load_four(coming<G>(coming_row.g, from));
-            r.v = load_four(coming<float>(coming_row.v, from));
+            r.v = rows.state.second_moment(coming_row, from, row);
             r.p_or_m =
-                q == 0 ? load_four(coming<P>(coming_row.p, from)) : load_four(coming<float>(coming_row.m[k], from));
+                q == 0 ? load_four(coming<P>(coming_row.p, from)) : rows.state.momentum(coming_row, k, from, row);
             Lane step, factor = load_four(along + batch * kBatchColumns) * rho;
 #pragma unroll
             for (int e = 0; e < kLane; e += 2) {
@@ -389,12 +396,12 @@ HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& 
             }
             const int64_t element = begin + batch * kBatchColumns;
             if (q > 0) {
-                store_four(rows.m[k] + element, r.p_or_m);
+                rows.state.store_momentum(k, element, row, first_column, r.p_or_m);
             } else {
-                store_four(rows.v + element, r.v);
+                rows.state.store_second_moment(element, row, first_column, r.v);
                 second.add(r.v);
                 r.p_or_m = r.p_or_m - r.p_or_m * decay - step;
-                store_four(rows.p + element, r.p_or_m);
+                rows.state.store_parameter(rows.p + element, row, first_column, r.p_or_m);
             }
             first.add(r.p_or_m);
         }
@@ -404,10 +411,11 @@ HF_LOPT_DEVICE void apply_full_on_tensor_cores(const ApplyArgs& a, const Place& 
     flush(first, second, step2, q, out);
 }
 
-template <Precision precision>
-HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile, const Shared<kUnits>& s,
+template <Precision precision, class Args>
+HF_LOPT_DEVICE void apply_on_tensor_cores(const Args& a, const Place& tile, const Shared<kUnits>& s,
                                           const Fragments<precision>& f, double* out) {
     const TensorEntry& t = *tile.entry;
+    const FormatsOf<Args> formats(a, tile);
     const int q = thread() % 4, k = q > 0 ? q - 1 : 0;
     const float keep = a.constants.keep_m[k], add = a.constants.add_m[k];
     const float* along = s.factors[k];
@@ -417,7 +425,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
     MomentSums<float> first, second;  // of p_or_m and of v
     float step2 = 0.0f;
     Raw next;
-    if (turns > 0) next = load_raw(a, batch_place(tile, 0), tile.row(0), q);
+    if (turns > 0) next = load_raw(a, formats, batch_place(tile, 0), tile.row(0), q);
     for (int turn = 0; turn < turns; turn++) {
         const RowPlace row = tile.row(turn);
         const float rho = line_factor[row.line];
@@ -433,9 +441,9 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
             Raw r = next;
             // The next numbers are on their way while these are worked on.
             if (batch + 1 < batches) {
-                next = load_raw(a, batch_place(tile, batch + 1), row, q);
+                next = load_raw(a, formats, batch_place(tile, batch + 1), row, q);
             } else if (turn + 1 < turns) {
-                next = load_raw(a, batch_place(tile, 0), tile.row(turn + 1), q);
+                next = load_raw(a, formats, batch_place(tile, 0), tile.row(turn + 1), q);
             }
             Lane step;
             bool live[kLane];
@@ -468,7 +476,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
                     if (q == 0 && live[e + i]) step2 = fmaf(y, y, step2);
                 }
             }
-            store_raw(a, at, row, q, r, step);
+            store_raw(a, formats, at, row, q, r, step);
             first.add(r.p_or_m, live);
             if (q == 0) second.add(r.v, live);
         }
@@ -477,17 +485,17 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const ApplyArgs& a, const Place& tile,
 }
 
 // Rows that are not full.
-template <Precision precision>
-HF_LOPT_OUT_OF_LINE void apply_other_on_tensor_cores(const ApplyArgs& a, const Shared<kUnits>& s,
+template <Precision precision, class Args>
+HF_LOPT_OUT_OF_LINE void apply_other_on_tensor_cores(const Args& a, const Shared<kUnits>& s,
                                                      const Fragments<precision>& f, double* out) {
     const Place at = place(a.table);
     apply_on_tensor_cores(a, at, s, f, out);
 }
 
 // A tile of either kernel.
-template <Precision precision>
-HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fragments<precision>& f,
-                                       ForFullTiles& shared) {
+template <Precision precision, class Args>
+HF_LOPT_DEVICE void apply_tile_of_many(const Args& a, Shared<kUnits>& s, Fragments<precision>& f,
+                                       ForFullTiles<FormatsOf<Args>>& shared) {
     apply_tile<kUnits>(a, s, [&](const Place& at, double* partial) {
         if (at.entry->inner > 1) {
             apply_elements<kUnits, kInner>(a, s, partial);
@@ -495,7 +503,7 @@ HF_LOPT_DEVICE void apply_tile_of_many(const ApplyArgs& a, Shared<kUnits>& s, Fr
             apply_elements<kUnits, kMatrix>(a, s, partial);
         } else {
             load_fragments(s, f);
-            if (a.into_out || !with_types_of_full_tile(at, [&](auto p, auto g) {
+            if (a.into_out || !with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
                     apply_full_on_tensor_cores<precision, decltype(p), decltype(g)>(a, at, s, f, shared, partial);
                 })) {
                 apply_other_on_tensor_cores(a, s, f, partial);

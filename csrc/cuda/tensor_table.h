@@ -29,7 +29,7 @@ constexpr int kTurns = 32;                 // rows of a tile that a thread works
 constexpr int kTileElements = kThreads * kLane * kTurns;
 
 enum Slot { sP, sG, sM, sV, sD, sLine, sVector, sLineFactor, sVectorFactor, sOut, kSlots };
-enum Type : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum Type : int32_t { kFloat32, kBFloat16, kFloat16, kCodes };
 
 struct TensorEntry {
     int64_t at[kSlots];  // bytes from the base of the slot
@@ -58,6 +58,40 @@ struct TensorTable {
     int32_t count;
     uint32_t* tickets;  // zero between launches
     char* base[kSlots];
+};
+
+// Beside an entry: how its accumulators are stored, and where its elements are among the random numbers and the blocks
+// of codes, which lie along the rows of hf_lopt/kernels/reference/formats.py.
+struct FormatEntry {
+    static constexpr int kAxes = 4;
+
+    int32_t type;         // of momenta and second moments
+    bool lines_are_rows;  // of the entry's tensor; otherwise an element's place in the tensor tells its row
+    int64_t first;        // row of the entry's first line; otherwise place of the entry's first element
+    int64_t row, blocks;  // numbers and blocks of a row
+    int64_t scale_decay;  // scales from one decay to the next
+    int64_t scales[2], other_scales[2];  // numbers from the bases: of momenta, of second moments
+    // Of the random numbers: a hash for the tensor, the first column, and the axes before the rows, the first of which
+    // need not be the whole tensor's first one. The index of a row in the whole tensor is sum (index + start) stride.
+    uint32_t key, first_column;
+    int32_t axes;
+    int64_t size[kAxes], start[kAxes];
+    uint32_t stride[kAxes];
+};
+
+struct FormatTable {
+    const FormatEntry* entries;
+    // Of codes as they are read; and those with which they are written, or, where these are formed, a place for those
+    // that were there. Blocks have parts in several tiles: what is read must not change while tiles are written.
+    float *scales[2], *other_scales[2];
+    const int64_t* step;  // the number of the step; null where nothing is rounded at random
+    bool round_params;
+};
+
+// The arguments of a kernel that takes any format, and rounds at random.
+template <class Args>
+struct Stored : Args {
+    FormatTable formats;
 };
 
 struct SumsArgs {
@@ -119,6 +153,14 @@ struct AssignArgs {
     const bool* skip;
 };
 
+// The new scales of all blocks of codes, before the codes are written: what an update will make of the accumulators.
+struct ScalesArgs {
+    TensorTable table;
+    int32_t momenta;  // how many, beside one second moment
+    float keep_m[kMomenta], add_m[kMomenta], keep_v, add_v, clip;
+    const bool* skip;
+};
+
 struct ProbeArgs {};
 
 // The factored accumulators of a tensor: rows (kFactored, outer, b, inner) where b is axis B, cols (kFactored, size).
@@ -168,6 +210,15 @@ void launch_adam(const AdamArgs& args, int tiles, void* stream);
 void launch_descend(const DescendArgs& args, int tiles, void* stream);
 void launch_assign(const AssignArgs& args, int tiles, void* stream);
 void launch_zero_nan(const AssignArgs& args, int tiles, void* stream);
+void launch_moments_stored(const Stored<SumsArgs>& args, int tiles, void* stream);
+void launch_feature_sums_stored(const Stored<FeatureSumsArgs>& args, int tiles, void* stream);
+void launch_apply_4_stored(const Stored<ApplyArgs>& args, int tiles, void* stream);
+void launch_apply_8_stored(const Stored<ApplyArgs>& args, int tiles, void* stream);
+void launch_apply_32_stored(const Stored<ApplyArgs>& args, int tiles, void* stream);
+void launch_apply_32_tf32_stored(const Stored<ApplyArgs>& args, int tiles, void* stream);
+void launch_adam_stored(const Stored<AdamArgs>& args, int tiles, void* stream);
+void launch_descend_stored(const Stored<DescendArgs>& args, int tiles, void* stream);
+void launch_scales(const Stored<ScalesArgs>& args, int tiles, void* stream);
 void launch_probe(const ProbeArgs& args, void* stream);
 void launch_update_factored(const FactoredArgs& args, void* stream);
 

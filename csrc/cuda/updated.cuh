@@ -34,6 +34,79 @@ HF_LOPT_DEVICE Elements<float> element(const Updated& u, int e) {
     return a;
 }
 
+// How a thread reads and writes its numbers of accumulators, and writes those of parameters. Here all accumulators are
+// float32, and nothing is rounded at random; stored.cuh has the other way.
+struct InFloat32 {
+    static constexpr Kind kOtherRows = kMatrix;  // what rows of a matrix that are not full are read as
+
+    struct ForTile {};  // what a full tile keeps in shared memory
+    struct Draws {};    // the random numbers of a thread in a row
+
+    template <class Args>
+    HF_LOPT_MEMBER InFloat32(const Args&, const Place&) {}
+
+    // Of the decay `k` of momenta or second moments.
+    template <bool strided>
+    HF_LOPT_MEMBER Lane load(const TensorTable& table, const Place& at, const RowPlace& row, Slot slot, int k) const {
+        const TensorEntry& t = *at.entry;
+        return hf_lopt::load<strided>(pointer<float>(table, t, slot) + k * t.decay, kFloat32, at, row);
+    }
+    template <bool strided>
+    HF_LOPT_MEMBER Draws draws(const Place&, const RowPlace&) const {
+        return {};
+    }
+    // With the random numbers of a place of each element; `y` becomes what was stored.
+    template <bool strided>
+    HF_LOPT_MEMBER void store(const TensorTable& table, const Place& at, const RowPlace& row, Slot slot, int k,
+                              const Draws&, int, Lane& y) const {
+        const TensorEntry& t = *at.entry;
+        hf_lopt::store<strided>(pointer<float>(table, t, slot) + k * t.decay, kFloat32, at, row, y);
+    }
+    template <bool strided>
+    HF_LOPT_MEMBER void store_parameter(const TensorTable& table, const Place& at, const RowPlace& row,
+                                        Lane& y) const {
+        const TensorEntry& t = *at.entry;
+        hf_lopt::store<strided>(pointer<void>(table, t, sP), t.p_type, at, row, y);
+    }
+    // Those of all decays; calls add(k) when momentum k is stored, and add(kMomenta) for the second moment.
+    template <bool strided, class F>
+    HF_LOPT_MEMBER void store_all(const TensorTable& table, const Place& at, const RowPlace& row, Updated& u,
+                                  F add) const {
+        const TensorEntry& t = *at.entry;
+        float *m = pointer<float>(table, t, sM), *v = pointer<float>(table, t, sV);
+#pragma unroll
+        for (int k = 0; k < kMomenta; k++) {
+            hf_lopt::store<strided>(m + k * t.decay, kFloat32, at, row, u.m[k]);
+            add(k);
+        }
+        hf_lopt::store<strided>(v, kFloat32, at, row, u.v);
+        add(kMomenta);
+    }
+    // Reads all of them by number: the second moments, then the momenta.
+    struct Reader {
+        const float *v, *m;
+
+        template <class Args>
+        HF_LOPT_MEMBER Reader(const Args& a, const Place& at)
+            : v(pointer<float>(a.table, *at.entry, sV)), m(pointer<float>(a.table, *at.entry, sM)) {}
+        HF_LOPT_MEMBER Lane load(const Place& at, const RowPlace& row, int j, int second_moments) const {
+            const TensorEntry& t = *at.entry;
+            const float* x = j < second_moments ? v + j * t.numel : m + (j - second_moments) * t.numel;
+            return hf_lopt::load(x, kFloat32, at, row);
+        }
+    };
+    // Whether the lines of the entry are what the formats are cut along.
+    HF_LOPT_MEMBER bool along_lines() const { return true; }
+};
+
+// The one for the arguments of a kernel.
+template <class Args>
+struct FormatsFor {
+    using Type = InFloat32;
+};
+template <class Args>
+using FormatsOf = typename FormatsFor<Args>::Type;
+
 // From what was loaded.
 HF_LOPT_DEVICE void finish_update(Updated& u, const FeatureConstants& c) {
     u.g = map(u.g, [&](float x) { return clamp(x, c.clip); });
@@ -45,7 +118,7 @@ HF_LOPT_DEVICE void finish_update(Updated& u, const FeatureConstants& c) {
 }
 
 template <bool strided = false>
-HF_LOPT_DEVICE Updated update(const TensorTable& table, const FeatureConstants& c, const Place& at,
+HF_LOPT_DEVICE Updated update(InFloat32, const TensorTable& table, const FeatureConstants& c, const Place& at,
                               const RowPlace& row) {
     const TensorEntry& t = *at.entry;
     Updated u;

@@ -229,31 +229,33 @@ def _are_floating(*lists: Sequence[Tensor]) -> bool:
 
 def _supports_formats(x: Sums | FeatureSums | AdamStep | Descend, device: str) -> bool:
     """Accumulators that are not float32, and parameters that are rounded at random: of tensors that are cut along the
-    first axis of their rows at most, and whose rows are no longer than a slice. None on a GPU; warns once of that."""
-    has_step = isinstance(x, (ApplyNetwork, AdamStep, Descend)) and x.step is not None
-    if device != "cpu":
-        state = () if isinstance(x, Descend) else (x.momenta, x.second_moments)
-        if not has_step and _are(_FLOAT32, *state):
-            return True
-        _tell_plain_formats()
-        return False
-    if not has_step:
-        return True
+    first axis of their rows at most, on the CPU in slices of whole rows."""
+    writes = isinstance(x, (ApplyNetwork, AdamStep, Descend))
+    if not writes or x.step is None:
+        # What is stored without random numbers is rounded to nearest, which the CUDA kernels do not.
+        return device == "cpu" or not writes or isinstance(x, Descend) or _are(_FLOAT32, x.momenta, x.second_moments)
     slice_axes = [] if isinstance(x, AdamStep) else x.slice_axes
     for p, place in zip(x.params, read_places(x.places, x.params), strict=True):
         behind = range(place.row_axis + 1, p.dim())
         if any(place.starts[i] or place.sizes[i] != p.shape[i] for i in behind):
-            return False
-        if slice_axes and p.dim() > 2 and place.row_axis < p.dim() - 2:
+            return _tell_plain_formats(device)
+        if device == "cpu" and slice_axes and p.dim() > 2 and place.row_axis < p.dim() - 2:
             return False
     return True
 
 
+def _tell_plain_formats(device: str) -> bool:
+    """False; warns once where that costs most."""
+    if device != "cpu":
+        _warn_of_plain_formats()
+    return False
+
+
 @functools.cache
-def _tell_plain_formats() -> None:
+def _warn_of_plain_formats() -> None:
     notices.warn(
-        "state in bfloat16 or 8-bit codes, and parameters that are rounded at random, have no CUDA kernels yet: "
-        "the step runs in plain PyTorch, several times slower than with state_dtype='float32'."
+        "state in fewer bits, and rounding at random, have no CUDA kernels for tensors that are sharded along an axis "
+        "of a convolution's kernel: the step runs in plain PyTorch, several times slower. Shard along another axis."
     )
 
 

@@ -218,6 +218,7 @@ HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return *x;
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+HF_LOPT_DEVICE float rough_root(float x) { return std::sqrt(x); }
 HF_LOPT_DEVICE float reciprocal(float x) { return 1.0f / x; }
 HF_LOPT_DEVICE float maximum(float x, float y) { return std::isnan(x) || x > y ? x : y; }
 HF_LOPT_DEVICE float minimum(float x, float y) { return std::isnan(x) || x < y ? x : y; }
