@@ -3,7 +3,7 @@
 Runs recipes/compare.py on small settings of four recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
 files. `--celo` names a file of published Celo weights, for fine-tuning. Results are the final numbers of every run and
-sixteen points of its training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there
+eight points of its training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there
 is not done again, so that new weights of one optimizer cost only its own runs.
 """
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare as comparing  # noqa: E402
-from benchmarks.storing import rounded, thinned, use_palette  # noqa: E402
+from benchmarks import storing  # noqa: E402
 from hf_lopt.plot import log_ticks  # noqa: E402
 from report import comparison_cells, draw_comparisons, draw_mean, write_json  # noqa: E402
 
@@ -46,6 +46,7 @@ CURVES = {
 LEARNED = ["velo", "celo2", "small_fc_lopt"]
 FINE_TUNING = ("text_classification",)  # also with Celo, from embedded and from published weights
 PUBLISHED = "celo, published weights"
+EVALUATED = ("step", "eval_loss", "step_seconds", "step_cpu_seconds")
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core, fine-tuning 80.
 SETTINGS = {
     "causal_lm": (
@@ -71,9 +72,14 @@ def final_numbers(run: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """What is kept of a run: its facts, evaluations, final numbers, and a thinned training loss."""
     losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in run["history"] if "loss" in entry]
     # The last entry stays the last: compare.py reads the time of a run from it.
-    history = [*rounded(thinned(losses, 16), 4), *(entry for entry in run["history"] if "eval_loss" in entry)]
+    evaluations = [
+        {key: x for key, x in entry.items() if key in (*EVALUATED, metric)}
+        for entry in run["history"]
+        if "eval_loss" in entry
+    ]
+    history = [*storing.rounded(storing.thinned(losses, 8), 4), *storing.rounded(evaluations)]
     final = {key: run["final"][key] for key in ("train_loss", "eval_loss", metric)}
-    return dict(run) | {"final": rounded(final, 8), "history": history}
+    return dict(run) | {"final": storing.rounded(final, 8), "history": history}
 
 
 def published_celo(results: dict, seeds: list[int], file: str | None) -> tuple[list[dict], dict[str, dict]]:
@@ -102,7 +108,7 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
     kept_in = RESULTS / f"{recipe}.json"
     if kept_in.is_file() and not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(kept_in.read_text(encoding="utf-8"), encoding="utf-8")
+        write_json(folder / "results.json", stored(recipe))
     learned = [*LEARNED, "celo"] if recipe in FINE_TUNING else LEARNED
     argv = ["--recipe", recipe, "--optims", *learned, "adamw_torch", f"adamw_torch={rates}"]
     argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
@@ -115,13 +121,23 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
         kept |= runs
         place = len(learned)
         results |= {"rows": results["rows"][:place] + rows + results["rows"][place:], "compared": list(kept)}
-    write_json(kept_in, results | {"runs": kept}, indent=None)
+    storing.write_record(kept_in, packed(results | {"runs": kept}))
     return results | {"runs": kept}
+
+
+def packed(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results as they are stored; see :func:`stored`."""
+    runs = {key: run | {"history": storing.as_columns(run["history"])} for key, run in results["runs"].items()}
+    return dict(results) | storing.without_usual(runs)
 
 
 def stored(recipe: str) -> dict:
     """What is stored of one recipe's comparison."""
-    return json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
+    runs = storing.whole_runs(results)
+    return results | {
+        "runs": {key: run | {"history": storing.as_entries(run["history"])} for key, run in runs.items()}
+    }
 
 
 def draw_front(found: list[dict]) -> None:
@@ -147,7 +163,7 @@ def draw_front(found: list[dict]) -> None:
     figure.legend(*row[0].get_legend_handles_labels(), loc="outside center right", frameon=False)
     figure.savefig(FRONT, dpi=130)
     pyplot.close(figure)
-    use_palette(FRONT)
+    storing.use_palette(FRONT)
 
 
 def render(found: list[dict]) -> str:
@@ -201,8 +217,8 @@ def main() -> None:
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found, dpi=85)
-        use_palette(PICTURE)
+        draw_comparisons(PICTURE, found, dpi=72)
+        storing.use_palette(PICTURE)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 

@@ -175,5 +175,5 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.margins(x=0.15)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
-    use_palette(path)
+    use_palette(path, 64)
     pyplot.close(figure)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_experiments import RESULTS, judge, without_runs
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt.features import SMALL_FC
 from hf_lopt.meta import data, mixtures, table, tasks
 from hf_lopt.meta.construct import networks, small_fc
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = RESULTS / "small_fc_width.json"
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     record |= {"machine": table.machine(), "command": "python -m benchmarks.small_fc_width PART", args.part: judged}
-    file.write_text(json.dumps(rounded(record), indent=1) + "\n", encoding="utf-8")
+    write_record(file, rounded(record))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -32,8 +33,8 @@ def write_record(file: Path, record: Mapping[str, Any]) -> None:
 
 
 def record_text(record: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry of each part of ``record``: differences can be read, and little is white."""
-    parts = []
+    """JSON of six digits with a line for each entry of each part of ``record``: differences can be read."""
+    record, parts = rounded(record, 6), []
     for name, part in record.items():
         start, end, entries = "", "", []
         if isinstance(part, Mapping):
@@ -70,6 +71,18 @@ def without_usual(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def whole_runs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The runs of a record, each with all of its values."""
     return {name: record.get("usual", {}) | run for name, run in record["runs"].items()}
+
+
+def as_columns(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, list[Any]]]:
+    """Lists of values by key, one dict for neighbours with the same keys. Undone by :func:`as_entries`."""
+    groups = itertools.groupby(entries, key=tuple)
+    rows = [(keys, list(of)) for keys, of in groups]
+    return [{key: [entry[key] for entry in of] for key in keys} for keys, of in rows]
+
+
+def as_entries(columns: Sequence[Mapping[str, Sequence[Any]]]) -> list[dict[str, Any]]:
+    """The entries that :func:`as_columns` was given."""
+    return [dict(zip(group, values, strict=True)) for group in columns for values in zip(*group.values(), strict=True)]
 
 
 def use_palette(picture: Path, colours: int = 128) -> None:
