@@ -15,6 +15,9 @@ union EitherFragments {
     Fragments<kTf32> tf32;
 };
 
+static_assert(sizeof(ForFullTiles<InAnyFormat>) + sizeof(Shared<kUnits>) + sizeof(EitherFragments) < 96 * 1024,
+              "a block has 99 KiB of shared memory on compute capability 8.6, some of which sums take");
+
 template <Precision precision>
 HF_LOPT_DEVICE void apply_wide_tile(const Stored<TensorCoreArgs>& a, const Place& at, Shared<kUnits>& s,
                                     Fragments<precision>& f, ForFullTiles<InAnyFormat>& shared, double* partial) {

@@ -61,10 +61,10 @@ HF_LOPT_DEVICE T load_shared_result(const T* x) {
     return __ldcg(x);
 }
 HF_LOPT_DEVICE float inverse_root(float x) { return rsqrtf(x); }
-// The root of x >= 0 to a few units in the last place.
+// The root of x >= 0 to a few units in the last place; 0 of a subnormal number.
 HF_LOPT_DEVICE float rough_root(float x) {
     float y;
-    asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 // 1 / x, rounded

@@ -15,13 +15,6 @@ HF_LOPT_DEVICE float round_at_random(float x, uint32_t random) {
     return x != x ? x : upper_number(bits_of(x) + random);
 }
 
-// What a code stands for: that of a momentum, which is signed, or of a second moment.
-template <bool is_signed>
-HF_LOPT_DEVICE float number_of_code(int code, float scale) {
-    const float c = (float)code, x = c * (is_signed ? fabsf(c) : c) * scale;
-    return is_signed ? x : x * x;
-}
-
 template <bool is_signed>
 HF_LOPT_DEVICE float scale_of(float largest) {
     constexpr int levels = is_signed ? kMomentumCodes : kSecondCodes;
@@ -31,36 +24,39 @@ HF_LOPT_DEVICE float scale_of(float largest) {
 
 HF_LOPT_DEVICE float inverse_of(float scale) { return scale > 0.0f ? reciprocal(scale) : 0.0f; }
 
-// The code of x, rounded with 16 random bits. A code that the rough root leaves off by one is next to its boundary,
-// and the rounding puts it right.
-template <bool is_signed>
-HF_LOPT_DEVICE int code_of(float x, float inverse, uint32_t random) {
-    constexpr float levels = is_signed ? kMomentumCodes : kSecondCodes;
-    const float y = (is_signed ? fabsf(x) : sqrtf(x)) * inverse;  // the square of the code
-    float code = minimum(floorf(rough_root(y)), levels);
-    const float below = code * code;
-    float width = 2.0f * code + 1.0f, rest = y - below;
-    if (!is_signed) {  // so that the expected second moment is right, and not the expected root
-        width = width * (2.0f * below + width);
-        rest = rest * (y + below);
-    }
-    const float draw = ((float)random + 0.5f) * (1.0f / 65536.0f);
-    if (draw * width < rest) code = minimum(code + 1.0f, levels);
-    if (is_signed) return x < 0.0f ? -(int)code : (int)code;
-    return y > 0.0f && code < 1.0f ? 1 : (int)code;
-}
-
-// Likewise; `x` becomes what is stored. `inverse`: of the scale.
+// The code of x, rounded with 16 random bits; `x` becomes what is stored. A code that the rough roots leave off by one
+// is next to its boundary, and the rounding puts it right.
 template <bool is_signed>
 HF_LOPT_DEVICE uint8_t encode_number(float& x, float scale, float inverse, uint32_t random) {
-    const int code = code_of<is_signed>(x, inverse, random);
-    x = number_of_code<is_signed>(code, scale);
-    return (uint8_t)code;
+    constexpr float levels = is_signed ? kMomentumCodes : kSecondCodes, unit = 1.0f / 65536.0f;  // of random numbers
+    const float y = (is_signed ? fabsf(x) : rough_root(x)) * inverse;                            // the code's square
+    float code = floorf(rough_root(y));
+    const float below = code * code;
+    float width = code * (2.0f * unit) + unit, rest = y - below;
+    if (!is_signed) {  // so that the expected second moment is right, and not the expected root
+        width = width * (2.0f * below + (2.0f * code + 1.0f));
+        rest = rest * (y + below);
+    }
+    if (((float)random + 0.5f) * width < rest) code += 1.0f;
+    code = minimum(code, levels);
+    float c = code;
+    if (is_signed) {
+        if (x < 0.0f) c = -code;
+        x = c * code * scale;
+    } else {
+        if (x > 0.0f && inverse > 0.0f) c = maximum(code, 1.0f);  // never 0 for what is not
+        const float root = c * c * scale;
+        x = root * root;
+    }
+    return (uint8_t)(int)c;
 }
 
+// What a code stands for: that of a momentum, which is signed, or of a second moment.
 template <bool is_signed>
 HF_LOPT_DEVICE float decode_number(uint8_t code, float scale) {
-    return number_of_code<is_signed>(is_signed ? (int)(int8_t)code : (int)code, scale);
+    const float c = is_signed ? (float)(int8_t)code : (float)code;
+    const float x = c * (is_signed ? fabsf(c) : c) * scale;
+    return is_signed ? x : x * x;
 }
 
 // The random numbers of a thread's elements in a row.
@@ -187,6 +183,7 @@ class InAnyFormat {
     // A matrix is also one with `inner` of 1: slower, but such rows are few, and a loop for them in each kernel is
     // much.
     static constexpr Kind kOtherRows = kInner;
+    static constexpr int kRowsAhead = 1;
 
     struct ForTile;
     struct Reader;

@@ -327,7 +327,7 @@ HF_LOPT_DEVICE void flush(const MomentSums<float>& first, const MomentSums<float
 // In shared memory.
 template <class Formats>
 struct ForFullTiles : Formats::ForTile {
-    ComingRows<2> rows;
+    ComingRows<Formats::kRowsAhead> rows;
     OfLines factors, accumulators;
     float line_bias[kWarps][kUnits];  // of the row that a warp works on
 };
@@ -337,7 +337,7 @@ template <Precision precision, class P, class G, class Args>
 HF_LOPT_DEVICE void apply_full_on_tensor_cores(const Args& a, const Place& tile, const Shared<kUnits>& s,
                                                const Fragments<precision>& f, ForFullTiles<FormatsOf<Args>>& shared,
                                                double* out) {
-    FullRows<2, P, G, FormatsOf<Args>> rows(a, tile, full_tile(tile), shared.rows, shared);
+    FullRows<FormatsOf<Args>::kRowsAhead, P, G, FormatsOf<Args>> rows(a, tile, full_tile(tile), shared.rows, shared);
     copy_lines(a.table, tile, sLineFactor, shared.factors);
     copy_lines(a.table, tile, sLine, shared.accumulators);
     rows.state.set_rows(tile);

@@ -38,6 +38,7 @@ HF_LOPT_DEVICE Elements<float> element(const Updated& u, int e) {
 // float32, and nothing is rounded at random; stored.cuh has the other way.
 struct InFloat32 {
     static constexpr Kind kOtherRows = kMatrix;  // what rows of a matrix that are not full are read as
+    static constexpr int kRowsAhead = 2;         // under way in full tiles for networks of 32 units
 
     struct ForTile {};  // what a full tile keeps in shared memory
     struct Draws {};    // the random numbers of a thread in a row
