@@ -5,12 +5,16 @@
 
 Both optimizers step in turns in one process, on one thread, each on parameters of its own; the time is that of the
 process on the CPU, and a ratio the median over pairs. Tensors have so few elements that a step is checks, lists and
-calls. The weights are the bundled ones: VeLO's published LSTM of 512 units alone is 4 MFLOP for a tensor.
+calls. ``arithmetic`` is what the operators take for as many elements of one large matrix, ``host`` the rest of a step
+(not of rules that make matrices orthogonal, which depends on their shapes). The weights are the bundled ones: VeLO's
+published LSTM of 512 units alone is 4 MFLOP for a tensor.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
 import statistics
 import time
@@ -20,7 +24,7 @@ from typing import Any
 import torch
 
 import hf_lopt
-from benchmarks.step import RESULTS, gpt2, machine, parameters
+from benchmarks.step import RESULTS, gpt2, machine, parameters, timed_operators
 from benchmarks.storing import write_record
 from hf_lopt import rules
 
@@ -34,13 +38,34 @@ SETS: dict[str, list[tuple[int, ...]]] = {
 }
 
 
-def measure(rule: str, name: str, seconds: float) -> dict[str, Any]:
-    """One row of the table."""
-    ours, theirs = parameters(SETS[name]), parameters(SETS[name])
+LARGE = (1024, 512)
+
+
+def build(rule: str, params: list[torch.nn.Parameter]) -> hf_lopt.LearnedOptimizer:
     settings = {"num_training_steps": 1_000_000} if rules.get(rule).needs_horizon else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer = hf_lopt.LearnedOptimizer(ours, rule, weights="bundled", **settings)
+        return hf_lopt.LearnedOptimizer(params, rule, weights="bundled", **settings)
+
+
+@functools.cache
+def arithmetic(rule: str) -> float | None:
+    """Milliseconds per element inside the operators, in a step over one large matrix."""
+    if rules.get(rule).defaults.get("orthogonalize"):
+        return None
+    optimizer, times = build(rule, parameters([LARGE])), []
+    for _ in range(12):
+        spent: dict[str, float] = {}
+        with timed_operators(spent, time.process_time):
+            optimizer.step(1.0)
+        times.append(sum(spent.values()))
+    return 1e3 * min(times) / math.prod(LARGE)
+
+
+def measure(rule: str, name: str, seconds: float) -> dict[str, Any]:
+    """One row of the table."""
+    ours, theirs = parameters(SETS[name]), parameters(SETS[name])
+    optimizer = build(rule, ours)
     adamw = torch.optim.AdamW(theirs, foreach=True)
     pairs: list[tuple[float, float]] = []
     stop = time.perf_counter() + seconds
@@ -54,7 +79,11 @@ def measure(rule: str, name: str, seconds: float) -> dict[str, Any]:
     row = {"rule": rule, "tensors": name, "pairs": len(pairs)}
     row |= {key: 1e3 * statistics.median(pair[i] for pair in pairs) for i, key in enumerate(("adamw_ms", "step_ms"))}
     row |= {key: 1e3 * min(pair[i] for pair in pairs) for i, key in enumerate(("adamw_least_ms", "step_least_ms"))}
-    return row | {"ratio": statistics.median(step / reference for reference, step in pairs)}
+    row |= {"ratio": statistics.median(step / reference for reference, step in pairs)}
+    if (of_element := arithmetic(rule)) is not None:
+        row["arithmetic_ms"] = of_element * sum(p.numel() for p in ours)
+        row["host_ms"] = row["step_least_ms"] - row["arithmetic_ms"]
+    return row
 
 
 def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -63,14 +92,16 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"Process time of an `optimizer.step()`, {about['processor']} ({about['kernels']} kernels), "
         f"{about['setting']}; "
         f"hf_lopt {about['hf_lopt']}, torch {about['torch']}, Python {about['python']}, {about['date']}. "
-        "`python -m benchmarks.host`; milliseconds, medians of interleaved pairs, and the least.",
+        "`python -m benchmarks.host`; milliseconds, medians of interleaved pairs, and the least; of the latter the "
+        "arithmetic, which no work on the host removes, and the rest.",
         "",
-        "| rule | tensors | AdamW foreach | step | ratio | AdamW, least | step, least |",
-        "| --- " * 7 + "|",
+        "| rule | tensors | AdamW foreach | step | ratio | AdamW, least | step, least | arithmetic | host |",
+        "| --- " * 9 + "|",
     ]
     for r in rows:
         cells = [r["rule"], r["tensors"], *(f"{r[key]:.2f}" for key in ("adamw_ms", "step_ms", "ratio"))]
         cells += [f"{r[key]:.2f}" for key in ("adamw_least_ms", "step_least_ms")]
+        cells += [f"{r[key]:.2f}" if key in r else "" for key in ("arithmetic_ms", "host_ms")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

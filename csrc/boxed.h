@@ -18,6 +18,7 @@ inline std::tuple<Tensors, Tensors, Tensor> boxed_sums(Tensors params, Tensors g
                                                        Tensors second_scales, HF_LOPT_HELD) {
     Held held(code);
     held.take(params, grads, momenta, second_moments, momentum_scales, second_scales);
+    held.offer_spare();
     auto results =
         sums(std::move(params), std::move(grads), std::move(momenta), std::move(second_moments), std::move(row_axes),
              std::move(col_axes), clip, moments, std::move(momentum_scales), std::move(second_scales));
@@ -30,6 +31,7 @@ inline std::tuple<Tensors, Tensors, Tensors, Tensors> boxed_update_factored(
     Ints row_axes, Ints col_axes, Floats decays, HF_LOPT_HELD) {
     Held held(code);
     held.take(rows, cols, row_sums, col_sums, row_means);
+    held.offer_spare();
     auto results = update_factored(std::move(rows), std::move(cols), std::move(row_sums), std::move(col_sums),
                                    std::move(row_means), std::move(row_sizes), std::move(col_sizes),
                                    std::move(row_axes), std::move(col_axes), std::move(decays));

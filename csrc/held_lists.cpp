@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 namespace hf_lopt {
 
@@ -13,7 +14,7 @@ namespace {
 
 struct List {
     explicit List(Tensors&& given) : tensors(std::move(given)) {}
-    const Tensors tensors;
+    Tensors tensors;
     Ints kinds;  // what `same_kinds` compares with; empty before its first call
 };
 
@@ -21,6 +22,8 @@ struct Lists {
     std::mutex mutex;
     std::unordered_map<int64_t, std::shared_ptr<List>> by_number;
 };
+
+thread_local std::vector<Tensors> spare;
 
 // Never destroyed: at the end of the process the library of the tensors may be gone before this one.
 Lists& lists() {
@@ -63,18 +66,32 @@ Tensors fetch(Tensor, int64_t number) { return held(number)->tensors; }
 
 bool same_kinds(Tensor, int64_t number) {
     const std::shared_ptr<List> list = held(number);
-    Ints kinds;
-    kinds.reserve(6 * list->tensors.size());
+    Ints& kinds = list->kinds;
+    const bool first = kinds.empty();
+    size_t at = 0;
+    const auto same = [&](int64_t value) {
+        if (first) kinds.push_back(value);
+        return first || (at < kinds.size() && kinds[at++] == value);
+    };
     for (const Tensor& x : list->tensors) {
         int32_t type, device;
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
         STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
         const auto shape = x.sizes();
-        kinds.insert(kinds.end(), {type, device, x.get_device_index(), (int64_t)shape.size()});
-        kinds.insert(kinds.end(), shape.begin(), shape.end());
+        bool all = same(type) && same(device) && same(x.get_device_index()) && same((int64_t)shape.size());
+        for (size_t i = 0; all && i < shape.size(); i++) all = same(shape[i]);
+        if (!all) return false;
     }
-    if (list->kinds.empty()) list->kinds = std::move(kinds);
-    return kinds.empty() || kinds == list->kinds;
+    return true;
+}
+
+std::vector<Tensors> take_spare() { return std::exchange(spare, {}); }
+
+void Held::offer_spare() const {
+    for (const int64_t* number = at_; number != end_; number++) {
+        const std::shared_ptr<List> list = replace(*number, nullptr);
+        if (list) spare.push_back(list.use_count() == 1 ? std::move(list->tensors) : list->tensors);
+    }
 }
 
 int64_t Held::next() {

@@ -16,16 +16,22 @@ Tensors fetch(Tensor like, int64_t number);
 // Whether the tensors of a list have the shapes, types and devices that they had at the first such call.
 bool same_kinds(Tensor like, int64_t number);
 
+// The lists that this thread's call may use for its results, once; none, or one for each list among the results.
+std::vector<Tensors> take_spare();
+
 // What a call says about the lists that are held: for each list among its arguments how many held lists stand before
 // the tensors that are given, and their numbers; then for each list among its results the number to hold it under, 0
 // to return it. Empty: nothing is held.
 class Held {
   public:
     explicit Held(const Ints& code) : at_(code.data()), end_(code.data() + code.size()) {}
+    ~Held() { take_spare(); }
     template <class... Lists>
     void take(Lists&... lists) {
         if (at_ != end_) (take_one(lists), ...);
     }
+    // After `take`: what is held under the numbers of the results is of an earlier call, and may be written over.
+    void offer_spare() const;
     // Results that are held are empty afterwards.
     template <class... Lists>
     void give(Lists&... lists) {

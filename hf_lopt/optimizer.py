@@ -21,7 +21,7 @@ from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.state_formats import put_back, without_cast
 from hf_lopt.step.held import HeldTensors
 from hf_lopt.step.passes import ready_gradients
-from hf_lopt.step.prepared import PreparedStep, to_device
+from hf_lopt.step.prepared import PreparedStep, to_device, without_autocast
 from hf_lopt.step_inputs import StepInputs
 from hf_lopt.weights import Weights, push_to_hub
 
@@ -288,7 +288,7 @@ class LearnedOptimizer(GivenSettings):
         """Let the rule change parameters, state and run; keep what it reports, and warn of what went wrong."""
         rule, first, device = self._rule, self.param_groups[0], held.params[0].device
         # A surrounding autocast would run the meta-network in half precision.
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             if self._prepared is None or self._prepared.key != key:
                 self._prepared = PreparedStep(key, held, rule, self._weights.theta)
                 self._prepared.cache.selection = selection(self.param_groups, held.params)

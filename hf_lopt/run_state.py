@@ -308,8 +308,10 @@ class RunState:
         the CPU each step gets new ones, and what a caller holds keeps its values.
         """
         group, is_cpu = self.groups[0], device.type == "cpu"
-        if is_cpu or self._counters is None or not self._holds(self._counters[1]):
-            counters = torch.stack([group[name].to(device, non_blocking=True) for name in COUNTERS])
+        held = self._counters if self._counters is not None and self._holds(self._counters[1]) else None
+        if is_cpu or held is None:
+            of_group = (group[name].to(device, non_blocking=True) for name in COUNTERS)
+            counters = torch.stack(list(of_group)) if held is None else held[0].to(device, copy=True)
             self._counters = counters, counters.unbind()
             self.write(dict(zip(COUNTERS, self._counters[1], strict=True)))
         values = {name: group[name].to(device, non_blocking=True, copy=is_cpu) for name in self._tensor_names}

@@ -72,6 +72,29 @@ def test_results_go_from_call_to_call_without_python_objects():
     assert len(rows) == len(list(rows)) and rows[0] is rows[0]
 
 
+def test_results_are_written_over_once_nobody_needs_them():
+    """Neither those that are still there, nor those that somebody has looked at; and only where they fit."""
+    sample = SAMPLES["sums"]
+    first = replace(sample, params=HeldList(sample.params))
+    alive, looked_at, gone = (ops.sums(first)[0] for _ in range(3))
+    tensors_then = [*looked_at]
+    before = [x.clone() for x in tensors_then]
+    number, others = gone.numbers, (alive.numbers, looked_at.numbers)
+    del looked_at, gone
+
+    other = replace(first, grads=[2 * g for g in sample.grads])
+    again = ops.sums(other)
+    assert again[0].numbers == number and number not in others
+    wanted = ops.sums(replace(other, params=sample.params))
+    assert equal(tensors(again), tensors(wanted))
+    assert equal(tensors_then, before) and equal(list(alive), before)
+
+    axes = [(c, r) for r, c in zip(first.row_axes, first.col_axes, strict=True)]  # results of other shapes
+    turned = replace(other, row_axes=[a for a, _ in axes], col_axes=[b for _, b in axes])
+    del again
+    assert equal(tensors(ops.sums(turned)), tensors(ops.sums(replace(turned, params=sample.params))))
+
+
 def test_joined_lists_keep_their_order():
     """Whatever part of them can be held: pairs belong together."""
 

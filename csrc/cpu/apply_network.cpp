@@ -9,6 +9,8 @@ namespace hf_lopt {
 namespace {
 
 constexpr int kStatsWidth = statistics_width(kSecondMoments, kMomenta);
+constexpr int64_t kManyUnitsRow = kRowElements / 8;  // elements of a row for networks of many units
+constexpr int64_t kLanes = 16;                       // of the widest vectors
 
 // Zeros for Σ step² (rows, 1) and the statistics (rows, kStatsWidth).
 std::tuple<Tensor, Tensor> new_results(const Tensor& like, int64_t rows) {
@@ -35,7 +37,7 @@ class Applier {
 
     std::tuple<Tensor, Tensor> run(const Tensor& like) {
         // With many units the biases of a row are the larger part of a thread's memory: shorter rows keep it in cache.
-        const int64_t row_elements = U > 8 ? kRowElements / 8 : kRowElements;
+        const int64_t row_elements = U > 8 ? kManyUnitsRow : kRowElements;
         const std::vector<Tile> tiles = make_tiles(operands_.shapes, row_elements);
         std::vector<double> partial(tiles.size() * kUpdateStats);
         std::vector<Buffers> buffers;
@@ -66,13 +68,11 @@ class Applier {
             first(t, columns.vector[kRow][k], net.first[kD + k], columns.vector[kCol][k]);
             first(t, columns.vector[kRsqrtRow][k], net.first[kRsqrtD + k], columns.vector[kRsqrtCol][k]);
         }
-        for (int j = 0; j < U; j++) {
-            net.bias[j] = biases_[0](t, j);
-            for (int i = 0; i < U; i++) net.second[i][j] = weights_[1](t, i, j);
-            net.second_bias[j] = biases_[1](t, j);
-        }
         const float scale = scale_(t);
         for (int j = 0; j < U; j++) {
+            net.bias[j] = biases_[0](t, j);
+            copy_row(weights_[1], t, j, net.second[j]);
+            net.second_bias[j] = biases_[1](t, j);
             net.last[j][0] = weights_[2](t, j, 0) * scale;
             net.last[j][1] = weights_[2](t, j, 1) * exp_mult_;
         }
@@ -96,9 +96,20 @@ class Applier {
 
     // The weights of a column of features in the first layer, or the sum of those of two; zeros for -1.
     void first(int64_t t, int column, float* out, int other = -1) const {
-        std::fill_n(out, U, 0.0f);
-        for (int c : {column, other}) {
-            for (int j = 0; c >= 0 && j < U; j++) out[j] += weights_[0](t, c, j);
+        if (column < 0) {
+            std::fill_n(out, U, 0.0f);
+        } else {
+            copy_row(weights_[0], t, column, out);
+        }
+        for (int j = 0; other >= 0 && j < U; j++) out[j] += weights_[0](t, other, j);
+    }
+
+    // The weights of one input of a layer.
+    static void copy_row(const StridedView<float>& layer, int64_t t, int64_t input, float* out) {
+        if (layer.stride[2] == 1) {
+            std::copy_n(&layer.data[t * layer.stride[0] + input * layer.stride[1]], U, out);
+        } else {
+            for (int j = 0; j < U; j++) out[j] = layer(t, input, j);
         }
     }
 
@@ -114,7 +125,9 @@ class Applier {
             for (int k = 0; k < kFactored; k++) vectors[k] = x.vector + k * shape.vector_length() + tile.vector;
             kernel.vector_bias(vectors, w.vector[0], w.rsqrt_vector[0], U, tile.n, buffers.bias, buffers.stride);
         }
-        const int group = group_rows(shape, tile);
+        const bool joined = joins_rows(x, tile);
+        const int group =
+            joined ? (int)std::min<int64_t>(kGroupRows, kManyUnitsRow / tile.n) : group_rows(shape, tile);
         RowData rows[kGroupRows];
         float row_bias[kGroupRows][U];
         for (int64_t r = 0; r < tile.rows; r += group) {
@@ -136,7 +149,12 @@ class Applier {
                 }
             }
             const double p2 = stats[1];
-            run_rows(kernel, x, rows, count, net, stats);
+            if (joined) {
+                const RowData all = join(rows, count, buffers);
+                run_rows(kernel, x, &all, 1, net, stats);
+            } else {
+                run_rows(kernel, x, rows, count, net, stats);
+            }
             if (x.state.format() == kCodes) kernel.store_codes(rows, count, stats);
             if (!out_.empty()) {
                 for (int i = 0; i < count; i++) {
@@ -159,6 +177,38 @@ class Applier {
                 (shape.factored ? kernel.moments : kernel.moments_diagonal)(stored, count, tile.n, &unused, &stats[1]);
             }
         }
+    }
+
+    // Whether rows are so short that each would leave lanes of its only vector empty, where a row costs by the vector.
+    // Several of them are one row then, since they lie one after the other.
+    bool joins_rows(const Operands& x, const Tile& tile) const {
+        return U > 8 && x.shape.factored && x.state.in_place() && tile.n < kLanes && tile.n == x.shape.columns &&
+               x.shape.inner == 1 && tile.line_step == 1;
+    }
+
+    // Rows as one: what is constant along each of them varies along that one, formed with the same roundings.
+    RowData join(const RowData* rows, int count, Buffers& buffers) const {
+        static constexpr float kZeros[U] = {};
+        RowData all = rows[0];
+        all.n = count * rows[0].n;
+        for (int k = 0; k < kFactored; k++) {
+            float* out = buffers.factor + k * buffers.stride;
+            all.factor[k] = out;
+            all.rho[k] = 1.0f;
+            for (int i = 0; i < count; i++) {
+                for (int64_t c = 0; c < rows[i].n; c++) *out++ = rows[i].factor[k][c] * rows[i].rho[k];
+            }
+        }
+        all.bias = buffers.line_bias;
+        all.row_bias = kZeros;
+        for (int j = 0; j < U; j++) {
+            float* out = buffers.line_bias + j * buffers.stride;
+            for (int i = 0; i < count; i++) {
+                const float* bias = rows[i].bias + j * rows[i].bias_stride;
+                for (int64_t c = 0; c < rows[i].n; c++) *out++ = rows[i].row_bias[j] + bias[c];
+            }
+        }
+        return all;
     }
 
     // What the features that are constant along a row add, for several rows at once.

@@ -59,7 +59,26 @@ PassOperands::PassOperands(const CommonArguments& x, const Rounding* rounding)
 
 void ResultPieces::add(std::vector<int64_t> shape) { shapes_.push_back(std::move(shape)); }
 
+bool ResultPieces::take_earlier() {
+    const std::vector<Tensors> lists = take_spare();
+    const size_t count = lists.size(), pieces = shapes_.size();
+    for (const Tensors& list : lists) {
+        if (list.size() * count != pieces) return false;
+    }
+    for (size_t i = 0; i < pieces && count; i++) {
+        const Tensor& x = lists[i % count][i / count];
+        const auto sizes = x.sizes();
+        if (!std::equal(sizes.begin(), sizes.end(), shapes_[i].begin(), shapes_[i].end())) return false;
+        tensors_.push_back(x);
+        data_.push_back(float_data(x));
+    }
+    return count > 0;
+}
+
 void ResultPieces::allocate(const Tensor& like) {
+    if (take_earlier()) return;
+    tensors_.clear();
+    data_.clear();
     std::vector<int64_t> starts, strides;
     int64_t total = 0;
     for (const auto& shape : shapes_) {

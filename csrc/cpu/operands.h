@@ -3,6 +3,7 @@
 
 #include "../arguments.h"
 #include "../contiguous.h"
+#include "../held_lists.h"
 #include "stored.h"
 #include "tensors.h"
 
@@ -52,6 +53,10 @@ class ResultPieces {
     float* data(size_t i) const { return data_[i]; }
 
   private:
+    // Those of an earlier call that nobody needs any more, if they fit: to make so many views anew takes longer than
+    // to fill them.
+    bool take_earlier();
+
     std::vector<std::vector<int64_t>> shapes_;
     Tensors tensors_;
     std::vector<float*> data_;

@@ -151,7 +151,7 @@ class Operator(Generic[Kind, Result]):
         self._overload = getattr(torch.ops.hf_lopt, self.name).default
         schema = self._overload._schema.arguments
         self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
-        self._lists = [x.name for x in schema if str(x.type) == "List[Tensor]"] if arguments.HOLDS else []
+        self._lists = [x.name for x in schema if str(x.type) == "List[Tensor]"]
         self._results = arguments.RETURNS.count("Tensor[]") if arguments.HOLDS else 0
         self.__doc__ = reference.__doc__
 
@@ -169,26 +169,31 @@ class Operator(Generic[Kind, Result]):
 
     def count_changes(self, arguments: Kind) -> None:
         """Move the version counters of what a call changes; tensors of an inference mode have none."""
-        values = (getattr(arguments, name) for name in self._written)
-        changed = [x for value in values for x in ([value] if isinstance(value, Tensor) else value)]
+        changed: list[Tensor] = []
+        for name in self._written:
+            value = getattr(arguments, name)
+            changed += [value] if isinstance(value, Tensor) else value
         try:
             torch.autograd.graph.increment_version(changed)
         except RuntimeError:  # asking each of them would cost more than the call
             torch.autograd.graph.increment_version([x for x in changed if not x.is_inference()])
 
     def _call(self, arguments: Kind) -> Result:
-        values = vars(arguments)
-        whole = {name: list(x) for name, x in values.items() if type(x) in HELD and type(x) is not HeldList}
-        result: Result = self._overload(**{**values, **whole}) if whole else self._overload(**values)
+        values = vars(arguments)  # in the order of the schema; names would take longer
+        for name in self._lists:
+            if type(values[name]) in HELD and type(values[name]) is not HeldList:
+                values = {**values, name: list(values[name])}
+        result: Result = self._overload(*values.values())
         return result
 
     def _call_held(self, arguments: Kind, device: torch.device) -> Result:
         """A call of a compiled kernel, with the numbers of lists in place of those that the library holds; lists
         among its results stay there."""
         # Who looks at the calls on their way, as a mode does, sees them whole.
-        if not self._lists or device.type not in held.DEVICES or torch._C._len_torch_dispatch_stack():
+        if not self.arguments.HOLDS or device.type not in held.DEVICES or torch._C._len_torch_dispatch_stack():
             return self._call(arguments)
-        count = len(getattr(arguments, self._lists[0]))
+        first = getattr(arguments, self._lists[0])
+        count = len(first)
         if count < held.FEW:
             return self._call(arguments)
         values, code = dict(vars(arguments)), []
@@ -198,12 +203,16 @@ class Operator(Generic[Kind, Result]):
             code += [len(numbers), *numbers]
             if numbers:
                 values[name] = x.rest
-        results = [HeldResults(device, count) for _ in range(self._results)]
+        results = [HeldResults(device, count, spare) for spare in self._spare(first)]
         code += [number for x in results for number in x.numbers]
-        found: Any = self._overload(**values, like=any_on(device), held=code)
+        found: Any = self._overload(*values.values(), any_on(device), code)
         whole: Any = (*results, *found[len(results) :]) if results else found
         result: Result = whole
         return result
+
+    def _spare(self, first: Sequence[Tensor]) -> list[list[Any]]:
+        """For each list among the results, numbers of those of earlier calls with the same first list."""
+        return [first.spare[self.name, i] if type(first) is HeldList else [] for i in range(self._results)]
 
 
 # ---- what the compiled kernels support ------------------------------------------------------------------------------

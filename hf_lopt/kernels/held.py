@@ -7,6 +7,7 @@ Python's object for each result. What is kept are the tensors themselves: a call
 from __future__ import annotations
 
 import atexit
+import collections
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -64,6 +65,11 @@ class HeldList(tuple[Tensor, ...]):
         """Those that occur; a list is made anew when a tensor of it is converted."""
         return frozenset(x.dtype for x in self)
 
+    @functools.cached_property
+    def spare(self) -> dict[tuple[str, int], list[_Number]]:
+        """By operator and place, numbers of results of calls with this list that nobody needs any more."""
+        return collections.defaultdict(list)
+
     @property
     def numbers(self) -> list[int]:
         """What the library calls the list; none where it cannot be held."""
@@ -94,13 +100,22 @@ class HeldList(tuple[Tensor, ...]):
 
 
 class HeldResults(Sequence[Tensor]):
-    """Float32 tensors that one call leaves in the library for another; made Python's when somebody looks at them."""
+    """Float32 tensors that one call leaves in the library for another; made Python's when somebody looks at them.
+
+    Once nobody needs them, and if nobody has looked at them, the next such call may write over them: ``spare`` gets
+    their number, and is where a number comes from if it has one.
+    """
 
     dtypes = frozenset((torch.float32,))
     rest: Sequence[Tensor] = ()
 
-    def __init__(self, device: torch.device, count: int):
-        self.device, self._count, self._number = device, count, _Number(device)
+    def __init__(self, device: torch.device, count: int, spare: list[_Number]):
+        self.device, self._count, self._spare = device, count, spare
+        self._number = spare.pop() if spare else _Number(device)
+
+    def __del__(self) -> None:
+        if "_tensors" not in vars(self):
+            self._spare.append(self._number)
 
     @property
     def numbers(self) -> list[int]:

@@ -136,13 +136,10 @@ def _for_each_tensor(x: Tensor, tensors: TensorList) -> Tensor:
 
 def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
     """Networks from their flat weights (rows, P): for each layer its matrix, then its bias."""
-    weights, biases, start = [], [], 0
-    for n_in, n_out in zip(sizes, sizes[1:], strict=False):
-        weights.append(flat.narrow(1, start, n_in * n_out).unflatten(1, (n_in, n_out)))
-        start += n_in * n_out
-        biases.append(flat.narrow(1, start, n_out))
-        start += n_out
-    return ElementNetwork(tuple(weights), tuple(biases))
+    layers = list(zip(sizes, sizes[1:], strict=False))
+    pieces = flat.split([n for n_in, n_out in layers for n in (n_in * n_out, n_out)], 1)
+    weights = (x.view(len(flat), *layer) for x, layer in zip(pieces[::2], layers, strict=True))
+    return ElementNetwork(tuple(weights), pieces[1::2])
 
 
 def flatten_network(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -118,6 +119,12 @@ class PreparedStep:
             else:  # in place, where a graph that has been captured reads it
                 self._settings[name].copy_(on_host(of_all, torch.float32, device), non_blocking=True)
         return self._settings[name]
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which no surrounding autocast is; to enter one takes longer than to see that there is none."""
+    enabled = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else contextlib.nullcontext()
 
 
 def on_host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
