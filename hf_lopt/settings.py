@@ -96,8 +96,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if not isinstance(settings.get(name, True), bool):
             raise ValueError(f"{name} must be True or False, got {settings[name]!r}")
     longest = settings.get("max_training_steps", 0)
-    if isinstance(longest, bool) or not isinstance(longest, int) or longest < 0:
-        raise ValueError(f"max_training_steps must be a whole number of steps, 0 for no limit, got {longest!r}")
+    if isinstance(longest, bool) or not isinstance(longest, int) or not 0 <= longest <= MOST_STEPS:
+        raise ValueError(
+            f"max_training_steps must be a whole number of steps up to {MOST_STEPS}, 0 for no limit, got {longest!r:.40}"
+        )
     if "max_nonfinite_steps" in settings:
         positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
 

@@ -141,6 +141,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "lr that no float holds": (setting("lr", 10**400), r"lr must be a finite number >= 0"),
     "horizon that no count holds": (setting("num_training_steps", 2**60), r"num_training_steps must be"),
     "lr that no tensor holds": (setting("lr", 10**30), r"lr: a whole number must be at most"),
+    "limit that no count holds": (setting("max_training_steps", 2**60), r"max_training_steps must be"),
     "missing setting": (lambda saved: saved["param_groups"][0].pop("min_param_scale"), r"lacks min_param_scale"),
     "lr of two numbers": (setting("lr", torch.ones(2)), r"lr must be"),
     "axis order, a list": (setting("axis_order", ["torch"]), r"axis_order must be one of"),
