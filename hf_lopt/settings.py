@@ -98,7 +98,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     longest = settings.get("max_training_steps", 0)
     if isinstance(longest, bool) or not isinstance(longest, int) or not 0 <= longest <= MOST_STEPS:
         raise ValueError(
-            f"max_training_steps must be a whole number of steps up to {MOST_STEPS}, 0 for no limit, got {longest!r:.40}"
+            f"max_training_steps must be a whole number of steps up to {MOST_STEPS}, 0 for none, got {longest!r:.40}"
         )
     if "max_nonfinite_steps" in settings:
         positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
