@@ -61,7 +61,7 @@ def put_back(
             wanted = stored_words(p, group)["state_dtype"]
             if kind != wanted:
                 _convert(state[p], rule.init_state(p, group, theta), row_axis(p.shape, group["axis_order"]))
-                converted, found = converted + 1, kind
+                converted, found = converted + 1, "int8" if found == "int8" else kind  # where some are bfloat16
     if converted:
         notices.warn(
             f"the checkpoint has state in {found}; {converted} tensors of it were converted, rounded to nearest, for "

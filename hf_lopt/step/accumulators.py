@@ -128,18 +128,18 @@ def stored_as(p: Tensor, axis_order: str, state_dtype: str) -> str:
     """The format of a parameter's momenta and second moments, one of `STATE_DTYPES`, where ``state_dtype`` is wanted.
 
     Vectors and tensors of fewer than 4,096 elements are float32. With "int8", tensors whose rows are shorter than 64
-    elements, several axes joined (the kernels of a convolution), or cut by shards elsewhere than between two blocks
-    are bfloat16: each rank has whole blocks, and blocks are the same however a tensor is sharded.
+    elements, several axes joined or an axis of a convolution's kernel, or cut by shards elsewhere than between two
+    blocks are bfloat16: each rank has whole blocks, and blocks are the same however a tensor is sharded. Celo2's
+    matrices, which have no axis of a kernel, have whole rows.
     """
     p, axis_order = matrix_view(p, axis_order), without_view(axis_order)
     if state_dtype == "float32" or p.dim() < 2 or p.numel() < _LEAST_ELEMENTS:
         return "float32"
     axis = row_axis(p.shape, axis_order)
     columns = math.prod(p.shape[axis:])
-    has_rows = columns == p.shape[axis] >= _LEAST_COLUMNS and not _cuts_blocks(
-        distributed.sharding_of(p), axis, columns
-    )
-    return "int8" if state_dtype == "int8" and has_rows else "bfloat16"
+    has_rows = columns == p.shape[axis] >= _LEAST_COLUMNS and axis in reference_axes(p.dim(), axis_order)[-2:]
+    whole = has_rows and not _cuts_blocks(distributed.sharding_of(p), axis, columns)
+    return "int8" if state_dtype == "int8" and whole else "bfloat16"
 
 
 def _cuts_blocks(sharding: distributed.Sharding | None, axis: int, columns: int) -> bool:
