@@ -26,6 +26,7 @@ _lock = threading.RLock()
 _watching: set[_Watch] = set()
 _feeds: list[LossFeed] = []
 _installed: list[Callable[..., None]] = []  # what stands for torch.autograd.backward while there are feeds
+_UNSCALED = "_hf_lopt_unscaled"  # of a scaled loss: the loss
 _thread = threading.local()  # .handled: optimizers whose loss an outer deliver() of this thread delivers
 
 
@@ -249,12 +250,14 @@ def _watched_backward(original: Callable[..., None]) -> Callable[..., None]:
         # Checkpointing runs a backward inside a backward, of its own tensors.
         if not feeds or not scalars or torch._C._current_graph_task_id() != -1:
             return run()
+        is_known = all(hasattr(x, _UNSCALED) for x, _ in scalars)  # what the scaler was given
+        scalars = [(getattr(x, _UNSCALED, x), w) for x, w in scalars] if is_known else scalars
         parts = parts_of(scalars[0][0]) if len(scalars) == 1 else 1
         losses = [x.detach().float() * (1.0 if w is None else w.detach()) for x, w in scalars]
         loss = sum(x.reshape(()) for x in losses)
 
         def feed(optimizer: LearnedOptimizer, afresh: bool) -> None:
-            scaler = feeds[optimizer].scaler
+            scaler = None if is_known else feeds[optimizer].scaler
             value = loss if scaler is None else loss / scaler.scale(torch.ones_like(loss))
             optimizer._pending.feed(value, afresh=afresh, parts=parts)
 
@@ -280,8 +283,8 @@ def feed_loss(optimizer: Any, scaler: Any = None) -> LossFeed:
 
     Args:
         optimizer: a learned optimizer, or a wrapper with it as ``.optimizer``. It is held weakly.
-        scaler: the ``torch.amp.GradScaler`` that scales the loss, if one does; the optimizer sees the loss without
-            the scale.
+        scaler: one of another class than ``torch.amp.GradScaler`` that scales the loss, or one whose result is
+            changed before its backward; the optimizer sees the loss without the scale. Otherwise it is known.
 
     Returns:
         a context manager, whose ``remove()`` ends the feeding.
@@ -302,12 +305,16 @@ def feed_loss(optimizer: Any, scaler: Any = None) -> LossFeed:
     return handle
 
 
-# ---- steps that a scaler skips ------------------------------------------------------------------------------------
+# ---- scalers ------------------------------------------------------------------------------------------------------
 
 
 def watch_scalers() -> None:
-    """Have ``torch.amp.GradScaler.step``, once, end a window also when it skips the step of a learned optimizer."""
-    original = torch.amp.GradScaler.step
+    """Wrap methods of ``torch.amp.GradScaler``, once.
+
+    Its ``scale`` leaves on the result what that was made of. Its ``step`` ends a window also when it skips the step of
+    a learned optimizer.
+    """
+    original, original_scale = torch.amp.GradScaler.step, torch.amp.GradScaler.scale
     if hasattr(original, "_hf_lopt_original"):
         return
 
@@ -319,5 +326,12 @@ def watch_scalers() -> None:
             learned.discard_loss()
         return result
 
-    step._hf_lopt_original = original
-    torch.amp.GradScaler.step = step
+    @functools.wraps(original_scale)
+    def scale(self: Any, outputs: Any) -> Any:
+        result = original_scale(self, outputs)
+        if _feeds and isinstance(outputs, Tensor) and result is not outputs:
+            setattr(result, _UNSCALED, outputs)
+        return result
+
+    step._hf_lopt_original, scale._hf_lopt_original = original, original_scale
+    torch.amp.GradScaler.step, torch.amp.GradScaler.scale = step, scale

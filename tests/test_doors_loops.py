@@ -154,6 +154,14 @@ class ScaledFeed(Scaled):
         return loss.item()
 
 
+class ScaledUnnamed(ScaledFeed):
+    """The scaler is known without being named."""
+
+    def setup(self):
+        Scaled.setup(self)
+        self.feeds = [hf_lopt.feed_loss(optimizer) for optimizer in self.learned]
+
+
 class Feed(Loop):
     """A loop that passes no loss at all."""
 
@@ -231,8 +239,8 @@ class FabricUnsynchronised(Fabric):
             return super().micro_batch(i, x, share)
 
 
-LOOPS = [Loop, Scaled, ScaledModel, Feed, ScaledFeed, Accelerated, AcceleratedUndivided, AcceleratedObserved]
-LOOPS += [Fabric, FabricObserved, FabricUnsynchronised]
+LOOPS = [Loop, Scaled, ScaledModel, Feed, ScaledFeed, ScaledUnnamed]
+LOOPS += [Accelerated, AcceleratedUndivided, AcceleratedObserved, Fabric, FabricObserved, FabricUnsynchronised]
 
 
 @pytest.mark.parametrize("case", ["plain", "accumulation", "skipped", "two_models"])
