@@ -41,6 +41,15 @@ LIMITS = {
     "pool_kernel": (32, 0),
     "lstm_kernel": (48, 0),
     "specialize_kernel": (64, 0),
+    # Over accumulators in any format: those above are only for float32.
+    "moments_stored_kernel": (128, 16),
+    "feature_sums_stored_kernel": (128, 304),
+    "scales_kernel": (128, 16),
+    "apply_4_stored_kernel": (128, 368),
+    "apply_8_stored_kernel": (128, 448),
+    "apply_32_stored_kernel": (128, 480),
+    "adam_stored_kernel": (128, 40),
+    "descend_stored_kernel": (128, 24),
 }
 SLACK = 16  # bytes, of another release of the compiler
 # Kernel, rows that an iteration of its loop for full tiles takes, copies into shared memory: of 16 bytes, of 8. The
@@ -55,6 +64,14 @@ HOT_LOOPS = {
     ("apply_4_kernel", 1, 4, 2): (710, 0),
     ("apply_8_kernel", 1, 6, 0): (1300, 24),
     ("apply_8_kernel", 1, 4, 2): (1315, 28),
+}
+# Likewise for accumulators in another format than float32, with parameters and gradients in float32: kernel, what its
+# copies, loads and stores of accumulators and the conversions of their codes look like, how many, and the limits.
+STORED = {
+    ("feature_sums_stored_kernel", r"LDGSTS\.E\.64|LDS\.64", 8): (310, 0),
+    ("feature_sums_stored_kernel", r"LDGSTS\.E|I2F\S*", 20): (375, 0),
+    ("apply_4_stored_kernel", r"LDGSTS\.E\.64|STG\.E\.64|LDS\.64", 12): (965, 0),
+    ("apply_4_stored_kernel", r"LDGSTS\.E|STG\.E|I2F\S*", 40): (1265, 0),
 }
 COPY = r"LDGSTS\S*"
 
@@ -237,11 +254,29 @@ def test_instructions_of_a_full_tile(kernels, name, rows, wide, half):
         assert count(r"LDS\S*", way) - count(r"LDS\.128", way) <= 13
 
 
+@pytest.mark.parametrize("name, pattern, places", STORED)
+def test_instructions_of_a_full_tile_in_other_formats(kernels, name, pattern, places):
+    most, most_on_stack = STORED[name, pattern, places]
+    kernel, ways = kernels[name], []
+    for end, targets in enumerate(kernel.next):
+        for start in (t for t in targets if t < end):
+            if count(r"LDGSTS\.E\.BYPASS\.128", kernel.code[start:end]) != 6:
+                continue
+            passed = [i for i in range(start, end) if re.match(rf"(@\S+ +)?({pattern}) ", kernel.code[i])]
+            if len(passed) == places and (way := _shortest(kernel, [start, *passed, end])):
+                ways.append([kernel.code[i] for i in way])
+    assert ways, "there is no such loop"
+    way = min(ways, key=len)
+    assert len(way) <= most and count(r"LDL\S*|STL\S*", way) <= most_on_stack, len(way)
+
+
 @pytest.mark.parametrize(
     "name, product, products, most",
     [
         ("apply_32_kernel", r"HMMA\.16816\.F32\.BF16", 72, 690),
         ("apply_32_tf32_kernel", r"HMMA\.1688\.F32\.TF32", 56, 460),
+        ("apply_32_stored_kernel", r"HMMA\.16816\.F32\.BF16", 72, 760),
+        ("apply_32_stored_kernel", r"HMMA\.1688\.F32\.TF32", 56, 530),
     ],
 )
 def test_matrices_go_to_their_units(kernels, name, product, products, most):
