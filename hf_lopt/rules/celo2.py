@@ -103,14 +103,15 @@ def _branch(tensors: TensorList, i: int, settings: Mapping[str, Any]) -> str:
 
 def _branches(tensors: TensorList, settings: Mapping[str, Any]) -> dict[str, TensorList]:
     """The list by what is done to its tensors; the matrices of a stack are normalised one by one."""
-    layout, places = tensors.layout, tensors.cache.branches
-    if not places:
+    branches = tensors.cache.branches
+    if not branches:
+        places: dict[str, list[int]] = {}
         for i in range(len(tensors)):
             places.setdefault(_branch(tensors, i, settings), []).append(i)
-    return {
-        name: tensors.subset(name, indices, sliced=name != "adam" and any(layout.rank(i) > 2 for i in indices))
-        for name, indices in places.items()
-    }
+        for name, indices in places.items():
+            has_stacks = name != "adam" and any(tensors.layout.rank(i) > 2 for i in indices)
+            branches[name] = indices, has_stacks
+    return {name: tensors.subset(name, indices, sliced) for name, (indices, sliced) in branches.items()}
 
 
 def update(
@@ -240,16 +241,15 @@ def _times_rates(lr: Tensor, squares: Squares) -> Squares:
 
 def _networks(tensors: TensorList, weights: Mapping[str, Any]) -> Tensor:
     """The network of every tensor, one for all or a row for each slice; of many replicas (R, P) or likewise."""
-    layout = tensors.layout
-    names = ["vector_network" if layout.rank(i) < 2 else "network" for i in range(len(tensors))]
-    if len(set(names)) == 1:
+    layout, cache = tensors.layout, tensors.cache
+    if cache.network_rows is None or cache.network_rows[0] is not weights:
+        names = ["vector_network" if layout.rank(i) < 2 else "network" for i in range(len(tensors))]
         found: Tensor = weights[names[0]]
-        return found
-    if tensors.cache.network_rows is None or tensors.cache.network_rows[0] is not weights:
-        # In one piece for as long as the weights stay, also for a graph that was captured.
-        rows = [weights[name].expand(count, -1) for name, count in zip(names, layout.slices, strict=True)]
-        tensors.cache.network_rows = weights, torch.cat(rows)
-    return tensors.cache.network_rows[1]
+        if len(set(names)) > 1:
+            # In one piece for as long as the weights stay, also for a graph that was captured.
+            found = torch.cat([weights[name].expand(n, -1) for name, n in zip(names, layout.slices, strict=True)])
+        cache.network_rows = weights, found
+    return cache.network_rows[1]
 
 
 def _adam_step(tensors: TensorList, decision: StepDecision, settings: Mapping[str, Any]) -> Tensor:

@@ -63,7 +63,7 @@ class Layout:
     empty: Tensor  # (0,), in the place of what a tensor does not have
     one: Tensor  # (1,)
 
-    @property
+    @functools.cached_property
     def sharded(self) -> bool:
         """Whether any tensor is a DTensor."""
         return any(sharding is not None for sharding in self.shardings)

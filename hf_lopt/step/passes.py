@@ -62,7 +62,8 @@ def apply_network(
     _store_factored(tensors, skip, factors, cached)
     if tensors.layout.stacked:
         return sums.unflatten(0, (len(tensors), -1)).sum(1)
-    cache.versions = tensors.accumulator_versions()
+    if cached:
+        cache.versions = tensors.accumulator_versions()
     return sums
 
 

@@ -49,8 +49,9 @@ class StepCache:
         whole_update: that sum, one step late.
         subsets: selections by the names that their users gave them.
         chunks: first and last place of neighbouring tensors that are worked on together.
-        branches: what is done to the tensors -> their places, where a rule treats them differently.
-        network_rows: weights and, made from them, a row for each result, where tensors have different networks.
+        branches: what is done to the tensors -> their places, and whether these have matrices that are normalised one
+            by one, where a rule treats them differently.
+        network_rows: weights and, of them, the network of all tensors, or a row for each result where they differ.
         ownership: who works on which whole matrix.
         selection: a number for the parameters of the step, which has to be the same on all ranks.
         device_settings: settings that lie on an accelerator, which nobody has looked at yet: (G, 1) float64 by name.
@@ -64,7 +65,7 @@ class StepCache:
     whole_update: Tensor | None = None
     subsets: dict[Hashable, Subset] = field(default_factory=dict)
     chunks: list[tuple[int, int]] = field(default_factory=list)
-    branches: dict[str, list[int]] = field(default_factory=dict)
+    branches: dict[str, tuple[list[int], bool]] = field(default_factory=dict)
     network_rows: tuple[Mapping[str, Any], Tensor] | None = None
     ownership: ownership.Ownership | None = None
     selection: int = 0
