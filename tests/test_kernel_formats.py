@@ -147,9 +147,9 @@ def test_what_does_not_fit_is_refused(backend, fault):
 
 # ---- bits, on CUDA --------------------
 
-# Rows with full tiles and without, of several blocks, of less than one, and that no thread begins at; groups of lines;
-# slices of which neighbours are far apart; a vector.
-LAYOUTS = ((12, 640), (9, 300), (70, 33), (3, 7, 260), (20, 3, 40), (9, 20, 3, 3), (6, 64, 1, 1), (40,))
+# Rows with full tiles and without, of several blocks, of less than one, and that no thread begins at; one row alone;
+# groups of lines; slices of which neighbours are far apart; a vector.
+LAYOUTS = ((12, 640), (9, 300), (1, 700), (70, 33), (3, 7, 260), (20, 3, 40), (9, 20, 3, 3), (6, 64, 1, 1), (40,))
 
 
 def exact(x: Case) -> list[Arguments]:

@@ -128,7 +128,7 @@ void StoredFormats::form_scales(const Tensors& params, const Tensors& grads, con
     TensorTableBuilder builder;
     for (size_t t = 0, i = 0; t < params.size(); t++) {
         if (!has_codes(t)) continue;
-        builder.add_flat(params[t], 1, row_length(t));
+        builder.add_rows(params[t], row_length(t));
         builder.set_any(sG, i, copies.readable(grads[t]));
         builder.set_state(sM, i, copies.readable(momenta[t]));
         builder.set_state(sV, i, copies.readable(second_moments[t]));

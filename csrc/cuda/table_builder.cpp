@@ -152,6 +152,16 @@ void TensorTableBuilder::add_flat(const Tensor& shape, int64_t slices, int64_t r
     for (int64_t s = 0; s < slices; s++) push(e, {s * (numel / slices), 0, 0});
 }
 
+void TensorTableBuilder::add_rows(const Tensor& shape, int64_t row_length) {
+    TensorEntry e{};
+    e.tensor = (int32_t)tensors_.size();
+    e.decay = shape.numel();
+    first_.push_back(entries_.size());
+    tensors_.push_back({false, false});
+    make_matrix(e, shape.numel() / row_length, row_length);
+    push(e, {0, 0, 0});
+}
+
 void TensorTableBuilder::push(TensorEntry e, Start start) {
     e.lanes = 1;
     while (e.lanes < kWarpSize && e.lanes * kLane < e.columns) e.lanes *= 2;

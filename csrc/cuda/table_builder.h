@@ -23,6 +23,8 @@ class TensorTableBuilder {
              int64_t row_length = 0);
     // Adds a flat tensor in so many equal slices.
     void add_flat(const Tensor& shape, int64_t slices, int64_t row_length = 0);
+    // Adds a tensor as rows, even if it is one.
+    void add_rows(const Tensor& shape, int64_t row_length);
     // Of a tensor that is not sliced.
     const TensorEntry& entry(size_t t) const { return entries_[first_[t]]; }
     const Layout& layout(size_t t) const { return tensors_[t]; }
