@@ -187,7 +187,7 @@ def render(found: list[dict]) -> str:
         place = first["machine"]
         names, *rows = comparison_cells(results)
         learned = (row for row in results["rows"] if row.get("weights") is not None)
-        weights = (f"{row['optim']} {row['weights']['sha256'][:12]}" for row in learned)
+        weights = (f"{row['label']} {row['weights']['sha256'][:12]}" for row in learned)
         setting = f"`{SETTINGS[results['recipe']][1]}`, the rest at its defaults."
         text += [
             f"## {results['recipe']}",

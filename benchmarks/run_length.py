@@ -37,12 +37,13 @@ MULTIPLIERS = (0.5, 1.0, 2.0, 2.8, 4.0, 5.6, 8.0, 16.0)
 FINETUNE = 0.05
 FILE = RESULTS / "run_length.json"
 SHIPPED = """\
-What ships is (300 / N)^0.9, from 1 to 5: the fit above would give 1.8 at 300 steps, where the best multiplier differs
+What ships is (300 / N)^0.9, from 1 to 5: the fit above would give 2.1 at 300 steps, where the best multiplier differs
 from task to task (1 on three, 2.8 on four), and the recipe seq2seq, which took no part in it, ended at a held-out loss
 of 1.80 with 1.7 and of 1.33 with 1.
 
 At 3,000 steps the language model characters_wide is best at 1 with both rules (velo: x0.5 1.018, x2 1.039; celo:
-1.028, 1.039). digits_wide is best at 0.5 there: it has learned its samples by heart, and further steps cost loss.
+1.028, 1.040), and at 10,000 with velo (x0.5 1.018, x2 fails). digits_wide is best at 0.5 at 3,000: it has learned its
+samples by heart, and further steps cost loss.
 
 At 1,000 steps AdamW at the best of three rates ends at 0.94 ± 0.04 of velo's loss on characters_wide, at 0.93 ± 0.02
 with sd 0.02 (4 seeds, two standard errors; `python -m benchmarks.velo_schedule`, velo_schedule.json). On the first a
