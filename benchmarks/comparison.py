@@ -218,7 +218,7 @@ def main() -> None:
     ]
     if len(found) == len(SETTINGS):
         draw_comparisons(PICTURE, found, dpi=72)
-        storing.use_palette(PICTURE)
+        storing.use_palette(PICTURE, 64)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 

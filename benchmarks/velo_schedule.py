@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.meta_experiments import RESULTS
 from benchmarks.run_length import scratch
-from benchmarks.storing import rounded
+from benchmarks.storing import rounded, write_record
 from hf_lopt.meta import evaluate, table, tasks
 from hf_lopt.meta.construct import schedules
 from hf_lopt.meta.particles import Particles
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             row = relative(finals(scratch()[name], steps, args.seeds))
             record["relative loss"][f"{name} | {steps}"] = row
             print(name, steps, {key: f"{x['ratio']:.3f} ± {x['two_standard_errors']:.3f}" for key, x in row.items()})
-            file.write_text(json.dumps(rounded(record, 4), indent=1) + "\n", encoding="utf-8")
+            write_record(file, rounded(record, 4))
 
 
 if __name__ == "__main__":
