@@ -39,6 +39,7 @@ SETS: dict[str, list[tuple[int, ...]]] = {
 
 
 LARGE = (1024, 512)
+ONE_MATRIX_MS = 0.3  # what a step over one matrix should take at most
 
 
 def build(rule: str, params: list[torch.nn.Parameter]) -> hf_lopt.LearnedOptimizer:
@@ -103,7 +104,22 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         cells += [f"{r[key]:.2f}" for key in ("adamw_least_ms", "step_least_ms")]
         cells += [f"{r[key]:.2f}" if key in r else "" for key in ("arithmetic_ms", "host_ms")]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *floors(rows)]) + "\n"
+
+
+def floors(rows: list[dict[str, Any]]) -> list[str]:
+    """Which targets no work on the host reaches, or hardly."""
+    known = [r for r in rows if "arithmetic_ms" in r]
+    alone = [r for r in known if r["tensors"] == "128x512" and r["arithmetic_ms"] > ONE_MATRIX_MS]
+    shares = [(r, r["arithmetic_ms"] / r["adamw_least_ms"]) for r in known if r["tensors"] != "128x512"]
+    large = [f"{r['rule']} ({r['tensors']}) {share:.0%}" for r, share in shares if share > 0.5]
+    lines = []
+    if alone:
+        numbers = ", ".join(f"{r['rule']} {r['arithmetic_ms']:.2f}" for r in alone)
+        lines += ["", f"The arithmetic of one matrix alone takes more than {ONE_MATRIX_MS} ms: {numbers} ms."]
+    if large:
+        lines += ["", f"The arithmetic alone takes more than half of AdamW's least time: {', '.join(large)}."]
+    return lines
 
 
 def main() -> None:
