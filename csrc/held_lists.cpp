@@ -75,8 +75,8 @@ bool same_kinds(Tensor, int64_t number) {
     };
     for (const Tensor& x : list->tensors) {
         int32_t type, device;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
         const auto shape = x.sizes();
         bool all = same(type) && same(device) && same(x.get_device_index()) && same((int64_t)shape.size());
         for (size_t i = 0; all && i < shape.size(); i++) all = same(shape[i]);

@@ -129,6 +129,15 @@ def test_an_old_or_missing_setuptools_is_named(checkout, tmp_path):
     assert "it is not installed" in done.stderr and "pip install 'setuptools>=77'" in done.stderr
 
 
+def test_kernels_compile_with_the_oldest_headers():
+    """Its macros of later versions; what torch 2.10 itself compiles is tried by `make test-oldest`."""
+    later = ("STABLE_TORCH_ERROR_CODE_CHECK", "STD_TORCH_CHECK_NOT_IMPLEMENTED")
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert len(sources) > 20
+    found = [(path.name, name) for path in sources for name in later if name in path.read_text(encoding="utf-8")]
+    assert not found
+
+
 def test_the_repository_is_named_once_and_the_version_everywhere():
     """``[project.urls]`` has the address, from which setup.py takes it; CITATION.cff repeats it, and nothing else."""
     project, citation = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "CITATION.cff"))

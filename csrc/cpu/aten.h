@@ -14,7 +14,7 @@ using torch::stable::Tensor;
 template <class... Arguments>
 Tensor aten(const char* name, const char* overload, const Arguments&... arguments) {
     std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

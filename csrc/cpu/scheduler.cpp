@@ -36,7 +36,7 @@ void scatter(const Tensors& states, const Tensor& values) {
 Tensor gate(const Tensor& gates, int64_t units, int64_t which) {
     const int64_t shape[] = {gates.size(0), units}, strides[] = {4 * units, 1};
     AtenTensorHandle view;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch__reinterpret_tensor(gates.get(), 2, shape, strides, which * units, &view));
     return Tensor(view);
 }
@@ -44,7 +44,7 @@ Tensor gate(const Tensor& gates, int64_t units, int64_t which) {
 Tensor transposed(const Tensor& x) {
     const int64_t shape[] = {x.size(1), x.size(0)}, strides[] = {1, x.size(1)};
     AtenTensorHandle view;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, shape, strides, 0, &view));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 2, shape, strides, 0, &view));
     return Tensor(view);
 }
 
