@@ -236,7 +236,8 @@ class Record:
     """The results file, written after each run."""
 
     def __init__(self) -> None:
-        self.runs: dict[str, dict[str, Any]] = whole_runs(json.loads(FILE.read_text())) if FILE.is_file() else {}
+        stored = whole_runs(json.loads(FILE.read_text())) if FILE.is_file() else {}
+        self.runs: dict[str, dict[str, Any]] = {key: named(key) | run for key, run in stored.items()}
 
     def add(self, run: Mapping[str, Any], result: Any) -> None:
         """``result()``, under the values of ``run``; not again if it is there."""
@@ -251,8 +252,20 @@ class Record:
         self.runs[key] = rounded(dict(run) | {"loss": loss, "cpu_seconds": spent} | machine() | VERSIONS, 6)
         shown = loss[-1] if isinstance(loss, list) else loss
         print(f"{key}: {shown:.4f}, {spent:.0f} s", flush=True)
-        write_record(FILE, without_usual(self.runs))
+        self.write()
         PAGE.write_text(page(list(self.runs.values())), encoding="utf-8")
+
+    def write(self) -> None:
+        """Each run without what its key says."""
+        rest = {key: {x: run[x] for x in run if x not in named(key)} for key, run in self.runs.items()}
+        write_record(FILE, without_usual(rest))
+
+
+def named(key: str) -> dict[str, Any]:
+    """What the key of a run says about it."""
+    names = ("part", "task", "rule", "kind", "seed", "steps")
+    values = key.split(" | ")
+    return {name: int(x) if name in names[4:] else x for name, x in zip(names, values, strict=False)}
 
 
 def table(title: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
