@@ -36,8 +36,7 @@ void scatter(const Tensors& states, const Tensor& values) {
 Tensor gate(const Tensor& gates, int64_t units, int64_t which) {
     const int64_t shape[] = {gates.size(0), units}, strides[] = {4 * units, 1};
     AtenTensorHandle view;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch__reinterpret_tensor(gates.get(), 2, shape, strides, which * units, &view));
+    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(gates.get(), 2, shape, strides, which * units, &view));
     return Tensor(view);
 }
 
