@@ -132,4 +132,13 @@ struct NetworkSizes {
 };
 NetworkSizes check_specialize_networks(const SpecializeArguments& x);
 
+// Of the operators around the scheduler; the states of `check_pool` and `check_lstm_step` are looked at where they are
+// read.
+void check_advance(const Tensors& stats, const Tensors& sums, const std::optional<Tensor>& bad,
+                   const std::optional<Tensor>& loss, const Tensor& counters, const Tensors& loss_buffer,
+                   double horizon, const Tensors& tensor_inputs, int64_t p_column, int64_t rows);
+void check_pool(const Tensor& mixed, const Tensors& hidden);
+void check_lstm_step(const Tensor& gates, const Tensors& hidden, const Tensors& cell, const Tensor& heads,
+                     const Tensor& heads_bias, const Tensor& bank, const Tensor& skip);
+
 }  // namespace hf_lopt

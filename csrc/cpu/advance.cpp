@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../scheduler_inputs.h"
 #include "aten.h"
 #include "operands.h"
 
@@ -11,9 +12,6 @@ namespace hf_lopt {
 
 namespace {
 
-constexpr float kLossMinStart = 999999999999.0f;  // of a loss buffer that is still empty
-constexpr int kTimes = 9, kLossFeatures = 9, kSteps = 11, kShared = kTimes + kLossFeatures, kLossDecays = 10;
-constexpr int kRunFeatures = kShared + kSteps, kRanks = 5, kTensorInputs = 1 + kRanks + 2 * kMomenta;
 constexpr float kFractions[kTimes] = {0.03f, 0.1f, 0.2f, 0.4f, 0.6f, 0.8f, 0.9f, 1.0f, 1.1f};
 constexpr float kScales[kSteps] = {1.0f,    3.0f,    10.0f,    30.0f,    100.0f,   300.0f,
                                    1000.0f, 3000.0f, 10000.0f, 30000.0f, 100000.0f};
@@ -28,30 +26,21 @@ Tensor tanh_of(const Tensor& like, const float* numbers, int64_t count) {
     return aten("aten::tanh", "", tensor_of(like, ScalarType::Float, numbers, count));
 }
 
-bool anything_bad(const TensorChecks& check, ContiguousCopies& copies, const Tensors& stats, const Tensors& sums,
+bool anything_bad(ContiguousCopies& copies, const Tensors& stats, const Tensors& sums,
                   const std::optional<Tensor>& bad, const std::optional<Tensor>& loss) {
     bool found = false;
-    for (size_t i = 0; i < stats.size(); i++) {
-        check.type(stats[i], ScalarType::Double, "stats", (int64_t)i);
-        check.dims(stats[i], 2, "stats", (int64_t)i);
-        const double* x = double_data(copies.readable(stats[i]));
-        const int64_t rows = stats[i].size(0), width = stats[i].size(1);
+    for (const Tensor& of : stats) {
+        const double* x = double_data(copies.readable(of));
+        const int64_t rows = of.size(0), width = of.size(1);
         for (int64_t t = 0; t < rows && width > 0; t++) found |= x[t * width] > 0.0;
     }
-    for (size_t i = 0; i < sums.size(); i++) {
-        check.type(sums[i], ScalarType::Double, "sums", (int64_t)i);
-        const double* x = double_data(copies.readable(sums[i]));
-        const int64_t count = sums[i].numel();
+    for (const Tensor& of : sums) {
+        const double* x = double_data(copies.readable(of));
+        const int64_t count = of.numel();
         for (int64_t j = 0; j < count; j++) found |= !std::isfinite(x[j]);
     }
-    if (bad) {
-        check.flag(*bad, "bad");
-        found |= *static_cast<const bool*>(bad->data_ptr());
-    }
-    if (loss) {
-        check.float32(*loss, 1, "loss");
-        found |= !std::isfinite(*float_data(*loss));
-    }
+    if (bad) found |= *static_cast<const bool*>(bad->data_ptr());
+    if (loss) found |= !std::isfinite(*float_data(*loss));
     return found;
 }
 
@@ -105,26 +94,11 @@ float log_magnitude(double x) {
 // elements (rows,) and the one-hot ranks (rows, 5).
 class TensorInputs {
   public:
-    TensorInputs(const TensorChecks& check, ContiguousCopies& copies, const Tensors& given, int64_t rows,
-                 int64_t column)
+    TensorInputs(ContiguousCopies& copies, const Tensors& given, int64_t column)
         : there_(!given.empty()), column_(column) {
         if (!there_) return;
-        STD_TORCH_CHECK(given.size() == 4, "the inputs of each tensor must be statistics, sums, sizes and ranks, got ",
-                        given.size());
-        constexpr int64_t kWidth = statistics_width(kSecondMoments, kMomenta);
-        check.type(given[0], ScalarType::Double, "statistics");
-        check.dims(given[0], 2, "statistics");
-        STD_TORCH_CHECK(given[0].size(0) == rows && given[0].size(1) == kWidth, "statistics must be of shape (", rows,
-                        ", ", kWidth, "), got (", given[0].size(0), ", ", given[0].size(1), ")");
-        check.type(given[1], ScalarType::Double, "sums");
-        check.dims(given[1], 2, "sums");
-        STD_TORCH_CHECK(given[1].size(0) == rows && column >= 0 && column < given[1].size(1), "sums must have ", rows,
-                        " rows and the column ", column, ", got shape (", given[1].size(0), ", ", given[1].size(1),
-                        ")");
-        check.float64(given[2], rows, "sizes");
-        check.float32(given[3], rows * kRanks, "ranks");
         moments_ = double_data(copies.readable(given[0]));
-        moments_width_ = kWidth;
+        moments_width_ = given[0].size(1);
         totals_ = double_data(copies.readable(given[1]));
         totals_width_ = given[1].size(1);
         numel_ = double_data(copies.readable(given[2]));
@@ -163,19 +137,10 @@ std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::opt
                                            std::optional<Tensor> loss, Tensor counters, Tensors loss_buffer,
                                            double horizon, Floats corrected, Tensors tensor_inputs, int64_t p_column,
                                            int64_t rows) {
-    const TensorChecks check(counters);
+    check_advance(stats, sums, bad, loss, counters, loss_buffer, horizon, tensor_inputs, p_column, rows);
     ContiguousCopies copies;
-    STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 && counters.is_contiguous(),
-                    "counters must be three contiguous integers, got ", counters.numel());
-    STD_TORCH_CHECK(rows >= 0, "there cannot be ", rows, " rows");
-    STD_TORCH_CHECK(loss_buffer.empty() || (loss && horizon > 0 && loss_buffer.size() == 2),
-                    "a loss buffer of means and minima needs a loss and a horizon, got ", loss_buffer.size(),
-                    " tensors and horizon ", horizon);
-    for (size_t i = 0; i < loss_buffer.size(); i++) {
-        check.state(loss_buffer[i], kLossDecays, "loss_buffer", (int64_t)i);
-    }
-    const TensorInputs of_tensors(check, copies, tensor_inputs, rows, p_column);
-    const bool skip = anything_bad(check, copies, stats, sums, bad, loss);
+    const TensorInputs of_tensors(copies, tensor_inputs, p_column);
+    const bool skip = anything_bad(copies, stats, sums, bad, loss);
 
     int64_t* counts = static_cast<int64_t*>(counters.data_ptr());
     const int64_t step = counts[0];

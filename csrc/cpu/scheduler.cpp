@@ -55,12 +55,8 @@ Tensor product(const Tensor& x, const Tensor& y) { return aten("aten::mul", "Ten
 
 Tensor pool(Tensor mixed, Tensors hidden) {
     const TensorChecks check(mixed);
-    check.dims(mixed, 2, "mixed");
-    check.type(mixed, ScalarType::Float, "mixed");
+    check_pool(mixed, hidden);
     const int64_t rows = mixed.size(0), units = mixed.size(1) / 2;
-    STD_TORCH_CHECK((int64_t)hidden.size() == rows && mixed.size(1) % 2 == 0,
-                    "there must be a hidden state for each row, half as wide, got ", hidden.size(), " for shape (",
-                    rows, ", ", mixed.size(1), ")");
     ContiguousCopies copies;
     const float* in = float_data(copies.readable(mixed));
     const Tensor result = floats(mixed, {rows, 2 * units});
@@ -83,21 +79,8 @@ Tensor pool(Tensor mixed, Tensors hidden) {
 std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads,
                                              Tensor heads_bias, Tensor bank, bool celo, Tensor skip) {
     const TensorChecks check(gates);
-    check.dims(gates, 2, "gates");
-    check.type(gates, ScalarType::Float, "gates");
-    check.dims(heads, 2, "heads");
-    check.dims(bank, 2, "bank");
+    check_lstm_step(gates, hidden, cell, heads, heads_bias, bank, skip);
     const int64_t rows = gates.size(0), units = gates.size(1) / 4, count = heads.size(1) - 1;
-    STD_TORCH_CHECK(gates.size(1) % 4 == 0 && count >= 0 && heads.size(0) == units, "gates of ", gates.size(1),
-                    " numbers do not fit heads of ", heads.size(0), " by ", count + 1);
-    STD_TORCH_CHECK((int64_t)hidden.size() == rows && (int64_t)cell.size() == rows && bank.size(0) == count,
-                    "there must be a state for each row and a control for each network of the bank, got ", rows,
-                    " rows, ", hidden.size(), " and ", cell.size(), " states, ", count, " controls and ", bank.size(0),
-                    " networks");
-    check.float32(heads, units * (count + 1), "heads");
-    check.float32(heads_bias, count + 1, "heads_bias");
-    check.float32(bank, bank.numel(), "bank");
-    check.flag(skip, "skip");
     for (size_t t = 0; t < hidden.size(); t++) check.float32(hidden[t], units, "hidden", (int64_t)t);
     const Tensor old_cell = floats(gates, {rows, units});
     gather(check, cell, units, "cell", float_data(old_cell), units);

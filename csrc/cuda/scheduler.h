@@ -2,14 +2,12 @@
 // hf_lopt/kernels/reference for what they compute.
 #pragma once
 
+#include "../scheduler_inputs.h"
 #include "tensor_table.h"
 
 namespace hf_lopt {
 
 constexpr int kManyThreads = 1024;
-constexpr float kLossMinStart = 999999999999.0f;  // of a loss buffer that is still empty
-constexpr int kTimes = 9, kLossFeatures = 9, kSteps = 11, kShared = kTimes + kLossFeatures, kLossDecays = 10;
-constexpr int kRunFeatures = kShared + kSteps, kRanks = 5, kTensorInputs = 1 + kRanks + 2 * kMomenta;
 constexpr int kMaxLists = 8, kMaxFactors = 4;
 constexpr int kMaxHidden = 2048, kMaxHeads = 1024;
 

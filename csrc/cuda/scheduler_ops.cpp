@@ -7,33 +7,15 @@ namespace hf_lopt {
 
 namespace {
 
-// Contiguous float64 statistics (rows, columns).
-const double* statistics(const TensorChecks& check, const Tensor& x, const char* name, int64_t index = kAlone) {
-    check.type(x, ScalarType::Double, name, index);
-    check.dims(x, 2, name, index);
+// The data of float64 numbers that have passed the checks, as statistics and sums are read: in one piece.
+const double* statistics(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous for the fused kernels");
     return double_data(x);
 }
 
-// Contiguous float32 data of `numel` numbers.
-const float* values(const TensorChecks& check, ContiguousCopies& copies, const Tensor& x, int64_t numel,
-                    const char* name) {
-    check.type(x, ScalarType::Float, name);
-    STD_TORCH_CHECK(x.numel() == numel, name, " must have ", numel, " numbers, got ", x.numel());
-    return float_data(copies.readable(x));
-}
-
-}  // namespace
-
-namespace {
-
 // The running means and minima of the loss, both updated in place, and the decays of the means.
-void set_loss_buffer(const TensorChecks& check, const Tensors& loss_buffer, double horizon, AdvanceArgs& args) {
+void set_loss_buffer(const Tensors& loss_buffer, double horizon, AdvanceArgs& args) {
     if (loss_buffer.empty()) return;
-    STD_TORCH_CHECK(args.loss && horizon > 0 && loss_buffer.size() == 2,
-                    "a loss buffer of means and minima needs a loss and a horizon, got ", loss_buffer.size(),
-                    " tensors and horizon ", horizon);
-    for (int i = 0; i < 2; i++) check.state(loss_buffer[i], kLossDecays, "loss_buffer", i);
     args.loss_means = float_data(loss_buffer[0]);
     args.loss_min = float_data(loss_buffer[1]);
     for (int i = 0; i < kLossDecays; i++) {
@@ -44,24 +26,15 @@ void set_loss_buffer(const TensorChecks& check, const Tensors& loss_buffer, doub
 
 // What VeLO's features of each tensor are formed from: statistics (rows, 11), sums of squares (rows, F), numbers of
 // elements (rows,) and the one-hot ranks (rows, 5).
-void set_tensor_inputs(const TensorChecks& check, ContiguousCopies& copies, const Tensors& tensor_inputs, int64_t rows,
-                       int64_t p_column, AdvanceArgs& args) {
+void set_tensor_inputs(ContiguousCopies& copies, const Tensors& tensor_inputs, int64_t p_column, AdvanceArgs& args) {
     if (tensor_inputs.empty()) return;
-    STD_TORCH_CHECK(tensor_inputs.size() == 4,
-                    "the inputs of each tensor must be statistics, sums, sizes and ranks, got ", tensor_inputs.size());
     const Tensor &moments = tensor_inputs[0], &totals = tensor_inputs[1];
-    args.moments = statistics(check, moments, "statistics");
-    args.totals = statistics(check, totals, "sums");
-    constexpr int kWidth = statistics_width(kSecondMoments, kMomenta);
-    STD_TORCH_CHECK(moments.size(0) == rows && moments.size(1) == kWidth, "statistics must be of shape (", rows, ", ",
-                    kWidth, "), got (", moments.size(0), ", ", moments.size(1), ")");
-    STD_TORCH_CHECK(totals.size(0) == rows && p_column >= 0 && p_column < totals.size(1), "sums must have ", rows,
-                    " rows and the column ", p_column, ", got shape (", totals.size(0), ", ", totals.size(1), ")");
+    args.moments = statistics(moments, "statistics");
+    args.totals = statistics(totals, "sums");
     args.moments_width = (int32_t)moments.size(1);
     args.totals_width = (int32_t)totals.size(1);
-    check.float64(tensor_inputs[2], rows, "sizes");
     args.numel = double_data(copies.readable(tensor_inputs[2]));
-    args.ranks = values(check, copies, tensor_inputs[3], rows * kRanks, "ranks");
+    args.ranks = float_data(copies.readable(tensor_inputs[3]));
     args.p_column = (int32_t)p_column;
 }
 
@@ -72,40 +45,32 @@ std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::opt
                                            double horizon, Floats corrected, Tensors tensor_inputs, int64_t p_column,
                                            int64_t rows) {
     const Device device(counters);
-    const TensorChecks check(counters);
+    check_advance(stats, sums, bad, loss, counters, loss_buffer, horizon, tensor_inputs, p_column, rows);
     STD_TORCH_CHECK(stats.size() <= kMaxLists && sums.size() <= kMaxLists && corrected.size() <= kMaxLists,
                     "the fused kernel takes at most ", kMaxLists, " lists, got ", stats.size(), ", ", sums.size(),
                     " and ", corrected.size());
-    STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Long && counters.numel() == 3 && counters.is_contiguous(),
-                    "counters must be three contiguous integers, got ", counters.numel());
-    STD_TORCH_CHECK(rows >= 0 && rows <= INT32_MAX, "there cannot be ", rows, " rows");
     AdvanceArgs args{};
     ContiguousCopies copies;
     for (const Tensor& x : stats) {
         const int i = args.stat_lists++;
-        args.stats[i] = statistics(check, x, "stats", i);
+        args.stats[i] = statistics(x, "stats");
         args.stat_rows[i] = x.size(0);
         args.stat_width[i] = (int32_t)x.size(1);
     }
     for (const Tensor& x : sums) {
         const int i = args.sum_lists++;
-        check.type(x, ScalarType::Double, "sums", i);
-        STD_TORCH_CHECK(x.is_contiguous(), "sums must be contiguous for the fused kernels");
-        args.sums[i] = double_data(x);
+        args.sums[i] = statistics(x, "sums");
         args.sum_count[i] = x.numel();
     }
-    if (bad) {
-        check.flag(*bad, "bad");
-        args.bad = static_cast<const bool*>(bad->data_ptr());
-    }
-    if (loss) args.loss = values(check, copies, *loss, 1, "the loss");
+    if (bad) args.bad = static_cast<const bool*>(bad->data_ptr());
+    if (loss) args.loss = float_data(copies.readable(*loss));
     args.counters = static_cast<int64_t*>(counters.data_ptr());
-    set_loss_buffer(check, loss_buffer, horizon, args);
+    set_loss_buffer(loss_buffer, horizon, args);
     args.horizon = (float)horizon;
     args.corrections = (int32_t)corrected.size();
     for (size_t i = 0; i < corrected.size(); i++) args.corrected[i] = corrected[i];
     args.rows = (int32_t)rows;
-    set_tensor_inputs(check, copies, tensor_inputs, rows, p_column, args);
+    set_tensor_inputs(copies, tensor_inputs, p_column, args);
     const Tensor skip =
         torch::stable::new_empty(counters, torch::headeronly::IntHeaderOnlyArrayRef(), ScalarType::Bool);
     const Tensor features = floats(counters, {kRunFeatures + args.corrections});
@@ -144,19 +109,15 @@ const StateEntry* states(const Tensor& like, const Tensors& hidden, const Tensor
 
 Tensor pool(Tensor mixed, Tensors hidden) {
     const Device device(mixed);
-    const TensorChecks check(mixed);
-    check.dims(mixed, 2, "mixed");
+    check_pool(mixed, hidden);
     PoolArgs args{};
     ContiguousCopies copies;
     args.rows = (int32_t)mixed.size(0);
     args.units = (int32_t)(mixed.size(1) / 2);
-    STD_TORCH_CHECK((int64_t)hidden.size() == args.rows && mixed.size(1) % 2 == 0,
-                    "there must be a hidden state for each row, half as wide, got ", hidden.size(), " for shape (",
-                    args.rows, ", ", mixed.size(1), ")");
     char* bases[2] = {};
     args.entries = states(mixed, hidden, nullptr, args.units, bases, device.stream());
     args.base = bases[0];
-    args.mixed = values(check, copies, mixed, mixed.numel(), "mixed");
+    args.mixed = float_data(copies.readable(mixed));
     const Tensor out = floats(mixed, {args.rows, 2 * args.units});
     args.out = float_data(out);
     launch_pool(args, device.stream());
@@ -166,10 +127,7 @@ Tensor pool(Tensor mixed, Tensors hidden) {
 std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tensors cell, Tensor heads,
                                              Tensor heads_bias, Tensor bank, bool celo, Tensor skip) {
     const Device device(gates);
-    const TensorChecks check(gates);
-    check.dims(gates, 2, "gates");
-    check.dims(heads, 2, "heads");
-    check.dims(bank, 2, "bank");
+    check_lstm_step(gates, hidden, cell, heads, heads_bias, bank, skip);
     LstmArgs args{};
     ContiguousCopies copies;
     const int64_t rows = gates.size(0);
@@ -177,24 +135,17 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tenso
     args.controls_count = (int32_t)heads.size(1) - 1;
     args.weights = (int32_t)bank.size(1);
     args.celo = celo;
-    STD_TORCH_CHECK(args.units <= kMaxHidden && gates.size(1) % 4 == 0 && args.controls_count >= 0 &&
-                        args.controls_count < kMaxHeads && heads.size(0) == args.units,
-                    "no fused kernel for gates of ", gates.size(1), " numbers, ", heads.size(0), " hidden units and ",
-                    args.controls_count, " networks");
-    STD_TORCH_CHECK(
-        (int64_t)hidden.size() == rows && (int64_t)cell.size() == rows && bank.size(0) == args.controls_count,
-        "there must be a state for each row and a control for each network of the bank, got ", rows, " rows, ",
-        hidden.size(), " and ", cell.size(), " states, ", args.controls_count, " controls and ", bank.size(0),
-        " networks");
-    check.flag(skip, "skip");
+    STD_TORCH_CHECK(args.units <= kMaxHidden && args.controls_count < kMaxHeads, "no fused kernel for gates of ",
+                    gates.size(1), " numbers, ", heads.size(0), " hidden units and ", args.controls_count,
+                    " networks");
     char* bases[2] = {};
     args.entries = states(gates, hidden, &cell, args.units, bases, device.stream());
     args.hidden_base = bases[0];
     args.cell_base = bases[1];
-    args.gates = values(check, copies, gates, gates.numel(), "gates");
-    args.heads = values(check, copies, heads, heads.numel(), "heads");
-    args.heads_bias = values(check, copies, heads_bias, heads.size(1), "heads_bias");
-    args.bank = values(check, copies, bank, bank.numel(), "bank");
+    args.gates = float_data(copies.readable(gates));
+    args.heads = float_data(copies.readable(heads));
+    args.heads_bias = float_data(copies.readable(heads_bias));
+    args.bank = float_data(copies.readable(bank));
     args.skip = static_cast<const bool*>(skip.data_ptr());
     const Tensor controls = floats(gates, {rows, args.controls_count}), lr_mult = floats(gates, {rows});
     const Tensor networks = floats(gates, {rows, args.weights});
