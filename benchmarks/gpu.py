@@ -13,6 +13,7 @@ Parts, in the order of their value, with the seconds that they may take:
 * golden (60)      reference trajectories on the GPU; ``--quick`` ends if they fail;
 * kernels (60)     bandwidth of a copy; time of the device by kernel, time of the host;
 * speed (15 a row) step time beside fused AdamW at GPT-2 sizes, in turns in one process, eager and as a graph;
+* host (60)        time of the host for many small tensors, beside both forms of AdamW;
 * training (30)    tokens per second of a GPT-2 with VeLO and with AdamW;
 * graph (60)       captured steps against eager ones;
 * launches (60)    launches, copies and waits of a step by the profiler, for few tensors and for many;
@@ -49,8 +50,8 @@ import torch
 
 import hf_lopt
 from benchmarks import gpu_measure
-from benchmarks.gpu_measure import DTYPES, SIZES, attempt, small_steps
-from benchmarks.gpu_report import RULES, Report, draw, not_run
+from benchmarks.gpu_measure import DTYPES, HOST_SETS, SIZES, attempt, small_steps
+from benchmarks.gpu_report import HOST_RULES, RULES, Report, draw, not_run
 from benchmarks.step import RESULTS
 from hf_lopt.kernels import dispatch
 
@@ -58,7 +59,7 @@ from hf_lopt.kernels import dispatch
 ROOT = Path(__file__).parents[1]
 QUICK = {
     "sizes": ["355M"],
-    "rules": ["velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo2", "celo2:auto"],
+    "rules": ["velo", "velo:bfloat16", "velo:int8", "small_fc_lopt", "small_fc_lopt:tf32", "celo2", "celo2:auto"],
     "seconds": 1.5,
     "limit": 150.0,
 }
@@ -97,7 +98,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         for tool in ("memcheck", "racecheck")
     },
 }
-PARTS = ("load", "golden", "kernels", "speed", "training", "graph", "launches", "properties", "sanitizer")
+PARTS = ("load", "golden", "kernels", "speed", "host", "training", "graph", "launches", "properties", "sanitizer")
 
 
 class Deadline:
@@ -247,6 +248,11 @@ def run_part(part: str, options: argparse.Namespace, deadline: Deadline, report:
                     found = timed(deadline, needs, gpu_measure.measure, *arguments)
                     report.put("rows", {"rule": rule, "size": size, "dtype": dtype}, found)
         attempt(draw, report.content, report.files["png"])
+    if part == "host":
+        for tensors in HOST_SETS:
+            for rule in HOST_RULES:
+                found = timed(deadline, 5, gpu_measure.host, rule, tensors, device)
+                report.put("host", {"rule": rule, "tensors": tensors}, found)
     if part == "training":
         for name in ("adamw", "velo"):
             found = timed(deadline, 15, gpu_measure.training, name, options.seconds, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import re
 import statistics
@@ -13,17 +14,21 @@ from typing import Any
 
 import torch
 
+from benchmarks.host import SETS
 from benchmarks.step import build, gpt2
 from hf_lopt import rules
 
 
 SIZES = {"124M": gpt2(768, 12, 50_257), "355M": gpt2(1024, 24, 50_257), "1.3B": gpt2(2048, 24, 50_257)}
+# Tensors so small that a step is what the host does.
+HOST_SETS = SETS
 # Stands for all of them in a rehearsal.
 TINY = gpt2(8, 1, 16, context=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Bytes of the floor per parameter where there are three passes: gradient three times, parameter read twice and written
 # once, the state likewise.
 FLOOR = {"fp32": 72, "bf16": 60}
+STATE_KINDS = ("bfloat16", "int8")
 THREE_PASSES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32")
 SMALL_SHAPES = [(), (7,), (600,), (33, 70), (300, 130), (130, 300), (8, 4, 3, 3), (6, 3, 7, 7), (3, 20, 36)]
 
@@ -39,8 +44,10 @@ def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -
 
 
 def optimizer_of(name: str, params: list[torch.nn.Parameter]) -> Any:
-    """Of a rule, or of a rule and what its products are computed in."""
+    """Of a rule; of a rule and what its products are computed in, or how its state is stored."""
     rule, _, kind = name.partition(":")
+    if kind in STATE_KINDS:
+        return build(rule, params, state_dtype=kind)
     optimizer = build(rule, params)
     for group in optimizer.param_groups if kind else ():
         group["ns_dtype" if "ns_dtype" in group else "precision"] = kind
@@ -49,9 +56,9 @@ def optimizer_of(name: str, params: list[torch.nn.Parameter]) -> Any:
 
 def small_steps(device: str) -> None:
     """A few steps of every rule on small tensors of all kinds: what compute-sanitizer looks at."""
-    for name in (*rules.names(), "small_fc_lopt:tf32"):
-        if name == "rnn_mlp":  # has no kernels
-            continue
+    names = [name for name in rules.names() if name != "rnn_mlp"]  # which has no kernels
+    stored = [f"{name}:{kind}" for name in ("velo", "celo_adam", "celo2_base", "small_fc_lopt") for kind in STATE_KINDS]
+    for name in (*names, "small_fc_lopt:tf32", *stored):
         for dtype in DTYPES.values():
             params = parameters(SMALL_SHAPES, dtype, device)
             optimizer = optimizer_of(name, params)
@@ -230,6 +237,28 @@ def count_launches(rule: str, layers: int, device: str) -> dict[str, Any]:
     for _ in range(3):
         optimizer.step(loss)
     return {"tensors": len(shapes), **count_calls(lambda: optimizer.step(loss), device)}
+
+
+def host(rule: str, tensors: str, device: str) -> dict[str, Any]:
+    """One row of the table of the host: milliseconds until a step over small tensors has been asked for, the device
+    being idle before, and those of AdamW, in turns."""
+    shapes = HOST_SETS[tensors] if device == "cuda" else TINY
+    ours, theirs = parameters(shapes, torch.float32, device), parameters(shapes, torch.float32, device)
+    optimizer, loss = optimizer_of(rule, ours), torch.tensor(1.0, device=device)
+    steps = (
+        functools.partial(optimizer.step, loss),
+        torch.optim.AdamW(theirs, foreach=True).step,
+        torch.optim.AdamW(theirs, fused=True).step,
+    )
+    times: list[list[float]] = [[], [], []]
+    for _ in range(35):
+        for step, spent in zip(steps, times, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            spent.append(1e3 * (time.perf_counter() - start))
+    step_ms, foreach, fused = (statistics.median(spent[5:]) for spent in times)
+    return {"step_ms": step_ms, "foreach_ms": foreach, "fused_ms": fused, "ratio": step_ms / foreach}
 
 
 def training(name: str, seconds: float, device: str) -> dict[str, Any]:

@@ -8,11 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_measure import DTYPES, SIZES, THREE_PASSES
+from benchmarks.gpu_measure import DTYPES, HOST_SETS, SIZES, THREE_PASSES
 from benchmarks.storing import record_text, use_palette
 
 
-RULES = ("velo", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base", "celo2", "celo2:auto")
+RULES = (
+    *("velo", "velo:bfloat16", "velo:int8", "small_fc_lopt", "small_fc_lopt:tf32", "celo_adam", "celo2_base"),
+    *("celo2", "celo2:auto"),
+)
+HOST_RULES = ("velo", "small_fc_lopt", "celo", "celo_adam", "celo2_base", "celo2")
 # Shares of the bandwidth of a copy, measured in the same run.
 TARGETS = {
     ("velo", "355M", "fp32"): 0.85,
@@ -20,7 +24,7 @@ TARGETS = {
     ("small_fc_lopt", "355M", "fp32"): 0.65,
 }
 CHECKS = ("load", "golden", "graph", "launches", "properties", "memcheck", "racecheck")
-TABLES = ("kernels", "rows", "training", "launches")
+TABLES = ("kernels", "rows", "host", "training", "launches")
 
 
 class Report:
@@ -66,10 +70,11 @@ def not_run() -> dict[str, Any]:
     rows = [{"rule": r, "size": s, "dtype": d} for s in SIZES for r in RULES for d in DTYPES]
     launches = [{"rule": r, "layers": layers} for r in RULES for layers in (1, 12)]
     kernels = [{"rule": r, "size": "355M", "dtype": d} for r in RULES for d in DTYPES]
+    host = [{"rule": r, "tensors": name} for name in HOST_SETS for r in HOST_RULES]
     training = [{"optimizer": name} for name in ("adamw", "velo")]
     checks = {name: {"result": "not run"} for name in CHECKS}
     content = {"about": {"command": "python -m benchmarks.gpu"}, "checks": checks}
-    return content | {"kernels": kernels, "rows": rows, "training": training, "launches": launches}
+    return content | {"kernels": kernels, "rows": rows, "host": host, "training": training, "launches": launches}
 
 
 def table(heads: list[str], rows: list[list[str]]) -> list[str]:
@@ -135,6 +140,11 @@ def markdown(content: dict[str, Any]) -> str:
         cells += [cell(r, key, "d") for key in counts]
         rows.append([*cells, cell(r, "peak_extra_bytes", ".2f"), r.get("date", "")])
     lines += table(heads, rows)
+    lines += others
+    keys = ("step_ms", "foreach_ms", "fused_ms", "ratio")
+    done, others = split_rows(content["host"], ("rule", "tensors"))
+    host = [[r["rule"], r["tensors"], *(cell(r, key, ".2f") for key in keys)] for r in done]
+    lines += table(["rule", "small tensors", "host, ms", "AdamW (foreach), ms", "AdamW (fused), ms", "ratio"], host)
     lines += others
     training = [
         [r["optimizer"], cell(r, "step_ms", ".1f"), cell(r, "tokens_per_s", ".0f")] for r in content["training"]

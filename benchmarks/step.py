@@ -76,9 +76,9 @@ def random_weights(rule: rules.Rule) -> dict[str, torch.Tensor]:
     }
 
 
-def build(rule_name: str, params: list[torch.nn.Parameter]) -> hf_lopt.LearnedOptimizer:
+def build(rule_name: str, params: list[torch.nn.Parameter], **settings: Any) -> hf_lopt.LearnedOptimizer:
     rule = rules.get(rule_name)
-    settings: dict[str, Any] = {"weights": random_weights(rule)}
+    settings["weights"] = random_weights(rule)
     if rule.needs_horizon:
         settings["num_training_steps"] = 1000
     with warnings.catch_warnings():

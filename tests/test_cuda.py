@@ -37,10 +37,12 @@ RULES = ("velo", "celo", "celo_adam", "small_fc_lopt", "mulo", "celo2_base")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [*RULES, "celo2", "elo_celo2"])
+@pytest.mark.parametrize("rule", [*RULES, "celo2", "elo_celo2", "velo:bfloat16", "celo_adam:int8", "celo2_base:int8"])
 def test_a_captured_step_is_the_eager_step(rule, dtype):
     shapes = [*SHAPES, *LARGE]
-    (eager, eager_params), (captured, params) = (optimizer_and_params(rule, shapes, dtype) for _ in range(2))
+    rule, _, kind = rule.partition(":")
+    made = (optimizer_and_params(rule, shapes, dtype, state_dtype=kind or "float32") for _ in range(2))
+    (eager, eager_params), (captured, params) = made
     loss = torch.tensor(2.0, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -10,8 +10,8 @@ struct Squares {
     float g = 0, clip = 0, p = 0, v = 0, q = 0, gq = 0;
     float m[kMomenta] = {}, mq[kMomenta] = {}, fac_g[kFactored] = {}, fac_m[kMomenta] = {};
 
-    // `q_squared`: 1 / (v + eps), 0 where there is no element, where all else is zero.
-    HF_LOPT_MEMBER void add(const Updated& u, const Lane& q_squared, const Lane (&factor)[kFactored]) {
+    // `q_squared`: 1 / (v + eps), 0 where there is no element, where all else is zero; and the squares of the factors.
+    HF_LOPT_MEMBER void add(const Updated& u, const Lane& q_squared, const Lane (&factor_squared)[kFactored]) {
         HF_LOPT_EACH(e) {
             const float x = u.g.x[e], square = x * x, clipped = clamp(x, kSmallClip);
             g += square;
@@ -22,7 +22,7 @@ struct Squares {
             gq = fmaf(square, q_squared.x[e], gq);
 #pragma unroll
             for (int k = 0; k < kMomenta; k++) {
-                const float y = u.m[k].x[e] * u.m[k].x[e], f = factor[k].x[e] * factor[k].x[e];
+                const float y = u.m[k].x[e] * u.m[k].x[e], f = factor_squared[k].x[e];
                 m[k] += y;
                 mq[k] = fmaf(y, q_squared.x[e], mq[k]);
                 fac_g[k] = fmaf(square, f, fac_g[k]);
@@ -31,7 +31,10 @@ struct Squares {
         }
     }
 
-    HF_LOPT_MEMBER void put(double (&sums)[kInputs]) const {
+    // What the block has added up. From registers: an array that other functions see is in memory, which costs as much
+    // as a tenth of the pass (measured on an H200).
+    HF_LOPT_MEMBER void flush(double* out) const {
+        double sums[kInputs] = {};
         sums[kG] = g;
         sums[kClipG] = clip;
         sums[kP] = p;
@@ -45,6 +48,7 @@ struct Squares {
             sums[kFacG + k] = fac_g[k];
             sums[kFacM + k] = fac_m[k];
         }
+        block_sums(sums, kInputs, out);
     }
 };
 
@@ -52,37 +56,38 @@ struct Squares {
 template <class Formats>
 struct ForFullTiles : Formats::ForTile {
     ComingRows<2> rows;
-    OfLines factors;
+    OfLines squares;  // of the factors
 };
 
 template <class P, class G, class Args>
-HF_LOPT_DEVICE void add_full_rows(const Args& a, const Place& at, ForFullTiles<FormatsOf<Args>>& shared,
-                                  double (&sums)[kInputs]) {
+HF_LOPT_DEVICE void add_full_rows(const Args& a, const Place& at, ForFullTiles<FormatsOf<Args>>& shared, double* out) {
     const TensorEntry& t = *at.entry;
     const FullTile f = full_tile(at);
     FullRows<2, P, G, FormatsOf<Args>> rows(a, at, f, shared.rows, shared);
-    copy_lines(a.table, at, sLineFactor, shared.factors);
+    copy_lines(a.table, at, sLineFactor, shared.squares, true);
     rows.state.set_rows(at);
     barrier();
     const float* vector = pointer<float>(a.table, t, sVectorFactor) + at.vector() + f.column;
     Lane along[kFactored];
 #pragma unroll
-    for (int k = 0; k < kFactored; k++) HF_LOPT_EACH(e) along[k].x[e] = vector[k * t.vector_decay + e];
+    for (int k = 0; k < kFactored; k++) {
+        HF_LOPT_EACH(e) along[k].x[e] = vector[k * t.vector_decay + e] * vector[k * t.vector_decay + e];
+    }
     Squares squares;
 #pragma unroll 1
     for (int row = at.warp(); rows.left > 0; row += kWarps) {
         const Updated u = rows.next(a.constants, row);
-        const Lane of_line = load_four(shared.factors.row[row]);
-        Lane factor[kFactored];
+        const Lane of_line = load_four(shared.squares.row[row]);
+        Lane factor_squared[kFactored];
 #pragma unroll
-        for (int k = 0; k < kFactored; k++) factor[k] = along[k] * of_line.x[k];
-        squares.add(u, map(u.v, [&](float v) { return reciprocal(v + a.constants.second_eps); }), factor);
+        for (int k = 0; k < kFactored; k++) factor_squared[k] = along[k] * of_line.x[k];
+        squares.add(u, map(u.v, [&](float v) { return reciprocal(v + a.constants.second_eps); }), factor_squared);
     }
-    squares.put(sums);
+    squares.flush(out);
 }
 
 template <Kind kind, class Args>
-HF_LOPT_DEVICE void add_rows(const Args& a, const Place& at, double (&sums)[kInputs]) {
+HF_LOPT_DEVICE void add_rows(const Args& a, const Place& at, double* out) {
     Lane along[kFactored];
     if constexpr (kind != kStrided) load_vector_factors(a.table, at, along);
     const FormatsOf<Args> formats(a, at);
@@ -94,14 +99,17 @@ HF_LOPT_DEVICE void add_rows(const Args& a, const Place& at, double (&sums)[kInp
         load_factors<kind>(a.table, at, row, along, factor);
         // No root: only its square is needed.
         HF_LOPT_EACH(e) { q_squared.x[e] = at.live(row, e) ? reciprocal(u.v.x[e] + a.constants.second_eps) : 0.0f; }
+#pragma unroll
+        for (int k = 0; k < kFactored; k++) factor[k] = factor[k] * factor[k];
         squares.add(u, q_squared, factor);
     }
-    squares.put(sums);
+    squares.flush(out);
 }
 
 template <class Args>
-HF_LOPT_OUT_OF_LINE void add_flat(const Args& a, double (&sums)[kInputs]) {
+HF_LOPT_OUT_OF_LINE void add_flat(const Args& a, double* out) {
     const Place at = place(a.table);
+    double sums[kInputs] = {};
     const FormatsOf<Args> formats(a, at);
     for (int turn = 0; turn < at.turns(); turn++) {
         const RowPlace row = at.row(turn);
@@ -116,6 +124,7 @@ HF_LOPT_OUT_OF_LINE void add_flat(const Args& a, double (&sums)[kInputs]) {
             for (int f = 0; f < kInputs; f++) sums[f] += (double)x[f] * x[f];
         }
     }
+    block_sums(sums, kInputs, out);
 }
 
 // Adds Σ x² and Σ 1/(x + eps): the squares of a vector feature and of its inverse root.
@@ -164,9 +173,9 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
 
 // Rows that are not full, or not neighbours.
 template <Kind kind, class Args>
-HF_LOPT_OUT_OF_LINE void add_other_rows(const Args& a, double (&sums)[kInputs]) {
+HF_LOPT_OUT_OF_LINE void add_other_rows(const Args& a, double* out) {
     const Place at = place(a.table);
-    add_rows<kind>(a, at, sums);
+    add_rows<kind>(a, at, out);
 }
 
 // The vector features of a strided slice, which may differ from element to element.
@@ -223,20 +232,18 @@ template <class Args>
 HF_LOPT_DEVICE void feature_sums_of_tile(const Args& a, ForFullTiles<FormatsOf<Args>>& shared) {
     const Place at = place(a.table);
     const TensorEntry& t = *at.entry;
-    double sums[kInputs] = {};
-    if (!t.factored) {
-        add_flat(a, sums);
-    } else if (t.strided) {
-        add_other_rows<kStrided>(a, sums);
-    } else if (t.inner > 1) {
-        add_other_rows<kInner>(a, sums);
-    } else if (!with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
-                   add_full_rows<decltype(p), decltype(g)>(a, at, shared, sums);
-               })) {
-        add_other_rows<FormatsOf<Args>::kOtherRows>(a, sums);
-    }
     double* partial = a.partial + (int64_t)block() * kSums;
-    block_sums(sums, kInputs, partial);
+    if (!t.factored) {
+        add_flat(a, partial);
+    } else if (t.strided) {
+        add_other_rows<kStrided>(a, partial);
+    } else if (t.inner > 1) {
+        add_other_rows<kInner>(a, partial);
+    } else if (!with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
+                   add_full_rows<decltype(p), decltype(g)>(a, at, shared, partial);
+               })) {
+        add_other_rows<FormatsOf<Args>::kOtherRows>(a, partial);
+    }
     if (t.strided) {
         strided_vector_sums(a, partial + kInputs);
     } else if (t.factored && (at.strip == 0 || at.row_tile == 0)) {

@@ -89,7 +89,7 @@ HF_LOPT_DEVICE void begin_copy_of_four(Coming& to, const T* from) {
 struct ComingRow {
     Coming g, p, m[kMomenta], v;
 };
-// `ahead`: how many rows are under way. One is enough where a row takes long (measured on an H200).
+// `ahead`: how many rows are under way.
 template <int ahead>
 using ComingRows = ComingRow[ahead];
 
@@ -221,13 +221,17 @@ HF_LOPT_DEVICE void for_rows(const Place& at, F f) {
     for (int r = thread(); r < at.row_count(); r += kThreads) f(r, at.line_of(r));
 }
 
-// Those of an accumulator, or of factors; a barrier has to follow.
-HF_LOPT_DEVICE void copy_lines(const TensorTable& table, const Place& at, Slot slot, OfLines& to) {
+// Those of an accumulator, or of factors, or their squares; a barrier has to follow.
+HF_LOPT_DEVICE void copy_lines(const TensorTable& table, const Place& at, Slot slot, OfLines& to,
+                               bool squared = false) {
     const TensorEntry& t = *at.entry;
     const float* x = pointer<float>(table, t, slot);
     for_rows(at, [&](int r, int64_t line) {
 #pragma unroll
-        for (int k = 0; k < kFactored; k++) to.row[r][k] = x[k * t.line_decay + line];
+        for (int k = 0; k < kFactored; k++) {
+            const float y = x[k * t.line_decay + line];
+            to.row[r][k] = squared ? y * y : y;
+        }
     });
 }
 

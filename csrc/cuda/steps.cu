@@ -4,7 +4,9 @@
 namespace hf_lopt {
 namespace {
 
-HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) { adam_tile(a); }
+HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
+    adam_tile(a, [&](const Place& at) { return adam_rows(a, at, InFloat32(a, at)); });
+}
 
 HF_LOPT_KERNEL(kThreads, 2) descend_kernel(HF_LOPT_ARGUMENT DescendArgs a) { descend_tile(a); }
 

@@ -5,18 +5,12 @@
 
 namespace hf_lopt {
 
-// A tile of either kernel.
-template <class Args>
-HF_LOPT_DEVICE void adam_tile(const Args& a) {
-    const Place at = place(a.table);
+// The rows of a tile; returns the thread's sum of squared steps.
+template <class Args, class Formats>
+HF_LOPT_DEVICE float adam_rows(const Args& a, const Place& at, const Formats& formats) {
     const TensorEntry& t = *at.entry;
-    if (*a.skip) {
-        if (at.tile == 0 && thread() == 0) a.sums[t.tensor] = 0.0;
-        return;
-    }
     const float scale = *a.momentum_correction * a.scale(at.tensor), decay = a.decay(at.tensor);
     const float second_scale = *a.second_correction;
-    const FormatsOf<Args> formats(a, at);
     float step2 = 0.0f;
     for (int turn = 0; turn < at.turns(); turn++) {
         const RowPlace row = at.row(turn);
@@ -36,7 +30,19 @@ HF_LOPT_DEVICE void adam_tile(const Args& a) {
         formats.template store<false>(a.table, at, row, sV, 0, draws, 1, v);
         formats.template store_parameter<false>(a.table, at, row, p);
     }
-    const double sums[1] = {step2};
+    return step2;
+}
+
+// A tile of either kernel; `rows` does what `adam_rows` does.
+template <class Args, class F>
+HF_LOPT_DEVICE void adam_tile(const Args& a, F rows) {
+    const Place at = place(a.table);
+    const TensorEntry& t = *at.entry;
+    if (*a.skip) {
+        if (at.tile == 0 && thread() == 0) a.sums[t.tensor] = 0.0;
+        return;
+    }
+    const double sums[1] = {rows(at)};
     block_sums(sums, 1, a.partial + block());
     // The tiles of all slices of the tensor are added up.
     const int32_t first_slice = t.tensor * a.slices, first_tile = a.table.first_tile[first_slice];

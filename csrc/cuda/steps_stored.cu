@@ -1,29 +1,33 @@
 // Steps that need no features, over accumulators in any format; and the scales of new codes.
 #include "steps.cuh"
-#include "stored.cuh"
+#include "stored_rows.cuh"
 
 namespace hf_lopt {
 namespace {
 
-HF_LOPT_KERNEL(kThreads, 2) adam_stored_kernel(HF_LOPT_ARGUMENT Stored<AdamArgs> a) { adam_tile(a); }
+HF_LOPT_OUT_OF_LINE float other_adam_rows(const Stored<AdamArgs>& a) {
+    const Place at = place(a.table);
+    return adam_rows(a, at, InAnyFormat(a, at));
+}
+
+HF_LOPT_KERNEL(kThreads, 2) adam_stored_kernel(HF_LOPT_ARGUMENT Stored<AdamArgs> a) {
+    adam_tile(a, [&](const Place& at) {
+        const InWholeRows rows(a, at);
+        return rows.has(at) ? adam_rows(a, at, rows) : other_adam_rows(a);
+    });
+}
 
 HF_LOPT_KERNEL(kThreads, 2) descend_stored_kernel(HF_LOPT_ARGUMENT Stored<DescendArgs> a) { descend_tile(a); }
 
-// The largest number of a warp's part of a row.
-HF_LOPT_DEVICE float largest_of(const Lane& y, float largest, int lanes) {
+HF_LOPT_DEVICE float largest_of(const Lane& y, float largest) {
     HF_LOPT_EACH(e) largest = maximum(largest, fabsf(y.x[e]));
-    for (int mask = lanes / 2; mask > 0; mask /= 2) largest = maximum(largest, shuffle_xor(largest, mask));
     return largest;
 }
 
-// The scales of new codes take the place of the old ones, which are kept for the kernel that reads the old codes. A
-// block of codes is two strips: the tiles of every second one work on both.
-HF_LOPT_KERNEL(kThreads, 2) scales_kernel(HF_LOPT_ARGUMENT Stored<ScalesArgs> a) {
-    if (*a.skip) return;
-    const Place at = place(a.table);
-    if (at.strip % 2) return;
+// The rows of two neighbouring strips, whose numbers are of the same blocks of codes.
+template <class Formats>
+HF_LOPT_DEVICE void scales_of_rows(const Stored<ScalesArgs>& a, const Place& at, const Formats& formats) {
     const TensorEntry& t = *at.entry;
-    const InAnyFormat formats(a, at);
     const FormatEntry& f = formats.entry();
     Place right = at;
     right.strip++;
@@ -31,22 +35,31 @@ HF_LOPT_KERNEL(kThreads, 2) scales_kernel(HF_LOPT_ARGUMENT Stored<ScalesArgs> a)
     if (right.width < 0) right.width = 0;
     for (int turn = 0; turn < at.turns(); turn++) {
         const RowPlace rows[2] = {at.row(turn), right.row(turn)};
-        const Place* places[2] = {&at, &right};
+        Lane g[2], v[2], m[2][kMomenta];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const Place& part = half ? right : at;
+            g[half] = load(pointer<void>(a.table, t, sG), t.g_type, part, rows[half]);
+            v[half] = formats.template load<false>(a.table, part, rows[half], sV, 0);
+#pragma unroll
+            for (int k = 0; k < kMomenta; k++) {
+                if (k < a.momenta) m[half][k] = formats.template load<false>(a.table, part, rows[half], sM, k);
+            }
+        }
         float largest[1 + kMomenta] = {};
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const Place& part = *places[half];
-            const RowPlace& row = rows[half];
-            const Lane g = map(load(pointer<void>(a.table, t, sG), t.g_type, part, row),
-                               [&](float x) { return clamp(x, a.clip); });
-            const Lane v = ema(formats.load<false>(a.table, part, row, sV, 0), g * g, a.keep_v, a.add_v);
-            largest[kMomenta] = largest_of(v, largest[kMomenta], t.lanes);
+            const Lane clipped = map(g[half], [&](float x) { return clamp(x, a.clip); });
+            largest[kMomenta] = largest_of(ema(v[half], clipped * clipped, a.keep_v, a.add_v), largest[kMomenta]);
 #pragma unroll
             for (int k = 0; k < kMomenta; k++) {
                 if (k >= a.momenta) continue;
-                const Lane m = ema(formats.load<false>(a.table, part, row, sM, k), g, a.keep_m[k], a.add_m[k]);
-                largest[k] = largest_of(m, largest[k], t.lanes);
+                largest[k] = largest_of(ema(m[half][k], clipped, a.keep_m[k], a.add_m[k]), largest[k]);
             }
+        }
+        for (int mask = t.lanes / 2; mask > 0; mask /= 2) {
+#pragma unroll
+            for (int k = 0; k <= kMomenta; k++) largest[k] = maximum(largest[k], shuffle_xor(largest[k], mask));
         }
         if (thread() % t.lanes != 0 || rows[0].limit == 0) continue;
         const int64_t block = (f.first + rows[0].line) * f.blocks + at.start() / kCodeBlock;
@@ -59,6 +72,25 @@ HF_LOPT_KERNEL(kThreads, 2) scales_kernel(HF_LOPT_ARGUMENT Stored<ScalesArgs> a)
             a.formats.other_scales[of_v][f.other_scales[of_v] + place] = scale;
             scale = of_v ? scale_of<false>(largest[k]) : scale_of<true>(largest[k]);
         }
+    }
+}
+
+HF_LOPT_OUT_OF_LINE void other_scales_of_rows(const Stored<ScalesArgs>& a) {
+    const Place at = place(a.table);
+    scales_of_rows(a, at, InAnyFormat(a, at));
+}
+
+// The scales of new codes take the place of the old ones, which are kept for the kernel that reads the old codes. A
+// block of codes is two strips: the tiles of every second one work on both.
+HF_LOPT_KERNEL(kThreads, 3) scales_kernel(HF_LOPT_ARGUMENT Stored<ScalesArgs> a) {
+    if (*a.skip) return;
+    const Place at = place(a.table);
+    if (at.strip % 2) return;
+    const InWholeRows rows(a, at);
+    if (rows.has(at)) {
+        scales_of_rows(a, at, rows);
+    } else {
+        other_scales_of_rows(a);
     }
 }
 

@@ -207,6 +207,11 @@ class InAnyFormat {
         if (strided || !entry_.lines_are_rows) {
             return draws_of_elements(Spots<strided>{entry_, at, row}, turn_of_step(table_));
         }
+        return draws_of_line(at, row);
+    }
+    // Of elements whose row is that of their line.
+    HF_LOPT_MEMBER Draws draws_of_line(const Place& at, const RowPlace& row) const {
+        Draws d;
         d.turn = turn_of_step(table_);
         const uint32_t start = random_start(entry_, entry_.first + row.line) + (uint32_t)at.start();
         HF_LOPT_EACH(e) d.first[e] = hash_of_column(start + (uint32_t)at.column(e));
@@ -239,7 +244,10 @@ class InAnyFormat {
         store<strided>(table, at, row, sV, 0, d, kMomenta, u.v);
         add(kMomenta);
     }
-    HF_LOPT_MEMBER bool along_lines() const { return entry_.lines_are_rows; }
+    // Also where all that is asked for are numbers of bfloat16: they have no place among blocks or random numbers.
+    HF_LOPT_MEMBER bool along_lines() const {
+        return entry_.lines_are_rows || (entry_.type != kCodes && !table_.step);
+    }
     // Whether parameters of a type are rounded at random.
     HF_LOPT_MEMBER bool rounds(int32_t type) const { return type == kBFloat16 && table_.round_params; }
 

@@ -255,9 +255,11 @@ HF_LOPT_DEVICE void last_to_arrive(const Ticket (&tickets)[N], bool (&result)[N]
         last[i] = false;
         if (tickets[i].number) {
             fence();
-            last[i] = take_ticket(tickets[i].number) == (uint32_t)tickets[i].count - 1;
-            if (last[i]) *tickets[i].number = 0;
-            fence();
+            if (take_ticket(tickets[i].number) == (uint32_t)tickets[i].count - 1) {
+                last[i] = true;
+                *tickets[i].number = 0;
+                fence();
+            }
         }
     }
     barrier();

@@ -22,7 +22,7 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _numbers = itertools.count(1)
 FEW = 8  # shorter lists are passed faster than they are held
 # A GPU gets whole lists until this has been run on one; nothing else here knows the device.
-DEVICES = frozenset(("cpu",))
+DEVICES = frozenset(("cpu", "cuda"))
 
 
 @functools.cache
