@@ -251,7 +251,7 @@ HF_LOPT_DEVICE void apply_rows(const Args& a, const Place& at, const Shared<U>& 
 
 template <int U, Kind kind, class Args>
 HF_LOPT_OUT_OF_LINE void apply_other_rows(const Args& a, const Shared<U>& s, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     apply_rows<U, kind>(a, at, s, out);
 }
 
@@ -264,7 +264,7 @@ HF_LOPT_DEVICE void finish_element(const Network<U>& w, float (&z)[U], float* di
 // Any kind of tensors, element by element: those of rank < 2, strided slices, and all where there are many units.
 template <int U, Kind kind, class Args>
 HF_LOPT_OUT_OF_LINE void apply_elements(const Args& a, const Shared<U>& s, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     using T = std::conditional_t<kind == kFlat, double, float>;
     constexpr bool strided = kind == kStrided, columns = kind == kMatrix || kind == kInner;
     const TensorEntry& t = *at.entry;

@@ -108,7 +108,7 @@ HF_LOPT_DEVICE void add_rows(const Args& a, const Place& at, double* out) {
 
 template <class Args>
 HF_LOPT_OUT_OF_LINE void add_flat(const Args& a, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     double sums[kInputs] = {};
     const FormatsOf<Args> formats(a, at);
     for (int turn = 0; turn < at.turns(); turn++) {
@@ -135,7 +135,7 @@ HF_LOPT_DEVICE void add_number(float x, double& square, double& inverse) {
 
 // The vector features: those of lines by the tiles of the first strip, the others by those of the first rows.
 HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     const TensorEntry& t = *at.entry;
     double sums[kVectorSums] = {};
     const auto of = [&](int feature, int k) -> double& { return sums[feature * kFactored + k]; };
@@ -174,13 +174,13 @@ HF_LOPT_OUT_OF_LINE void vector_sums(const FeatureSumsArgs& a, double* out) {
 // Rows that are not full, or not neighbours.
 template <Kind kind, class Args>
 HF_LOPT_OUT_OF_LINE void add_other_rows(const Args& a, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     add_rows<kind>(a, at, out);
 }
 
 // The vector features of a strided slice, which may differ from element to element.
 HF_LOPT_OUT_OF_LINE void strided_vector_sums(const FeatureSumsArgs& a, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     const TensorEntry& t = *at.entry;
     double sums[kVectorSums] = {};
     for (int turn = 0; turn < at.turns(); turn++) {

@@ -7,7 +7,7 @@ namespace hf_lopt {
 
 template <class T, class Args>
 HF_LOPT_OUT_OF_LINE void moments(const Args& a, double* stats) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     const TensorEntry& t = *at.entry;
     MomentSums<T> p, others[1 + kMomenta];
     const typename FormatsOf<Args>::Reader reader(a, at);

@@ -6,7 +6,7 @@ namespace hf_lopt {
 namespace {
 
 HF_LOPT_OUT_OF_LINE float other_adam_rows(const Stored<AdamArgs>& a) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     return adam_rows(a, at, InAnyFormat(a, at));
 }
 
@@ -76,7 +76,7 @@ HF_LOPT_DEVICE void scales_of_rows(const Stored<ScalesArgs>& a, const Place& at,
 }
 
 HF_LOPT_OUT_OF_LINE void other_scales_of_rows(const Stored<ScalesArgs>& a) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     scales_of_rows(a, at, InAnyFormat(a, at));
 }
 

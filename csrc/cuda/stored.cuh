@@ -207,11 +207,6 @@ class InAnyFormat {
         if (strided || !entry_.lines_are_rows) {
             return draws_of_elements(Spots<strided>{entry_, at, row}, turn_of_step(table_));
         }
-        return draws_of_line(at, row);
-    }
-    // Of elements whose row is that of their line.
-    HF_LOPT_MEMBER Draws draws_of_line(const Place& at, const RowPlace& row) const {
-        Draws d;
         d.turn = turn_of_step(table_);
         const uint32_t start = random_start(entry_, entry_.first + row.line) + (uint32_t)at.start();
         HF_LOPT_EACH(e) d.first[e] = hash_of_column(start + (uint32_t)at.column(e));
@@ -311,11 +306,15 @@ struct FullState<InAnyFormat> {
     char *m, *v;
     int64_t m_step;  // bytes from one decay to the next
     int32_t type;
-    uint32_t start;  // of the strip
+    uint32_t start, turn;  // of the strip, of the step
 
     template <class Args>
     HF_LOPT_MEMBER FullState(const Args& a, const Place& at, InAnyFormat::ForTile& shared)
-        : formats(a, at), tile(shared), type(formats.entry().type), start((uint32_t)at.start()) {}
+        : formats(a, at),
+          tile(shared),
+          type(formats.entry().type),
+          start((uint32_t)at.start()),
+          turn(turn_of_step(formats.table())) {}
 
     HF_LOPT_MEMBER void set_pointers(const TensorTable& table, const TensorEntry& t) {
         m = pointer<char>(table, t, sM);
@@ -383,7 +382,7 @@ struct FullState<InAnyFormat> {
   private:
     HF_LOPT_MEMBER RowDraws draws(int row, int column) const {
         RowDraws d;
-        d.turn = turn_of_step(formats.table());
+        d.turn = turn;
         HF_LOPT_EACH(e) d.first[e] = hash_of_column(tile.random[row] + start + (uint32_t)(column + e));
         return d;
     }

@@ -67,23 +67,47 @@ HF_LOPT_DEVICE void store_line(const SumsArgs& a, const Place& at, const RowPlac
     warp_barrier();
 }
 
+// Σ_i x[i * stride] for i < count, several under way at once.
+HF_LOPT_DEVICE double total_of(const float* x, int64_t count, int64_t stride) {
+    constexpr int kAtOnce = 8;
+    double total = 0.0;
+    for (int64_t i = 0; i < count; i += kAtOnce) {
+        float y[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) y[j] = i + j < count ? load_shared_result(x + (i + j) * stride) : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kAtOnce; j++) total += y[j];
+    }
+    return total;
+}
+
+// A tall matrix has many tiles above one another: each thread adds up a part of its column's.
 HF_LOPT_DEVICE void total_columns(const SumsArgs& a, const Place& at) {
+    HF_LOPT_SHARED double totals[kThreads];
+    constexpr int kParts = kThreads / kStrip;
     const TensorEntry& t = *at.entry;
-    const int64_t place = at.vector();
+    const int64_t place = at.vector(), length = t.vector_length();
+    const int c = thread() % kStrip, each = (t.row_tiles + kParts - 1) / kParts, first = thread() / kStrip * each;
+    const int left = t.row_tiles - first, count = c < at.width ? (left < each ? left : each) : 0;
+    totals[thread()] = total_of(a.parts + t.vector_part + first * length + place + c, count, length);
+    barrier();
     float* out = pointer<float>(a.table, t, sVector);
-    for (int c = thread(); c < at.width; c += kThreads) {
+    if (thread() < at.width) {
         double total = 0.0;
-        for (int i = 0; i < t.row_tiles; i++) {
-            total += load_shared_result(a.parts + t.vector_part + i * t.vector_length() + place + c);
-        }
-        out[place + c] = (float)total;
+        for (int part = 0; part < kParts; part++) total += totals[part * kStrip + thread()];
+        out[place + thread()] = (float)total;
     }
 }
 
 HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
     const TensorEntry& t = *at.entry;
     const int64_t length = t.line_length();
+    const float* parts = a.parts + t.line_part;
     float* out = pointer<float>(a.table, t, sLine);
+    if (t.inner == 1) {
+        for_rows(at, [&](int, int64_t line) { out[line] = (float)total_of(parts + line, t.strips, length); });
+        return;
+    }
     for (int64_t i = thread(); i < at.row_count() * t.inner; i += kThreads) {
         const int64_t position = i % t.inner, number = at.line_of(i / t.inner) * t.inner + position;
         double total = 0.0;
@@ -91,9 +115,7 @@ HF_LOPT_DEVICE void total_lines(const SumsArgs& a, const Place& at) {
             // The strip's first column at this place along the inner axes, if it has one.
             const int64_t distance = (position - s * kStrip % t.inner + t.inner) % t.inner;
             const int64_t left = t.columns - s * kStrip;
-            if (distance < (left < kStrip ? left : kStrip)) {
-                total += load_shared_result(a.parts + t.line_part + s * length + number);
-            }
+            if (distance < (left < kStrip ? left : kStrip)) total += load_shared_result(parts + s * length + number);
         }
         out[number] = (float)total;
     }
@@ -214,7 +236,7 @@ HF_LOPT_DEVICE void add_full_rows(const SumsArgs& a, const Place& at, ForFullTil
 
 // Any tile, in batches of rows.
 HF_LOPT_OUT_OF_LINE void add_other_rows(const SumsArgs& a, float (&buffer)[kWarps][kStrip]) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     const TensorEntry& t = *at.entry;
     RowSums sums = {};
     const void* g = pointer<void>(a.table, t, sG);

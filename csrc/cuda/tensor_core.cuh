@@ -488,7 +488,7 @@ HF_LOPT_DEVICE void apply_on_tensor_cores(const Args& a, const Place& tile, cons
 template <Precision precision, class Args>
 HF_LOPT_OUT_OF_LINE void apply_other_on_tensor_cores(const Args& a, const Shared<kUnits>& s,
                                                      const Fragments<precision>& f, double* out) {
-    const Place at = place(a.table);
+    const Place at = same_place();
     apply_on_tensor_cores(a, at, s, f, out);
 }
 

@@ -97,24 +97,24 @@ HF_LOPT_DEVICE T* pointer(const TensorTable& table, const TensorEntry& t, Slot s
     return reinterpret_cast<T*>(table.base[slot] + t.at[slot]);
 }
 
-// The tensor of a tile. All threads look at once: a search by halves waits for memory again and again.
-HF_LOPT_DEVICE int32_t find_tensor(const TensorTable& table, int32_t tile) {
-    HF_LOPT_SHARED int32_t found;
-    for (int32_t i = thread(); i < table.count; i += kThreads) {
-        if (table.first_tile[i] <= tile && tile < table.first_tile[i + 1]) found = i;
-    }
-    barrier();
-    const int32_t tensor = found;
-    barrier();  // before it is used again
-    return tensor;
+// What a block knows of its tile, in shared memory: each look into the memory of the device takes as long as a row.
+struct TileOfBlock {
+    TensorEntry entry;
+    int32_t tensor, tile;  // `tile`: of the tensor
+};
+HF_LOPT_DEVICE TileOfBlock& tile_of_block() {
+    HF_LOPT_SHARED TileOfBlock tile;
+    return tile;
 }
 
-HF_LOPT_DEVICE Place place(const TensorTable& table) {
+// The place of this thread, again.
+HF_LOPT_DEVICE Place same_place() {
+    const TileOfBlock& found = tile_of_block();
+    const TensorEntry& t = found.entry;
     Place at;
-    at.tensor = find_tensor(table, block());
-    const TensorEntry& t = table.entries[at.tensor];
     at.entry = &t;
-    at.tile = block() - table.first_tile[at.tensor];
+    at.tensor = found.tensor;
+    at.tile = found.tile;
     at.strip = at.tile % t.strips;
     const int32_t rest = at.tile / t.strips;
     at.row_tile = rest % t.row_tiles;
@@ -126,6 +126,25 @@ HF_LOPT_DEVICE Place place(const TensorTable& table) {
     at.first_column = t.wide ? lane * kLane : lane;
     at.column_step = t.wide ? 1 : t.lanes;
     return at;
+}
+
+// Finds the tile of the block: what a kernel begins with. All threads look at once: a search by halves waits for
+// memory again and again.
+HF_LOPT_DEVICE Place place(const TensorTable& table) {
+    TileOfBlock& found = tile_of_block();
+    for (int32_t i = thread(); i < table.count; i += kThreads) {
+        const int32_t first = table.first_tile[i];
+        if (first > block() || block() >= table.first_tile[i + 1]) continue;
+        found.tensor = i;
+        found.tile = block() - first;
+    }
+    barrier();
+    constexpr int kWords = sizeof(TensorEntry) / sizeof(int64_t);
+    static_assert(sizeof(TensorEntry) % sizeof(int64_t) == 0, "it is copied in words");
+    const int64_t* from = reinterpret_cast<const int64_t*>(table.entries + found.tensor);
+    for (int i = thread(); i < kWords; i += kThreads) reinterpret_cast<int64_t*>(&found.entry)[i] = from[i];
+    barrier();
+    return same_place();
 }
 
 // ---- numbers ------------------------------------------------------------------------------------------------------
