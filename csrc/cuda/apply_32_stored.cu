@@ -22,7 +22,7 @@ template <Precision precision>
 HF_LOPT_DEVICE void apply_wide_tile(const Stored<TensorCoreArgs>& a, const Place& at, Shared<kUnits>& s,
                                     Fragments<precision>& f, ForFullTiles<InAnyFormat>& shared, double* partial) {
     load_fragments(s, f);
-    if (a.into_out || !with_types_of_full_tile(InAnyFormat(a, at), at, [&](auto p, auto g) {
+    if (a.into_out || !with_types_of_full_tile(is_full(at), InAnyFormat(a, at), at, [&](auto p, auto g) {
             apply_full_on_tensor_cores<precision, decltype(p), decltype(g)>(a, at, s, f, shared, partial);
         })) {
         apply_other_on_tensor_cores(a, s, f, partial);

@@ -101,7 +101,7 @@ HF_LOPT_DEVICE void apply_tile_of_few(const Args& a, Shared<U>& s, ForFullTiles<
         if (at.entry->inner > 1) {
             apply_other_rows<U, kInner>(a, s, partial);
         } else if ((a.into_out != 0) != into_out ||
-                   !with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
+                   !with_types_of_full_tile(is_full(at), FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
                        apply_full_rows<U, into_out, decltype(p), decltype(g)>(a, at, s, shared, partial);
                    })) {
             apply_other_rows<U, FormatsOf<Args>::kOtherRows>(a, s, partial);

@@ -239,7 +239,7 @@ HF_LOPT_DEVICE void feature_sums_of_tile(const Args& a, ForFullTiles<FormatsOf<A
         add_other_rows<kStrided>(a, partial);
     } else if (t.inner > 1) {
         add_other_rows<kInner>(a, partial);
-    } else if (!with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
+    } else if (!with_types_of_full_tile(is_full(at), FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
                    add_full_rows<decltype(p), decltype(g)>(a, at, shared, partial);
                })) {
         add_other_rows<FormatsOf<Args>::kOtherRows>(a, partial);

@@ -29,12 +29,18 @@ HF_LOPT_DEVICE bool is_full(const Place& at) {
     return t.wide && t.factored && t.inner == 1 && at.width == kStrip;
 }
 
-// Calls f(P, G) with a parameter and a gradient of the types of the tile, if it is a full one of types that there are
-// loops for.
-template <class Formats, class F>
-HF_LOPT_DEVICE bool with_types_of_full_tile(const Formats& formats, const Place& at, F f) {
+// Likewise of a tensor that is not factored: all numbers of the tile's rows are there.
+HF_LOPT_DEVICE bool is_full_flat(const Place& at) {
     const TensorEntry& t = *at.entry;
-    if (!is_full(at) || t.p_type != t.g_type || !formats.along_lines()) return false;
+    const bool to_the_end = t.numel % t.columns == 0 || at.row_tile + 1 < t.row_tiles;
+    return t.wide && !t.factored && at.width == kStrip && to_the_end;
+}
+
+// Calls f(P, G) with a parameter and a gradient of the types of a `full` tile, if there are loops for these.
+template <class Formats, class F>
+HF_LOPT_DEVICE bool with_types_of_full_tile(bool full, const Formats& formats, const Place& at, F f) {
+    const TensorEntry& t = *at.entry;
+    if (!full || t.p_type != t.g_type || !formats.along_lines()) return false;
     if (t.p_type == kFloat32) {
         f(float{}, float{});
     } else if (t.p_type == kBFloat16) {
@@ -85,21 +91,22 @@ HF_LOPT_DEVICE void begin_copy_of_four(Coming& to, const T* from) {
     begin_copy<kLane * sizeof(T)>(coming<T>(to, thread()), from);
 }
 
-// A row of all that passes 1 and 2 read.
+// A row of all that a pass reads.
+template <int momenta>
 struct ComingRow {
-    Coming g, p, m[kMomenta], v;
+    Coming g, p, m[momenta], v;
 };
 // `ahead`: how many rows are under way.
-template <int ahead>
-using ComingRows = ComingRow[ahead];
+template <int ahead, int momenta = kMomenta>
+using ComingRows = ComingRow<momenta>[ahead];
 
 // The accumulators in a full tile, as they are read from `ComingRow`s and written. `row`: of the tile.
-template <class Formats>
+template <class Formats, int momenta>
 struct FullState;
 
-template <>
-struct FullState<InFloat32> {
-    float *m[kMomenta], *v;
+template <int momenta>
+struct FullState<InFloat32, momenta> {
+    float *m[momenta], *v;
 
     template <class Args>
     HF_LOPT_MEMBER FullState(const Args&, const Place&, InFloat32::ForTile&) {}
@@ -107,21 +114,21 @@ struct FullState<InFloat32> {
     HF_LOPT_MEMBER void set_pointers(const TensorTable& table, const TensorEntry& t) {
         v = pointer<float>(table, t, sV);
 #pragma unroll
-        for (int k = 0; k < kMomenta; k++) m[k] = pointer<float>(table, t, sM) + k * t.decay;
+        for (int k = 0; k < momenta; k++) m[k] = pointer<float>(table, t, sM) + k * t.decay;
     }
     // What is the same for all columns of a row; a barrier has to follow.
     HF_LOPT_MEMBER void set_rows(const Place&) {}
 
-    HF_LOPT_MEMBER void begin(ComingRow& to, int64_t from) const {
+    HF_LOPT_MEMBER void begin(ComingRow<momenta>& to, int64_t from) const {
 #pragma unroll
-        for (int k = 0; k < kMomenta; k++) begin_copy_of_four(to.m[k], m[k] + from);
+        for (int k = 0; k < momenta; k++) begin_copy_of_four(to.m[k], m[k] + from);
         begin_copy_of_four(to.v, v + from);
     }
     // What `of_thread` has copied.
-    HF_LOPT_MEMBER Lane momentum(ComingRow& row, int k, int of_thread, int) const {
+    HF_LOPT_MEMBER Lane momentum(ComingRow<momenta>& row, int k, int of_thread, int) const {
         return load_four(coming<float>(row.m[k], of_thread));
     }
-    HF_LOPT_MEMBER Lane second_moment(ComingRow& row, int of_thread, int) const {
+    HF_LOPT_MEMBER Lane second_moment(ComingRow<momenta>& row, int of_thread, int) const {
         return load_four(coming<float>(row.v, of_thread));
     }
     // The numbers from `element` of the tensor, `column` of the strip on; `y` becomes what was stored.
@@ -141,6 +148,11 @@ struct FullState<InFloat32> {
         store_four(v + element, u.v);
         add(kMomenta);
     }
+    // Those of a step that has one of each.
+    HF_LOPT_MEMBER void store_both(int64_t element, int, int, Lane& new_m, Lane& new_v) const {
+        store_four(m[0] + element, new_m);
+        store_four(v + element, new_v);
+    }
     template <class P>
     HF_LOPT_MEMBER void store_parameter(P* p, int, int, Lane& y) const {
         store_four(p, y);
@@ -149,17 +161,18 @@ struct FullState<InFloat32> {
 
 // The elements of a thread from row to row of a full tile. `wait` goes to the next row; `proceed` says that it has
 // been read, so that another one may take its place.
-template <int ahead, class P, class G, class Formats>
+template <int ahead, class P, class G, class Formats, int momenta = kMomenta>
 struct FullRows {
+    using Row = ComingRow<momenta>;
     P* p;
     const G* g;
-    FullState<Formats> state;
+    FullState<Formats, momenta> state;
     int64_t element, step;
     int left, turn = 0;  // rows after this one; rows until now
-    ComingRow* rows;
+    Row* rows;
 
     template <class Args>
-    HF_LOPT_MEMBER FullRows(const Args& a, const Place& at, const FullTile& f, ComingRows<ahead>& shared,
+    HF_LOPT_MEMBER FullRows(const Args& a, const Place& at, const FullTile& f, ComingRows<ahead, momenta>& shared,
                             typename Formats::ForTile& tile)
         : state(a, at, tile), rows(shared) {
         const TensorEntry& t = *at.entry;
@@ -174,7 +187,7 @@ struct FullRows {
     }
 
     // The row after `skipped` further ones.
-    HF_LOPT_MEMBER void begin(int skipped, ComingRow& to) const {
+    HF_LOPT_MEMBER void begin(int skipped, Row& to) const {
         if (left > skipped) {
             const int64_t from = element + (skipped + 1) * step;
             begin_copy_of_four(to.g, g + from);
@@ -184,19 +197,19 @@ struct FullRows {
         end_group();
     }
 
-    HF_LOPT_MEMBER ComingRow& wait() {
+    HF_LOPT_MEMBER Row& wait() {
         wait_for_groups<ahead - 1>();
         element += step;
         left--;
         return rows[turn++ % ahead];
     }
 
-    HF_LOPT_MEMBER void proceed(ComingRow& row) const { begin(ahead - 1, row); }
+    HF_LOPT_MEMBER void proceed(Row& row) const { begin(ahead - 1, row); }
 
     // `of_tile`: the number of the row in the tile.
     HF_LOPT_MEMBER Updated next(const FeatureConstants& c, int of_tile) {
         Updated u;
-        ComingRow& row = wait();
+        Row& row = wait();
         u.g = load_four(coming<G>(row.g, thread()));
         u.p = load_four(coming<P>(row.p, thread()));
 #pragma unroll

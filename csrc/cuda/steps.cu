@@ -4,11 +4,12 @@
 namespace hf_lopt {
 namespace {
 
-HF_LOPT_KERNEL(kThreads, 2) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
-    adam_tile(a, [&](const Place& at) { return adam_rows(a, at, InFloat32(a, at)); });
+HF_LOPT_KERNEL(kThreads, 3) adam_kernel(HF_LOPT_ARGUMENT AdamArgs a) {
+    HF_LOPT_LARGE_SHARED(ForAdam<InFloat32>, shared);
+    adam_tile(a, shared);
 }
 
-HF_LOPT_KERNEL(kThreads, 2) descend_kernel(HF_LOPT_ARGUMENT DescendArgs a) { descend_tile(a); }
+HF_LOPT_KERNEL(kThreads, 4) descend_kernel(HF_LOPT_ARGUMENT DescendArgs a) { descend_tile(a); }
 
 HF_LOPT_KERNEL(kThreads, 2) assign_kernel(HF_LOPT_ARGUMENT AssignArgs a) {
     if (*a.skip) return;
@@ -41,7 +42,7 @@ HF_LOPT_KERNEL(kWarpSize, 1) probe_kernel(HF_LOPT_ARGUMENT ProbeArgs a) { (void)
 }  // namespace
 
 void launch_adam(const AdamArgs& args, int tiles, void* stream) {
-    HF_LOPT_LAUNCH(adam_kernel, tiles, kThreads, stream, args);
+    HF_LOPT_LAUNCH_LARGE(adam_kernel, tiles, kThreads, sizeof(ForAdam<InFloat32>), stream, args);
 }
 void launch_descend(const DescendArgs& args, int tiles, void* stream) {
     HF_LOPT_LAUNCH(descend_kernel, tiles, kThreads, stream, args);

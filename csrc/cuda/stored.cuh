@@ -299,8 +299,8 @@ struct InAnyFormat::ForTile {
 static_assert(kLane == kMomenta + 1, "OfLines has a place for each accumulator");
 static_assert(kCodeBlock % kStrip == 0, "a strip is in one block");
 
-template <>
-struct FullState<InAnyFormat> {
+template <int momenta>
+struct FullState<InAnyFormat, momenta> {
     InAnyFormat formats;
     InAnyFormat::ForTile& tile;
     char *m, *v;
@@ -332,6 +332,7 @@ struct FullState<InAnyFormat> {
 #pragma unroll
             for (int k = 0; k <= kMomenta; k++) {
                 const int of_v = k == kMomenta;
+                if (k >= momenta && !of_v) continue;
                 const int64_t place = block + (of_v ? 0 : k * f.scale_decay);
                 tile.scales.row[r][k] = table.scales[of_v][f.scales[of_v] + place];
                 if (table.step) tile.other_scales.row[r][k] = table.other_scales[of_v][f.other_scales[of_v] + place];
@@ -339,7 +340,7 @@ struct FullState<InAnyFormat> {
         });
     }
 
-    HF_LOPT_MEMBER void begin(ComingRow& to, int64_t from) const {
+    HF_LOPT_MEMBER void begin(ComingRow<momenta>& to, int64_t from) const {
         if (type == kFloat32) {
             begin_as<float>(to, from);
         } else if (type == kBFloat16) {
@@ -348,28 +349,33 @@ struct FullState<InAnyFormat> {
             begin_as<uint8_t>(to, from);
         }
     }
-    HF_LOPT_MEMBER Lane momentum(ComingRow& row, int k, int of_thread, int of_tile) const {
+    HF_LOPT_MEMBER Lane momentum(ComingRow<momenta>& row, int k, int of_thread, int of_tile) const {
         return load<true>(row.m[k], of_thread, of_tile, k);
     }
-    HF_LOPT_MEMBER Lane second_moment(ComingRow& row, int of_thread, int of_tile) const {
+    HF_LOPT_MEMBER Lane second_moment(ComingRow<momenta>& row, int of_thread, int of_tile) const {
         return load<false>(row.v, of_thread, of_tile, kMomenta);
     }
     HF_LOPT_MEMBER void store_momentum(int k, int64_t element, int row, int column, Lane& y) const {
-        store_one<true>(m + k * m_step, element, row, draws(row, column), k, y);
+        store_one<true>(m + k * m_step, element, row, draws(row, column), k, k, y);
     }
     HF_LOPT_MEMBER void store_second_moment(int64_t element, int row, int column, Lane& y) const {
-        store_one<false>(v, element, row, draws(row, column), kMomenta, y);
+        store_one<false>(v, element, row, draws(row, column), kMomenta, kMomenta, y);
     }
     template <class F>
     HF_LOPT_MEMBER void store(int64_t element, int row, int column, Updated& u, F add) const {
         const RowDraws d = draws(row, column);
 #pragma unroll
         for (int k = 0; k < kMomenta; k++) {
-            store_one<true>(m + k * m_step, element, row, d, k, u.m[k]);
+            store_one<true>(m + k * m_step, element, row, d, k, k, u.m[k]);
             add(k);
         }
-        store_one<false>(v, element, row, d, kMomenta, u.v);
+        store_one<false>(v, element, row, d, kMomenta, kMomenta, u.v);
         add(kMomenta);
+    }
+    HF_LOPT_MEMBER void store_both(int64_t element, int row, int column, Lane& new_m, Lane& new_v) const {
+        const RowDraws d = draws(row, column);
+        store_one<true>(m, element, row, d, 0, 0, new_m);
+        store_one<false>(v, element, row, d, kMomenta, 1, new_v);
     }
     template <class P>
     HF_LOPT_MEMBER void store_parameter(P* p, int row, int column, Lane& y) const {
@@ -387,9 +393,9 @@ struct FullState<InAnyFormat> {
         return d;
     }
     template <class T>
-    HF_LOPT_MEMBER void begin_as(ComingRow& to, int64_t from) const {
+    HF_LOPT_MEMBER void begin_as(ComingRow<momenta>& to, int64_t from) const {
 #pragma unroll
-        for (int k = 0; k < kMomenta; k++) {
+        for (int k = 0; k < momenta; k++) {
             begin_copy_of_four(to.m[k], reinterpret_cast<const T*>(m + k * m_step) + from);
         }
         begin_copy_of_four(to.v, reinterpret_cast<const T*>(v) + from);
@@ -405,18 +411,18 @@ struct FullState<InAnyFormat> {
         return y;
     }
     template <bool is_signed>
-    HF_LOPT_MEMBER void store_one(char* data, int64_t element, int row, const RowDraws& draws, int plane,
+    HF_LOPT_MEMBER void store_one(char* data, int64_t element, int row, const RowDraws& draws, int plane, int slot,
                                   Lane& y) const {
         if (type == kFloat32) {
             store_four(reinterpret_cast<float*>(data) + element, y);
         } else if (type == kBFloat16) {
-            round_at_random(y, draws, plane);
+            round_at_random(y, draws, slot);
             store_four(reinterpret_cast<BFloat16*>(data) + element, y);
         } else {
             const float scale = tile.other_scales.row[row][plane], inverse = inverse_of(scale);
             uint32_t codes = 0;
             HF_LOPT_EACH(e) {
-                codes |= (uint32_t)encode_number<is_signed>(y.x[e], scale, inverse, draws(e, plane)) << 8 * e;
+                codes |= (uint32_t)encode_number<is_signed>(y.x[e], scale, inverse, draws(e, slot)) << 8 * e;
             }
             *reinterpret_cast<uint32_t*>(data + element) = codes;
         }

@@ -157,12 +157,6 @@ struct ForFullTiles {
     float line_sums[kTileRows];
 };
 
-// Whether the tile is a full one, or one of a tensor that is not factored, with all numbers of its rows.
-HF_LOPT_DEVICE bool all_there(const Place& at) {
-    const TensorEntry& t = *at.entry;
-    return t.factored ? is_full(at) : t.wide && (t.numel % kStrip == 0 || at.row_tile + 1 < t.row_tiles);
-}
-
 // A full tile; what is added up, and in which order, is what the other loop does.
 template <class G>
 HF_LOPT_DEVICE void add_full_rows(const SumsArgs& a, const Place& at, ForFullTiles& shared,
@@ -265,9 +259,10 @@ HF_LOPT_KERNEL(kThreads, 4) sums_kernel(HF_LOPT_ARGUMENT SumsArgs a) {
     HF_LOPT_SHARED ForFullTiles shared;
     const Place at = place(a.table);
     const TensorEntry& t = *at.entry;
-    if (all_there(at) && t.g_type == kFloat32) {
+    const bool full = t.factored ? is_full(at) : is_full_flat(at);
+    if (full && t.g_type == kFloat32) {
         add_full_rows<float>(a, at, shared, buffer);
-    } else if (all_there(at) && t.g_type == kBFloat16) {
+    } else if (full && t.g_type == kBFloat16) {
         add_full_rows<BFloat16>(a, at, shared, buffer);
     } else {
         add_other_rows(a, buffer);

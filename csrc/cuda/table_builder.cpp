@@ -22,10 +22,13 @@ int64_t numel_without(const Tensor& x, int64_t a, int64_t b = -1) {
     return numel;
 }
 
+// Large ones have several strips: the blocks that run at once would otherwise read at distances of powers of two,
+// which the memory has in few of its parts.
 void make_flat(TensorEntry& e, int64_t numel) {
+    constexpr int64_t kStrips = 8;
     e.numel = numel;
-    e.rows = (numel + kStrip - 1) / kStrip;
-    e.columns = kStrip;
+    e.columns = numel < kStrips * kTileElements ? kStrip : kStrips * kStrip;
+    e.rows = (numel + e.columns - 1) / e.columns;
     e.mid = e.groups = e.inner = 1;
 }
 

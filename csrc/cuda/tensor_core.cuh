@@ -350,7 +350,7 @@ HF_LOPT_DEVICE void apply_full_on_tensor_cores(const Args& a, const Place& tile,
     barrier();
 #pragma unroll 1
     for (int row = tile.warp(); rows.left > 0; row += kWarps) {
-        ComingRow& coming_row = rows.wait();
+        auto& coming_row = rows.wait();
         warp_barrier();  // what other lanes have copied is there, too
         const float rho = shared.factors.row[row][k];
         line_biases[lane] = bias_of_line(s, [&](int d) { return shared.accumulators.row[row][d]; }, lane);
@@ -503,7 +503,7 @@ HF_LOPT_DEVICE void apply_tile_of_many(const Args& a, Shared<kUnits>& s, Fragmen
             apply_elements<kUnits, kMatrix>(a, s, partial);
         } else {
             load_fragments(s, f);
-            if (a.into_out || !with_types_of_full_tile(FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
+            if (a.into_out || !with_types_of_full_tile(is_full(at), FormatsOf<Args>(a, at), at, [&](auto p, auto g) {
                     apply_full_on_tensor_cores<precision, decltype(p), decltype(g)>(a, at, s, f, shared, partial);
                 })) {
                 apply_other_on_tensor_cores(a, s, f, partial);

@@ -7,7 +7,7 @@
 // memory order and a row of `columns` numbers begins with the second one and has `inner` numbers for each place on it.
 // A line is one row of it. The factored accumulator without the second axis has `inner` numbers per line, the one
 // without the first axis is a vector along the line, one for each of the pre * mid groups of lines. Everything else is
-// flat: lines of kStrip numbers, the last of which may be shorter.
+// flat: lines of some strips of kStrip numbers, the last of which may be shorter.
 //
 // A tensor may be a stack of slices, each with its own network and results: then every slice has an entry. Slices
 // over the last axes are matrices or vectors like others. Those over other axes, of a convolution for example, have
