@@ -57,8 +57,9 @@ def optimizer_of(name: str, params: list[torch.nn.Parameter]) -> Any:
 def small_steps(device: str) -> None:
     """A few steps of every rule on small tensors of all kinds: what compute-sanitizer looks at."""
     names = [name for name in rules.names() if name != "rnn_mlp"]  # which has no kernels
-    stored = [f"{name}:{kind}" for name in ("velo", "celo_adam", "celo2_base", "small_fc_lopt") for kind in STATE_KINDS]
-    for name in (*names, "small_fc_lopt:tf32", *stored):
+    of_each_kind = ("velo", "celo_adam", "celo2_base", "small_fc_lopt")
+    names += ["small_fc_lopt:tf32", *(f"{name}:{kind}" for name in of_each_kind for kind in STATE_KINDS)]
+    for name in names:
         for dtype in DTYPES.values():
             params = parameters(SMALL_SHAPES, dtype, device)
             optimizer = optimizer_of(name, params)

@@ -25,7 +25,7 @@ from kernel_comparisons import close, equal, outcome, plain_outcome
 
 pytestmark = pytest.mark.skipif(not dispatch.loaded(), reason="the kernels are not compiled here")
 # Rows of several blocks and of a part of one, rows that are cut into tiles, stacks; the last is no matrix.
-SHAPES = ((5, 600), (70, 33), (2, 4500), (3, 7, 260), (40,))
+SHAPES = ((5, 600), (70, 33), (2, 4500), (3, 7, 260), (40,), (9, 384))
 STEP = 7
 
 

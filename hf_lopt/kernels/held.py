@@ -21,7 +21,7 @@ from torch import Tensor
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _numbers = itertools.count(1)
 FEW = 8  # shorter lists are passed faster than they are held
-# A GPU gets whole lists until this has been run on one; nothing else here knows the device.
+# Whose libraries hold lists.
 DEVICES = frozenset(("cpu", "cuda"))
 
 
