@@ -10,7 +10,8 @@ import atexit
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 # A subclass may be a stand-in for another tensor, which a library cannot keep.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_ON = {"cpu": operator.attrgetter("is_cpu"), "cuda": operator.attrgetter("is_cuda")}
 _numbers = itertools.count(1)
 FEW = 8  # shorter lists are passed faster than they are held
 # A GPU gets whole lists until this has been run on one; nothing else here knows the device.
@@ -90,13 +92,30 @@ class HeldList(tuple[Tensor, ...]):
         """Have the library keep the list no longer, until it is passed again."""
         self._number = None
 
-    def same_kinds(self) -> bool:
-        """Whether all have the shapes, types and devices that they had at the first such call."""
-        (number,) = self.numbers
-        return bool(torch.ops.hf_lopt.same_kinds.default(any_on(self[0].device), number))
+    def all_on(self, kind: str) -> bool:
+        """Whether all tensors are by now on a type of device, "cpu" or "cuda"."""
+        return all(map(_ON[kind], self))
 
     def __reduce__(self) -> tuple[type[HeldList], tuple[list[Tensor]]]:  # a copy is another list
         return HeldList, (list(self),)
+
+
+class Kinds:
+    """Shapes, types and devices of the tensors of held lists, of some also layouts and strides, as they were first."""
+
+    def __init__(self, device: torch.device):
+        self._like, self._number = any_on(device), _Number(device)
+
+    def same(self, lists: Iterable[HeldList], strided: Iterable[HeldList] = ()) -> bool:
+        """Whether they are as in the first call, those of ``strided`` also in their strides.
+
+        All have to be on the type of device of the first call: what is held elsewhere is not known there.
+        """
+        try:
+            numbers = [[number for x in part for number in x.numbers] for part in (lists, strided)]
+        except NotImplementedError:  # of a sparse tensor, for example, no library holds anything
+            return False
+        return bool(torch.ops.hf_lopt.same_kinds.default(self._like, *numbers, self._number.value))
 
 
 class HeldResults(Sequence[Tensor]):
