@@ -202,6 +202,10 @@ class Operator(Generic[Kind, Result]):
         values, code = dict(vars(arguments)), []
         for name in self._lists:
             x = values[name]
+            if type(x) is HeldList and x.number:
+                code += 1, x.number
+                values[name] = ()
+                continue
             numbers = x.numbers if type(x) in HELD else []
             code += [len(numbers), *numbers]
             if numbers:

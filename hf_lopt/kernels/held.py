@@ -56,6 +56,7 @@ class HeldList(tuple[Tensor, ...]):
     """Tensors that are passed to many calls and stay the same."""
 
     _number: _Number | None = None
+    number = 0  # by which the library knows it now, 0 while it does not
 
     @functools.cached_property
     def can_be_held(self) -> bool:
@@ -80,7 +81,7 @@ class HeldList(tuple[Tensor, ...]):
                 return []
             number = _Number(self[0].device)
             torch.ops.hf_lopt.hold.default(list(self), number.value)
-            self._number = number
+            self._number, self.number = number, number.value
         return [self._number.value]
 
     @property
@@ -90,7 +91,7 @@ class HeldList(tuple[Tensor, ...]):
 
     def let_go(self) -> None:
         """Have the library keep the list no longer, until it is passed again."""
-        self._number = None
+        self._number, self.number = None, 0
 
     def all_on(self, kind: str) -> bool:
         """Whether all tensors are by now on a type of device, "cpu" or "cuda"."""
