@@ -15,7 +15,7 @@ namespace {
 struct List {
     explicit List(Tensors&& given) : tensors(std::move(given)) {}
     Tensors tensors;
-    Ints kinds;  // what `same_kinds` compares with; empty before its first call
+    Ints kinds;  // under a number of its own, without tensors: what `same_kinds` compares with
 };
 
 struct Lists {
@@ -45,12 +45,17 @@ std::shared_ptr<List> replace(int64_t number, std::shared_ptr<List> list) {
     return list;
 }
 
-std::shared_ptr<List> held(int64_t number) {
+std::shared_ptr<List> find(int64_t number) {
     Lists& all = lists();
     const std::lock_guard<std::mutex> lock(all.mutex);
     const auto found = all.by_number.find(number);
-    STD_TORCH_CHECK(found != all.by_number.end(), "no list of tensors is held under the number ", number);
-    return found->second;
+    return found == all.by_number.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<List> held(int64_t number) {
+    std::shared_ptr<List> list = find(number);
+    STD_TORCH_CHECK(list != nullptr, "no list of tensors is held under the number ", number);
+    return list;
 }
 
 }  // namespace
@@ -64,25 +69,52 @@ void release(Tensor, int64_t number) { replace(number, nullptr); }
 
 Tensors fetch(Tensor, int64_t number) { return held(number)->tensors; }
 
-bool same_kinds(Tensor, int64_t number) {
-    const std::shared_ptr<List> list = held(number);
-    Ints& kinds = list->kinds;
-    const bool first = kinds.empty();
+bool same_kinds(Tensor, Ints numbers, Ints strided, int64_t kinds) {
+    Ints first;  // of the first call
+    const std::shared_ptr<List> before = find(kinds);
     size_t at = 0;
     const auto same = [&](int64_t value) {
-        if (first) kinds.push_back(value);
-        return first || (at < kinds.size() && kinds[at++] == value);
+        if (!before) first.push_back(value);
+        return !before || (at < before->kinds.size() && before->kinds[at++] == value);
     };
-    for (const Tensor& x : list->tensors) {
-        int32_t type, device;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-        const auto shape = x.sizes();
-        bool all = same(type) && same(device) && same(x.get_device_index()) && same((int64_t)shape.size());
-        for (size_t i = 0; all && i < shape.size(); i++) all = same(shape[i]);
-        if (!all) return false;
+    const auto all_same = [&](const int64_t* values, size_t count) {
+        for (size_t i = 0; i < count; i++) {
+            if (!same(values[i])) return false;
+        }
+        return true;
+    };
+    const auto same_list = [&](const Tensors& list, bool with_strides) {
+        if (!same((int64_t)list.size())) return false;
+        for (const Tensor& x : list) {
+            int32_t type, device, layout = aoti_torch_layout_strided();
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+            if (with_strides) TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(x.get(), &layout));
+            const int64_t kind[] = {type, device, x.get_device_index(), layout};
+            const auto shape = x.sizes();
+            if (!all_same(kind, 4) || !same((int64_t)shape.size()) || !all_same(shape.data(), shape.size())) {
+                return false;
+            }
+            // Others have none.
+            if (!with_strides || layout != aoti_torch_layout_strided()) continue;
+            int64_t* strides;
+            TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(x.get(), &strides));
+            if (!all_same(strides, shape.size())) return false;
+        }
+        return true;
+    };
+    for (const int64_t number : numbers) {
+        if (!same_list(held(number)->tensors, false)) return false;
     }
-    return true;
+    for (const int64_t number : strided) {
+        if (!same_list(held(number)->tensors, true)) return false;
+    }
+    if (!before) {
+        const auto made = std::make_shared<List>(Tensors());
+        made->kinds = std::move(first);
+        replace(kinds, made);
+    }
+    return !before || at == before->kinds.size();
 }
 
 std::vector<Tensors> take_spare() { return std::exchange(spare, {}); }

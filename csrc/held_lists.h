@@ -13,8 +13,9 @@ void hold(Tensors tensors, int64_t number);
 // `like` tells the dispatcher the device. A number that is not held is left alone.
 void release(Tensor like, int64_t number);
 Tensors fetch(Tensor like, int64_t number);
-// Whether the tensors of a list have the shapes, types and devices that they had at the first such call.
-bool same_kinds(Tensor like, int64_t number);
+// Whether the tensors of the lists `numbers`, and then of the lists `strided`, have the shapes, types and devices that
+// they had at the first call with the number `kinds`, and the latter also the layouts and strides.
+bool same_kinds(Tensor like, Ints numbers, Ints strided, int64_t kinds);
 
 // The lists that this thread's call may use for its results, once; none, or one for each list among the results.
 std::vector<Tensors> take_spare();

@@ -206,8 +206,7 @@ class LearnedOptimizer(GivenSettings):
                 :meth:`observe_loss`. What a function returns does not count if it delivered losses of its own.
             loss: the loss itself, also beside a function, whose own then does not count.
 
-        Returns:
-            the loss that ``closure`` returned or was, or ``loss``; None without one.
+        Returns the loss that ``closure`` returned or was, or ``loss``; None without one.
 
         Raises:
             ValueError: for two losses, one as ``closure`` and one as ``loss``.
@@ -217,10 +216,14 @@ class LearnedOptimizer(GivenSettings):
                 gradient or parameter. Such steps change nothing.
         """
         result = self._pending.of_step(closure, loss)
+        with self._inputs:  # which let go of gradients and parameters in the end
+            self._step()
+        return result
+
+    def _step(self) -> None:
         active = self._inputs.unchanged(self.param_groups, self.state)
-        created = active is None and self._create_state()
-        if self._only_allocates(created):
-            return result
+        if self._only_allocates(created=active is None and self._create_state()):
+            return
         if not self._has_begun:
             self._tell_what_begins(self._rule)
         active = active or self._active()
@@ -233,7 +236,7 @@ class LearnedOptimizer(GivenSettings):
             trainable = (p for p, _ in self._trainable())
             loss = self._run_state.accumulate(active.params, trainable, self.state, loss, self._active)
             if loss is None:  # the update takes more calls
-                return result
+                return
             active = self._active()
         try:
             if active.params:
@@ -243,9 +246,6 @@ class LearnedOptimizer(GivenSettings):
         except distributed.SelectionsDifferError:
             self._ranks.compare(self._run_settings, self.param_groups, active.pairs, self.state)
             raise
-        finally:
-            active.release()
-        return result
 
     def _run_settings(self) -> dict[str, Any]:
         """What has one value for the whole run, by name."""

@@ -63,6 +63,13 @@ class StepInputs:
         """Look at everything anew in the next step."""
         self._held = None
 
+    def __enter__(self) -> None:
+        """A step begins; at its end gradients and parameters are let go of."""
+
+    def __exit__(self, *_: object) -> None:
+        if self._held is not None:
+            self._held.release()
+
     def unchanged(self, groups: Groups, state: State) -> HeldTensors | None:
         """What the last step was taken with, if everything is as it was then; see :meth:`active`."""
         if self._held is None or not self._held.unchanged(groups, state):

@@ -10,9 +10,16 @@ from torch import nn
 
 import hf_lopt
 from hf_lopt import rules
+from hf_lopt.kernels import held
 
 
 SHAPES = [(6, 5), (7,), (4, 3, 2, 2), (5, 6)]
+
+
+@pytest.fixture(autouse=True, params=[1, 10**9], ids=["in the library", "one by one"])
+def compared(request, monkeypatch):
+    """Where parameters and gradients are compared with those of the step before."""
+    monkeypatch.setattr(held, "FEW", request.param)
 
 
 def make(name, shapes=SHAPES, groups=1, **settings):
@@ -121,6 +128,28 @@ def test_no_gradient_outlives_its_step():
         assert not any(x() is not None for x in gone)
 
 
+def test_a_step_that_is_not_taken_lets_go_too():
+    """Of gradients, and of parameters: one that somebody else holds cannot be exchanged by its owner."""
+    params, optimizer = make("velo")
+    for t in range(2):
+        step(params, optimizer, t)
+    for group in optimizer.param_groups:
+        group["lr"] = -1.0
+    refused = [lambda: optimizer.step(1.0), optimizer.step]  # for the lr, then for the loss
+    for take in refused:
+        with pytest.raises((RuntimeError, ValueError)):
+            take()
+        for group in optimizer.param_groups:
+            group["lr"] = 1.0
+        gone = [weakref.ref(p.grad) for p in params]
+        optimizer.zero_grad()
+        assert not any(x() is not None for x in gone)
+        other = nn.Parameter(params[0].detach().clone())
+        torch.utils.swap_tensors(params[0], other)
+        for p in params:
+            p.grad = torch.ones_like(p)
+
+
 def test_a_gradient_of_another_kind_is_found():
     params, optimizer = make("velo")
     for t in range(2):
@@ -130,4 +159,45 @@ def test_a_gradient_of_another_kind_is_found():
         optimizer.step(1.0)
     params[0].grad = torch.ones(5, 6).T  # strides of another order
     optimizer.step(1.0)
-    assert optimizer.steps_done == 3
+    params[0].grad = torch.ones(()).expand(6, 5)  # one number for all, which a clip would write to
+    optimizer.step(1.0)
+    assert params[0].grad.stride() == (5, 1) and optimizer.steps_done == 4
+
+
+class Named(torch.Tensor):
+    pass
+
+
+def on_meta(p):
+    torch.utils.swap_tensors(p, nn.Parameter(torch.empty(p.shape, device="meta")))
+    p.grad = torch.empty_like(p)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: setattr(p, "data", torch.ones(5, 6)), "has a gradient of shape"),
+        (lambda p: setattr(p, "data", torch.ones(30, 1)), "has a gradient of shape"),
+        (lambda p: setattr(p, "data", p.data.double()), "float64 with a gradient of"),
+        (on_meta, "wanted .* on meta"),
+        (lambda p: setattr(p.grad, "data", torch.ones(5, 6)), "has a gradient of shape"),
+        (lambda p: setattr(p.grad, "data", torch.ones(6, 5, dtype=torch.float64)), "a gradient of torch.float64"),
+        (lambda p: setattr(p, "grad", torch.ones(6, 5).as_subclass(Named)), None),
+    ],
+)
+def test_other_kinds_of_data_are_found(change, message):
+    """Of one of the parameters, or of its gradient; everything is as it was before the step that is refused."""
+    params, optimizer = make("velo")
+    for t in range(2):
+        step(params, optimizer, t)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    change(params[0])
+    before = [p.detach().clone() for p in params[1:]]
+    if message is None:
+        optimizer.step(1.0)
+        assert optimizer.steps_done == 3
+        return
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step(1.0)
+    assert all(torch.equal(p, q) for p, q in zip(params[1:], before, strict=True)) and optimizer.steps_done == 2

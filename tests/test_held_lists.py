@@ -142,13 +142,24 @@ def test_a_held_list_sees_the_data_that_a_tensor_has_by_then():
 def test_kinds():
     x = torch.ones(3, 4)
     held = HeldList([torch.ones(2), x])
-    assert ops.holds(held) and held.same_kinds() and held.same_kinds()
+    kinds = held_lists.Kinds(x.device)
+    assert ops.holds(held) and kinds.same([held]) and kinds.same([held])
     for other in (torch.ones(4, 3), torch.ones(12), torch.ones(3, 4, dtype=torch.float64), torch.ones(3, 4, 1)):
         before, x.data = x.data, other
-        assert not held.same_kinds()
+        assert not kinds.same([held])
         x.data = before
-        assert held.same_kinds()
+        assert kinds.same([held])
+    assert not kinds.same([held, held]) and not kinds.same([]) and not kinds.same([], [held])
     assert not ops.holds(HeldList()) and not ops.holds(HeldList([torch.ones(2), torch.ones(2, device="meta")]))
+
+
+def test_kinds_with_strides():
+    """Of a list of gradients: also its layout, where a sparse tensor has no strides."""
+    x, kinds = torch.ones(4, 4), held_lists.Kinds(torch.device("cpu"))
+    assert kinds.same([], [HeldList([x])]) and kinds.same([], [HeldList([x.clone()])])
+    for other in (torch.ones(4, 4).T, torch.ones(1, 4).expand(4, 4), torch.ones(4, 4).to_sparse(), torch.ones(16)):
+        assert not kinds.same([], [HeldList([other])])
+    assert kinds.same([], [HeldList([torch.zeros(4, 4)])])
 
 
 def test_lists_go_with_their_owners():

@@ -173,8 +173,9 @@ std::tuple<Tensor, Tensor, Tensor> advance(Tensors stats, Tensors sums, std::opt
 
     const int64_t width = kShared + of_tensors.width();
     const Tensor inputs = floats(counters, {rows, width});
+    float* first = float_data(inputs);
     for (int64_t t = 0; t < rows; t++) {
-        float* out = std::copy_n(features, kShared, float_data(inputs) + t * width);
+        float* out = std::copy_n(features, kShared, first + t * width);
         of_tensors.write(t, out);
     }
     return {decision, run, inputs};

@@ -37,12 +37,6 @@ void row_factors(const float* row, const RowAccumulator& s, double total, const 
     }
 }
 
-Ints shape_of(const Tensor& x) {
-    Ints shape;
-    for (int64_t i = 0; i < x.dim(); i++) shape.push_back(x.size(i));
-    return shape;
-}
-
 }  // namespace
 
 std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Tensors cols, Tensors row_sums,
@@ -56,8 +50,7 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
     const int64_t depth = (int64_t)decays.size();
     std::vector<float> keeps(depth), adds(depth);
     set_decays(decays, keeps.data(), adds.data());
-    ResultPieces results;  // of each tensor the new row and column accumulators and their factors
-    std::vector<float*> data[4];
+    ResultPieces results(4 * count);  // of each tensor the new row and column accumulators and their factors
     for (size_t t = 0; t < count; t++) {
         const bool factored = row_axes[t] >= 0;
         if (factored) {
@@ -65,34 +58,36 @@ std::tuple<Tensors, Tensors, Tensors, Tensors> update_factored(Tensors rows, Ten
                 if (!(*list)[t].is_contiguous()) (*list)[t] = torch::stable::contiguous((*list)[t]);
             }
         }
-        for (int i = 0; i < 4; i++) results.add(factored ? shape_of(i % 2 ? cols[t] : rows[t]) : Ints{0});
+        for (int i = 0; i < 4; i++) {
+            if (factored) {
+                results.add_like(i % 2 ? cols[t] : rows[t]);
+            } else {
+                results.add_empty();
+            }
+        }
     }
     results.allocate(row_sums[0]);
-    Tensors out[4];
-    for (size_t k = 0; k < 4 * count; k++) {
-        out[k % 4].push_back(results.tensor(k));
-        data[k % 4].push_back(results.data(k));
-    }
     torch::stable::parallel_for(0, (int64_t)count, 1, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; t++) {
             if (row_axes[t] < 0) continue;
             const RowAccumulator& shape = row_accumulators[t];
             const int64_t n = row_sums[t].numel(), m = col_sums[t].numel();
             const bool given = row_means[t].numel() > 0;
+            const float *old_row = float_data(rows[t]), *old_col = float_data(cols[t]);
+            const float *row_sum = float_data(row_sums[t]), *col_sum = float_data(col_sums[t]);
             for (int64_t d = 0; d < depth; d++) {
                 const float keep = keeps[d], add = adds[d];
-                float *row = data[0][t] + d * n, *col = data[1][t] + d * m;
-                const double total = kernels().ema_of_means(float_data(rows[t]) + d * n, float_data(row_sums[t]), n,
-                                                            (float)row_sizes[t], keep, add, row);
-                kernels().ema_of_means(float_data(cols[t]) + d * m, float_data(col_sums[t]), m, (float)col_sizes[t],
-                                       keep, add, col);
+                float *row = results.data(4 * t) + d * n, *col = results.data(4 * t + 1) + d * m;
+                const double total =
+                    kernels().ema_of_means(old_row + d * n, row_sum, n, (float)row_sizes[t], keep, add, row);
+                kernels().ema_of_means(old_col + d * m, col_sum, m, (float)col_sizes[t], keep, add, col);
                 const float* means = given ? float_data(row_means[t]) + d * shape.outer * shape.inner : nullptr;
-                row_factors(row, shape, total, means, data[2][t] + d * n);
-                kernels().factors(col, m, 1.0f, data[3][t] + d * m);
+                row_factors(row, shape, total, means, results.data(4 * t + 2) + d * n);
+                kernels().factors(col, m, 1.0f, results.data(4 * t + 3) + d * m);
             }
         }
     });
-    return {std::move(out[0]), std::move(out[1]), std::move(out[2]), std::move(out[3])};
+    return {results.take(0, 4), results.take(1, 4), results.take(2, 4), results.take(3, 4)};
 }
 
 }  // namespace hf_lopt

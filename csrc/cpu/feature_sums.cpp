@@ -7,15 +7,21 @@ namespace hf_lopt {
 
 namespace {
 
-// Σ x² and Σ 1/(x + eps) over a part of an accumulator, the squares of a vector feature and of its inverse root.
-void vector_squares(const float* x, int64_t n, double* squares, double* inverse) {
-    double a = 0.0, b = 0.0;
+// Σ x² and Σ 1/(x + eps) over a part of each accumulator, which are `stride` apart: the squares of a vector feature
+// and of its inverse root. All in one loop, since one sum alone waits for each of its additions.
+void vector_squares(const float* x, int64_t stride, int64_t n, double* squares, double* inverse) {
+    double a[kFactored] = {}, b[kFactored] = {};
     for (int64_t i = 0; i < n; i++) {
-        a += (double)x[i] * x[i];
-        b += 1.0f / (x[i] + kVectorEps);
+        for (int k = 0; k < kFactored; k++) {
+            const float value = x[k * stride + i];
+            a[k] += (double)value * value;
+            b[k] += 1.0f / (value + kVectorEps);
+        }
     }
-    *squares += a;
-    *inverse += b;
+    for (int k = 0; k < kFactored; k++) {
+        squares[k] += a[k];
+        inverse[k] += b[k];
+    }
 }
 
 }  // namespace
@@ -48,16 +54,14 @@ Tensor feature_sums(const CommonArguments& common) {
             const int together = tile.line_step == 1 ? count : 1;
             for (int i = 0; shape.factored && tile.chunk == 0 && i < count; i += together) {
                 const int64_t line = tile.line + (r + i) * tile.line_step;
-                for (int k = 0; k < kFactored; k++) {
-                    vector_squares(x.line + k * shape.line_length() + line * shape.inner, together * shape.inner,
-                                   &vectors[row ? kRow : kCol][k], &vectors[row ? kRsqrtRow : kRsqrtCol][k]);
-                }
+                vector_squares(x.line + line * shape.inner, shape.line_length(), together * shape.inner,
+                               vectors[row ? kRow : kCol], vectors[row ? kRsqrtRow : kRsqrtCol]);
             }
             kernel(rows, count, operands.constants, sums);
         }
-        for (int k = 0; shape.factored && tile.first_rows && k < kFactored; k++) {
-            vector_squares(x.vector + k * shape.vector_length() + tile.vector, tile.n, &vectors[row ? kCol : kRow][k],
-                           &vectors[row ? kRsqrtCol : kRsqrtRow][k]);
+        if (shape.factored && tile.first_rows) {
+            vector_squares(x.vector + tile.vector, shape.vector_length(), tile.n, vectors[row ? kCol : kRow],
+                           vectors[row ? kRsqrtCol : kRsqrtRow]);
         }
     });
 

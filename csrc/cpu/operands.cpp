@@ -12,9 +12,10 @@ constexpr int64_t kPieceAlignment = 16;  // numbers, of 64 bytes
 
 int64_t slices_of(const Tensors& params, const Ints& slice_axes, size_t t) {
     const int64_t* axes = slice_of(slice_axes, t);
+    if (!axes) return 1;
     const Tensor& p = params[t];
     const int64_t dim = p.dim(), n = p.numel();
-    if (!axes || dim < 2 || n == 0) return 1;
+    if (dim < 2 || n == 0) return 1;
     const int64_t first = std::min(axes[0], axes[1]), last = std::max(axes[0], axes[1]);
     const int64_t slices = n / (first == last ? p.size(last) : p.size(first) * p.size(last));
     STD_TORCH_CHECK(slices == 1 || (last == dim - 1 && first >= dim - 2),
@@ -57,20 +58,46 @@ PassOperands::PassOperands(const CommonArguments& x, const Rounding* rounding)
     }
 }
 
-void ResultPieces::add(std::vector<int64_t> shape) { shapes_.push_back(std::move(shape)); }
+ResultPieces::ResultPieces(size_t pieces) {
+    sizes_.reserve(3 * pieces);
+    ends_.reserve(pieces);
+    tensors_.reserve(pieces);
+    data_.reserve(pieces);
+}
+
+void ResultPieces::add_like(const Tensor& x, int64_t without) {
+    const auto shape = x.sizes();
+    for (int64_t i = 0; i < (int64_t)shape.size(); i++) {
+        if (i != without) sizes_.push_back(shape[i]);
+    }
+    ends_.push_back(sizes_.size());
+}
+
+void ResultPieces::add_empty() {
+    sizes_.push_back(0);
+    ends_.push_back(sizes_.size());
+}
+
+int64_t ResultPieces::numel(size_t i) const {
+    int64_t numel = 1;
+    for (size_t k = i ? ends_[i - 1] : 0; k < ends_[i]; k++) numel *= sizes_[k];
+    return numel;
+}
 
 bool ResultPieces::take_earlier() {
-    const std::vector<Tensors> lists = take_spare();
-    const size_t count = lists.size(), pieces = shapes_.size();
+    std::vector<Tensors> lists = take_spare();
+    const size_t count = lists.size(), pieces = ends_.size();
     for (const Tensors& list : lists) {
         if (list.size() * count != pieces) return false;
     }
+    size_t begin = 0;
     for (size_t i = 0; i < pieces && count; i++) {
-        const Tensor& x = lists[i % count][i / count];
-        const auto sizes = x.sizes();
-        if (!std::equal(sizes.begin(), sizes.end(), shapes_[i].begin(), shapes_[i].end())) return false;
-        tensors_.push_back(x);
+        Tensor& x = lists[i % count][i / count];
+        const auto shape = x.sizes();
+        if (!std::equal(shape.begin(), shape.end(), sizes_.begin() + begin, sizes_.begin() + ends_[i])) return false;
+        begin = ends_[i];
         data_.push_back(float_data(x));
+        tensors_.push_back(std::move(x));
     }
     return count > 0;
 }
@@ -80,25 +107,32 @@ void ResultPieces::allocate(const Tensor& like) {
     tensors_.clear();
     data_.clear();
     std::vector<int64_t> starts, strides;
+    starts.reserve(ends_.size());
     int64_t total = 0;
-    for (const auto& shape : shapes_) {
+    for (size_t i = 0; i < ends_.size(); i++) {
         starts.push_back(total);
-        int64_t numel = 1;
-        for (int64_t n : shape) numel *= n;
-        total += (numel + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
+        total += (numel(i) + kPieceAlignment - 1) / kPieceAlignment * kPieceAlignment;
     }
     const Tensor whole = torch::stable::new_empty(like, {&total, 1}, ScalarType::Float);
     float* first = float_data(whole);
-    for (size_t i = 0; i < shapes_.size(); i++) {
-        const auto& shape = shapes_[i];
-        strides.assign(shape.size(), 1);
-        for (size_t k = shape.size(); k-- > 1;) strides[k - 1] = strides[k] * shape[k];
+    for (size_t i = 0; i < ends_.size(); i++) {
+        const size_t begin = i ? ends_[i - 1] : 0, dims = ends_[i] - begin;
+        const int64_t* shape = sizes_.data() + begin;
+        strides.assign(dims, 1);
+        for (size_t k = dims; k-- > 1;) strides[k - 1] = strides[k] * shape[k];
         AtenTensorHandle view;
-        TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(whole.get(), (int64_t)shape.size(), shape.data(),
-                                                              strides.data(), starts[i], &view));
+        TORCH_ERROR_CODE_CHECK(
+            aoti_torch__reinterpret_tensor(whole.get(), (int64_t)dims, shape, strides.data(), starts[i], &view));
         tensors_.emplace_back(view);
         data_.push_back(first + starts[i]);
     }
+}
+
+Tensors ResultPieces::take(size_t first, size_t step) {
+    Tensors found;
+    found.reserve(tensors_.size() / step);
+    for (size_t i = first; i < tensors_.size(); i += step) found.push_back(std::move(tensors_[i]));
+    return found;
 }
 
 Buffers::Buffers(int units, int64_t row_elements, bool stored) {
@@ -123,38 +157,6 @@ void expand(const float* accumulator, const Shape& shape, const Tile& tile, int6
         for (int64_t i = 0; i < tile.n; i++) {
             out[k * stride + i] = x[position];
             if (++position == shape.inner) position = 0;
-        }
-    }
-}
-
-void make_row(const Operands& x, const Tile& tile, int64_t line, int slot, Buffers& buffers, RowData& row) {
-    const Shape& shape = x.shape;
-    row.step_out = nullptr;
-    row.n = tile.n;
-    row.g = x.g.read(line, tile.start, tile.n, shape.columns, buffers.g + slot * tile.n);
-    row.p = row.p_out = x.p.read(line, tile.start, tile.n, shape.columns, buffers.p + slot * tile.n);
-    for (int k = 0; k <= kMomenta; k++) {
-        // What is not float32 is read by the kernels; codes are made from buffers.
-        float* const buffer = buffers.state + k * kRowElements + slot * tile.n;
-        float*& plane = k < kMomenta ? row.m[k] : row.v;
-        plane = x.state.in_place() ? x.state.read(k, line, tile.start, tile.n, shape.columns, nullptr) : buffer;
-    }
-    if (!x.state.in_place()) x.state.locate(row, line, tile.start, shape.columns, x.place);
-    if (!shape.factored) {
-        const int64_t offset = line * shape.columns + tile.start;
-        for (int k = 0; k < kFactored; k++) row.d[k] = x.d + k * shape.numel + offset;
-        return;
-    }
-    const bool inner = shape.inner > 1;
-    if (inner) expand(x.line_factor, shape, tile, line, buffers.factor, buffers.stride);
-    for (int k = 0; k < kFactored; k++) {
-        const float* along = x.vector_factor + k * shape.vector_length() + tile.vector;
-        row.rho[k] = inner ? 1.0f : x.line_factor[k * shape.line_length() + line];
-        row.factor[k] = along;
-        if (inner) {
-            float* product = buffers.factor + k * buffers.stride;
-            for (int64_t i = 0; i < tile.n; i++) product[i] *= along[i];
-            row.factor[k] = product;
         }
     }
 }

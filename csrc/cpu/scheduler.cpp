@@ -89,28 +89,35 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step(Tensor gates, Tensors hidden, Tenso
     ContiguousCopies copies;
     const Tensor& whole = copies.readable(gates);
     const Tensor forget = floats(gates, {rows, units});
+    // A pointer is a call of PyTorch, which takes longer than an element.
+    const float* all_gates = float_data(whole);
+    float* moved = float_data(forget);
     for (int64_t t = 0; t < rows; t++) {
-        const float* in = float_data(whole) + (4 * t + 2) * units;
-        for (int64_t u = 0; u < units; u++) float_data(forget)[t * units + u] = in[u] + 1.0f;
+        const float* in = all_gates + (4 * t + 2) * units;
+        for (int64_t u = 0; u < units; u++) moved[t * units + u] = in[u] + 1.0f;
     }
     const Tensor new_cell = product(sigmoid(forget), old_cell);
     const Tensor added = product(sigmoid(gate(whole, units, 0)), tanh(gate(whole, units, 1)));
-    for (int64_t i = 0; i < rows * units; i++) float_data(new_cell)[i] += float_data(added)[i];
+    const float* addend = float_data(added);
+    float* sum = float_data(new_cell);
+    for (int64_t i = 0; i < rows * units; i++) sum[i] += addend[i];
     const Tensor new_hidden = product(sigmoid(gate(whole, units, 3)), tanh(new_cell));
     const Tensor out =
         aten("aten::linear", "", new_hidden, transposed(copies.readable(heads)), std::optional<Tensor>(heads_bias));
 
     Tensor controls = floats(gates, {rows, count}), multiplier = floats(gates, {rows});
-    for (int64_t t = 0; t < rows; t++) {
-        const float* row = float_data(out) + t * (count + 1);
-        std::copy_n(row, count, float_data(controls) + t * count);
-        float_data(multiplier)[t] = row[count];
+    const float* row = float_data(out);
+    float *own_controls = float_data(controls), *factors = float_data(multiplier);
+    for (int64_t t = 0; t < rows; t++, row += count + 1) {
+        std::copy_n(row, count, own_controls + t * count);
+        factors[t] = row[count];
     }
     Tensor mixture = controls;
     if (celo) {
         if (count > 0) mixture = aten("aten::softmax", "int", controls, (int64_t)1, std::nullopt);
         multiplier = aten("aten::exp", "", multiplier);
-        for (int64_t t = 0; t < rows; t++) float_data(multiplier)[t] *= kCeloMultiplier;
+        factors = float_data(multiplier);
+        for (int64_t t = 0; t < rows; t++) factors[t] *= kCeloMultiplier;
     }
     const Tensor networks = aten("aten::mm", "", mixture, bank);
     if (!*static_cast<const bool*>(skip.data_ptr())) {

@@ -52,10 +52,10 @@ int64_t block_at(int64_t line, int64_t start, int64_t columns) {
 
 }  // namespace
 
-float* StoredState::read(int plane, int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const {
+float* StoredState::converted(int plane, int64_t line, int64_t start, int64_t n, int64_t columns,
+                              float* buffer) const {
     const int64_t first = line * columns + start;
     char* data = data_[plane];
-    if (format_ == kFloat32) return reinterpret_cast<float*>(data) + first;
     if (format_ == kBFloat16) {
         kernels().from_bfloat16(reinterpret_cast<const uint16_t*>(data) + first, n, buffer);
     } else {

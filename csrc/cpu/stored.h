@@ -38,7 +38,10 @@ class StoredState {
     bool in_place() const { return format_ == kFloat32; }
     int planes() const { return planes_; }
     // `n` numbers of a plane, the last of which is the second moment; in `buffer` unless they can be read in place.
-    float* read(int plane, int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const;
+    float* read(int plane, int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const {
+        if (!in_place()) return converted(plane, line, start, n, columns, buffer);
+        return reinterpret_cast<float*>(data_[plane]) + line * columns + start;
+    }
     // Writes what `read` returned for the two planes of Adam.
     void write(float* const* values, int64_t line, int64_t start, int64_t n, int64_t columns,
                const RandomPlace& place) const;
@@ -46,6 +49,8 @@ class StoredState {
     void locate(RowData& row, int64_t line, int64_t start, int64_t columns, const RandomPlace& place) const;
 
   private:
+    float* converted(int plane, int64_t line, int64_t start, int64_t n, int64_t columns, float* buffer) const;
+
     Format format_ = kFloat32;
     int planes_ = 0;
     char* data_[kMost] = {};

@@ -8,15 +8,6 @@ namespace hf_lopt {
 
 namespace {
 
-std::vector<int64_t> shape_without(const Tensor& like, int64_t axis) {
-    if (axis < 0) return {0};
-    std::vector<int64_t> shape;
-    for (int64_t i = 0; i < like.dim(); i++) {
-        if (i != axis) shape.push_back(like.size(i));
-    }
-    return shape;
-}
-
 // A tensor of the list. With moments also the parameter, the momenta and the second moments.
 struct SumsOperand {
     Array g, p;
@@ -63,7 +54,9 @@ class Sums {
           width_(statistics_width(n_v_, n_m_)),
           bound_((float)clip),
           moments_(moments),
-          operands_(grads.size()) {
+          operands_(grads.size()),
+          results_(2 * grads.size()) {
+        shapes_.reserve(grads.size());
         for (size_t t = 0; t < grads.size(); t++) {
             shapes_.emplace_back(grads[t], row_axes[t], col_axes[t]);
             SumsOperand& o = operands_[t];
@@ -74,8 +67,13 @@ class Sums {
                                       scales_of(second_scales, t), false, copies_);
                 align(shapes_.back(), &o.state, RandomPlace());
             }
-            results_.add(shape_without(grads[t], row_axes[t]));
-            results_.add(shape_without(grads[t], col_axes[t]));
+            for (const int64_t axis : {row_axes[t], col_axes[t]}) {
+                if (axis < 0) {
+                    results_.add_empty();
+                } else {
+                    results_.add_like(grads[t], axis);
+                }
+            }
         }
         results_.allocate(params[0]);
         for (size_t t = 0; t < grads.size(); t++) place_results(t);
@@ -99,7 +97,7 @@ class Sums {
         for (int64_t i = 0; i < n_tiles; i++) {
             for (int64_t j = 0; j < width_; j++) out[tiles_[i].tensor * width_ + j] += tile_stats_[i * width_ + j];
         }
-        return {std::move(rows_), std::move(cols_), std::move(stats)};
+        return {results_.take(0, 2), results_.take(1, 2), std::move(stats)};
     }
 
   private:
@@ -109,11 +107,9 @@ class Sums {
         SumsOperand& o = operands_[t];
         o.line_out = results_.data(line);
         o.vector_out = results_.data(vector);
-        rows_.push_back(results_.tensor(2 * t));
-        cols_.push_back(results_.tensor(2 * t + 1));
         if (shape.numel == 0) {
-            std::fill_n(o.line_out, results_.tensor(line).numel(), 0.0f);
-            std::fill_n(o.vector_out, results_.tensor(vector).numel(), 0.0f);
+            std::fill_n(o.line_out, results_.numel(line), 0.0f);
+            std::fill_n(o.vector_out, results_.numel(vector), 0.0f);
         }
     }
 
@@ -219,8 +215,7 @@ class Sums {
     std::vector<Shape> shapes_;
     std::vector<SumsOperand> operands_;
     std::vector<Tile> tiles_;
-    ResultPieces results_;  // of each tensor the row and the column sums
-    Tensors rows_, cols_;
+    ResultPieces results_;                          // of each tensor the row and the column sums
     std::vector<int64_t> vector_part_, line_part_;  // places in `parts_`, -1 for none
     int64_t part_count_ = 0;
     std::unique_ptr<float[]> parts_;

@@ -141,9 +141,10 @@ Shape::Shape(const Tensor& p, int64_t row_axis, int64_t col_axis, int64_t slices
         return;
     }
     const int64_t first = std::min(row_axis, col_axis), last = std::max(row_axis, col_axis);
-    for (int64_t i = 0; i < p.dim(); i++) {
+    const auto shape = p.sizes();
+    for (int64_t i = 0; i < (int64_t)shape.size(); i++) {
         int64_t& part = i < first ? pre : i == first ? k : i < last ? mid : i == last ? columns : inner;
-        part = i == last ? p.size(i) : part * p.size(i);
+        part = i == last ? shape[i] : part * shape[i];
     }
     columns *= inner;
     lines = pre * k * mid;

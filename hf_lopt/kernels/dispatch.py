@@ -42,6 +42,7 @@ from hf_lopt.kernels.schema import Arguments
 from hf_lopt.kernels.small_matrices import is_small
 
 
+_NO_LISTS = HELD - {HeldList}  # what PyTorch does not take for a list of tensors
 # What the kernels are written for.
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _FLOAT32 = frozenset((torch.float32,))
@@ -150,8 +151,10 @@ class Operator(Generic[Kind, Result]):
         self.name, self.arguments, self.reference = arguments.OPERATOR, arguments, reference
         self._overload = getattr(torch.ops.hf_lopt, self.name).default
         schema = self._overload._schema.arguments
-        self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
         self._lists = [x.name for x in schema if str(x.type) == "List[Tensor]"]
+        self._written = [x.name for x in schema if x.alias_info is not None and x.alias_info.is_write]
+        self._written_lists = [name for name in self._written if name in self._lists]
+        self._written_tensors = [name for name in self._written if name not in self._lists]
         self._results = arguments.RETURNS.count("Tensor[]") if arguments.HOLDS else 0
         self.__doc__ = reference.__doc__
 
@@ -169,10 +172,10 @@ class Operator(Generic[Kind, Result]):
 
     def count_changes(self, arguments: Kind) -> None:
         """Move the version counters of what a call changes; tensors of an inference mode have none."""
-        changed: list[Tensor] = []
-        for name in self._written:
-            value = getattr(arguments, name)
-            changed += [value] if isinstance(value, Tensor) else value
+        values = vars(arguments)
+        changed: list[Tensor] = [values[name] for name in self._written_tensors]
+        for name in self._written_lists:
+            changed += values[name]
         try:
             torch.autograd.graph.increment_version(changed)
         except RuntimeError:  # asking each of them would cost more than the call
@@ -181,7 +184,7 @@ class Operator(Generic[Kind, Result]):
     def _call(self, arguments: Kind) -> Result:
         values = vars(arguments)  # in the order of the schema; names would take longer
         for name in self._lists:
-            if type(values[name]) in HELD and type(values[name]) is not HeldList:
+            if type(values[name]) in _NO_LISTS:
                 values = {**values, name: list(values[name])}
         result: Result = self._overload(*values.values())
         return result
@@ -199,6 +202,10 @@ class Operator(Generic[Kind, Result]):
         values, code = dict(vars(arguments)), []
         for name in self._lists:
             x = values[name]
+            if type(x) is HeldList and x.number:
+                code += 1, x.number
+                values[name] = ()
+                continue
             numbers = x.numbers if type(x) in HELD else []
             code += [len(numbers), *numbers]
             if numbers:

@@ -10,7 +10,8 @@ import atexit
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 # A subclass may be a stand-in for another tensor, which a library cannot keep.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_ON = {"cpu": operator.attrgetter("is_cpu"), "cuda": operator.attrgetter("is_cuda")}
 _numbers = itertools.count(1)
 FEW = 8  # shorter lists are passed faster than they are held
 # Whose libraries hold lists.
@@ -54,6 +56,7 @@ class HeldList(tuple[Tensor, ...]):
     """Tensors that are passed to many calls and stay the same."""
 
     _number: _Number | None = None
+    number = 0  # by which the library knows it now, 0 while it does not
 
     @functools.cached_property
     def can_be_held(self) -> bool:
@@ -78,7 +81,7 @@ class HeldList(tuple[Tensor, ...]):
                 return []
             number = _Number(self[0].device)
             torch.ops.hf_lopt.hold.default(list(self), number.value)
-            self._number = number
+            self._number, self.number = number, number.value
         return [self._number.value]
 
     @property
@@ -88,15 +91,32 @@ class HeldList(tuple[Tensor, ...]):
 
     def let_go(self) -> None:
         """Have the library keep the list no longer, until it is passed again."""
-        self._number = None
+        self._number, self.number = None, 0
 
-    def same_kinds(self) -> bool:
-        """Whether all have the shapes, types and devices that they had at the first such call."""
-        (number,) = self.numbers
-        return bool(torch.ops.hf_lopt.same_kinds.default(any_on(self[0].device), number))
+    def all_on(self, kind: str) -> bool:
+        """Whether all tensors are by now on a type of device, "cpu" or "cuda"."""
+        return all(map(_ON[kind], self))
 
     def __reduce__(self) -> tuple[type[HeldList], tuple[list[Tensor]]]:  # a copy is another list
         return HeldList, (list(self),)
+
+
+class Kinds:
+    """Shapes, types and devices of the tensors of held lists, of some also layouts and strides, as they were first."""
+
+    def __init__(self, device: torch.device):
+        self._like, self._number = any_on(device), _Number(device)
+
+    def same(self, lists: Iterable[HeldList], strided: Iterable[HeldList] = ()) -> bool:
+        """Whether they are as in the first call, those of ``strided`` also in their strides.
+
+        All have to be on the type of device of the first call: what is held elsewhere is not known there.
+        """
+        try:
+            numbers = [[number for x in part for number in x.numbers] for part in (lists, strided)]
+        except NotImplementedError:  # of a sparse tensor, for example, no library holds anything
+            return False
+        return bool(torch.ops.hf_lopt.same_kinds.default(self._like, *numbers, self._number.value))
 
 
 class HeldResults(Sequence[Tensor]):

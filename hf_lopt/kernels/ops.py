@@ -187,7 +187,7 @@ _library = torch.library.Library("hf_lopt", "DEF")
 _library.define("hold(Tensor[] tensors, int number) -> ()")
 _library.define("release(Tensor like, int number) -> ()")
 _library.define("fetch(Tensor like, int number) -> Tensor[]")
-_library.define("same_kinds(Tensor like, int number) -> bool")
+_library.define("same_kinds(Tensor like, int[] numbers, int[] strided, int kinds) -> bool")
 
 
 def _define(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.kernels import ops
-from hf_lopt.kernels.held import HeldList
+from hf_lopt.kernels.held import HeldList, Kinds
 from hf_lopt.step.accumulators import CODES, SCALES
 
 
@@ -111,9 +111,10 @@ class HeldTensors:
         words: Sequence[str],
     ):
         self.pairs = list(pairs)
-        self.params, self.groups = [p for p, _ in pairs], [group for _, group in pairs]
+        self.params: list[Tensor] = [p for p, _ in pairs]
+        self.groups = [group for _, group in pairs]
         self.own_groups = list({id(group): group for group in self.groups}.values())
-        self.grads = [p.grad for p in self.params]
+        self.grads: Sequence[Any] = [p.grad for p in self.params]
         self.local_params = HeldList(distributed.local(p) for p in self.params)
         self.state = local_state([state[p] for p in self.params])
         self.key: tuple[Hashable, ...] | None = None
@@ -128,15 +129,25 @@ class HeldTensors:
         self._without = [p for p in self._listed if p.requires_grad and p.numel() and id(p) not in active]
         self._owners, self._states = list(state), list(state.values())
         self._keys, self._values = list(_flat(self._states)), list(_flat(map(_values, self._states)))
-        in_state = HeldList(x for x in self._values if isinstance(x, Tensor))
-        # Parameters are looked at here: one that somebody else holds cannot be exchanged by its owner.
-        self._in_library = in_state if ops.holds(in_state) and in_state.same_kinds() else None
-        self._tensors = self._listed if self._in_library else [*self._listed, *in_state]
-        self._kinds = list(map(_kind, self._tensors))
+        in_state = self._in_state = HeldList(x for x in self._values if isinstance(x, Tensor))
         self._sharded = [x for x in [*self._listed, *in_state] if distributed.is_dtensor(x)]
         self._shards = list(map(distributed.local, self._sharded))
-        self._grad_types, self._strides = list(map(type, self.grads)), list(map(Tensor.stride, self.grads))
-        self._grad_kinds = list(map(_grad_kind, self.grads))
+        # What the library compares: the state, and of many ordinary tensors also parameters and gradients.
+        self._library = Kinds(in_state[0].device) if ops.holds(in_state) and not _is_watched() else None
+        grads = HeldList(self.grads)
+        self._compares_all = bool(
+            self._library and not self._sharded and ops.holds(self.local_params) and ops.holds(grads)
+        )
+        if self._library:
+            self._library.same(*self._lists(grads))
+        # The others are compared here.
+        compared = active if self._compares_all else set()
+        self._tensors = [p for p in self._listed if id(p) not in compared] + ([] if self._library else [*in_state])
+        self._kinds = list(map(_kind, self._tensors))
+        one_by_one = () if self._compares_all else grads
+        self._grad_types, self._strides = list(map(type, one_by_one)), list(map(Tensor.stride, one_by_one))
+        self._grad_kinds = list(map(_grad_kind, one_by_one))
+        self._grad_dtypes = grads.dtypes
 
     @property
     def numbers(self) -> list[int]:
@@ -145,7 +156,7 @@ class HeldTensors:
 
     def unchanged(self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether groups, parameters and state are those of before, and gradients of the same kinds; takes these."""
-        self.grads = []
+        self.release()
         if not (
             _same(groups, self._groups)
             and self._counts_of(groups) == self._counts
@@ -159,30 +170,49 @@ class HeldTensors:
             _same(state, self._owners)
             and _same(states, self._states)
             and sum(map(len, states)) == len(self._values)
-            and all(map(operator.is_, _flat(states), self._keys))
+            and list(_flat(states)) == self._keys
             and all(map(operator.is_, _flat(map(_values, states)), self._values))
         ):
             return False
-        grads = [p.grad for p in self.params]
-        if (
-            (self._in_library is None or self._in_library.same_kinds())
+        if any(p.grad is not None for p in self._without):
+            return False
+        found: list[Any] = [p.grad for p in self.params]
+        grads = HeldList(found)
+        if not (
+            (self._can_be_held(grads) if self._compares_all else self._same_one_by_one(grads))
             and all(map(operator.eq, map(_kind, self._tensors), self._kinds))
             and all(map(operator.is_, map(distributed.local, self._sharded), self._shards))
-            and all(map(operator.is_, map(type, grads), self._grad_types))  # of None, too
+            and (self._library is None or (not _is_watched() and self._library.same(*self._lists(grads))))
+        ):
+            self.release()
+            return False
+        vars(grads)["dtypes"] = self._grad_dtypes  # which are known by now
+        self.grads = grads
+        return True
+
+    def _lists(self, grads: HeldList) -> tuple[list[HeldList], list[HeldList]]:
+        """What the library compares, and that of which it compares strides too."""
+        return ([self._in_state, self.local_params], [grads]) if self._compares_all else ([self._in_state], [])
+
+    def _can_be_held(self, grads: HeldList) -> bool:
+        """Whether parameters and gradients are where the state is; no gradient is None, or stands for another one."""
+        device = self._in_state[0].device.type
+        return grads.can_be_held and grads.all_on(device) and self.local_params.all_on(device)
+
+    def _same_one_by_one(self, grads: HeldList) -> bool:
+        """Whether gradients are of the kinds of before, where they are few, or such as the library cannot hold."""
+        return (
+            all(map(operator.is_, map(type, grads), self._grad_types))  # of None, too
             and all(map(operator.eq, map(_grad_kind, grads), self._grad_kinds))
             and all(map(operator.eq, map(Tensor.stride, grads), self._strides))
-            and not any(p.grad is not None for p in self._without)
-        ):
-            self.grads = grads
-            return True
-        return False
+        )
 
     def release(self) -> None:
-        """Keep no gradient alive beyond its step, and have nobody else hold a parameter."""
+        """Keep no gradient alive beyond its step, and have nobody else hold a parameter: its owner may exchange it."""
         self.grads = []
         self.local_params.let_go()
 
-    def local_gradients(self) -> list[Tensor]:
+    def local_gradients(self) -> Sequence[Tensor]:
         """This rank's shards of the gradients, sharded as the parameters. A collective where they come otherwise."""
         return [distributed.local_gradient(p) for p in self.params] if self._sharded else self.grads
 
@@ -198,6 +228,11 @@ _kind = operator.attrgetter("shape", "dtype", "device")
 _grad_kind = operator.attrgetter("layout", "shape", "dtype", "device")
 _requires_grad, _values = operator.attrgetter("requires_grad"), operator.methodcaller("values")
 _flat = itertools.chain.from_iterable
+
+
+def _is_watched() -> bool:
+    """Whether somebody looks at the calls on their way, as a mode does, and has to see lists whole."""
+    return bool(torch._C._len_torch_dispatch_stack())
 
 
 def _same(xs: Collection[Any], ys: Collection[Any]) -> bool:

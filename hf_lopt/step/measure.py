@@ -102,7 +102,7 @@ class StepDecision:
     @property
     def corrections(self) -> tuple[Tensor, ...]:
         """1 / (1 - decay^n) for the decays that :func:`measure` was asked for, 0-d each."""
-        return self._part(slice(STEP.stop, len(self.features))).unbind()
+        return self._part(slice(STEP.stop, self.features.shape[0])).unbind()
 
     def _part(self, place: slice) -> Tensor:
         return self.features.narrow(0, place.start, place.stop - place.start)
@@ -254,8 +254,9 @@ def _gradient_limits(lists: Sequence[TensorList], stats: Sequence[Tensor], clips
 
 def _factored_axes(tensors: TensorList, features: ElementFeatures) -> tuple[list[int], list[int]]:
     """Axes A and B; -1 throughout where the rule has no factored accumulators."""
-    none = [-1] * len(tensors)
-    return (tensors.layout.row_axes, tensors.layout.col_axes) if features.decays.factored else (none, none)
+    if features.decays.factored:
+        return tensors.layout.row_axes, tensors.layout.col_axes
+    return [-1] * len(tensors), [-1] * len(tensors)
 
 
 def _factors(parts: Sequence[Part], sums: Sequence[_GradientSums]) -> list[Factors]:
@@ -274,7 +275,7 @@ def _factors(parts: Sequence[Part], sums: Sequence[_GradientSums]) -> list[Facto
         _joined([layout.row_axes for layout in layouts]),
         _joined([layout.col_axes for layout in layouts]),
         decays.pop(),
-        _joined([layout.shardings for layout in layouts]),
+        _joined([layout.shardings for layout in layouts]) if any(layout.sharded for layout in layouts) else None,
         sizes=layouts[0].factored_sizes if len(layouts) == 1 else None,
         nothing=layouts[0].nothing if len(layouts) == 1 else None,
     )

@@ -101,7 +101,7 @@ def specialize_networks(
     layout = tensors.layout
     numel = layout.slice_numel if measurements is None else measurements.numel
     if step_mult is None:
-        lr = weight_decay = layout.one.expand(len(numel))
+        lr = weight_decay = layout.one.expand(numel.shape[0])
     else:
         lr, weight_decay = tensors["lr"], tensors["weight_decay"]
     if layout.stacked:  # those of the replicas, for each tensor in turn
@@ -137,9 +137,10 @@ def _for_each_tensor(x: Tensor, tensors: TensorList) -> Tensor:
 def split_layers(flat: Tensor, sizes: Sequence[int]) -> ElementNetwork:
     """Networks from their flat weights (rows, P): for each layer its matrix, then its bias."""
     layers = list(zip(sizes, sizes[1:], strict=False))
-    pieces = flat.split([n for n_in, n_out in layers for n in (n_in * n_out, n_out)], 1)
-    weights = (x.view(len(flat), *layer) for x, layer in zip(pieces[::2], layers, strict=True))
-    return ElementNetwork(tuple(weights), pieces[1::2])
+    pieces = flat.split_with_sizes([n for n_in, n_out in layers for n in (n_in * n_out, n_out)], 1)
+    rows = flat.shape[0]
+    weights = tuple([x.view(rows, *layer) for x, layer in zip(pieces[::2], layers, strict=True)])
+    return ElementNetwork(weights, tuple(pieces[1::2]))
 
 
 def flatten_network(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:

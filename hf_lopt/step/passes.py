@@ -83,7 +83,7 @@ def network_outputs(
     network = specialize_networks(tensors, features, measurements, networks, sizes, step_mult=None)
     out = new_stacks(tensors.params)
     weights, biases = network.layers()
-    one = tensors.layout.one.expand(len(network.scale))
+    one = tensors.layout.one.expand(network.scale.shape[0])
     sums, _ = ops.apply_network(
         ApplyNetwork(
             **feature_arguments(tensors, features, factors),
@@ -182,7 +182,7 @@ def keep_if(skip: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) 
     return {key: torch.where(skip, old[key], value) for key, value in new.items()}
 
 
-def ready_gradients(held: HeldTensors, nan_to_zero: bool, max_norm: float) -> list[Tensor]:
+def ready_gradients(held: HeldTensors, nan_to_zero: bool, max_norm: float) -> Sequence[Tensor]:
     """The gradients, with 0 for NaN where the rule takes it so, clipped in place where a global norm is set."""
     if nan_to_zero:
         ops.zero_nan(ZeroNan([distributed.local(g) for g in held.grads]))

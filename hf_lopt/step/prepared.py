@@ -75,7 +75,7 @@ class PreparedStep:
             cache=self.cache,
             root=self.cache,
             params=self.in_view(held.local_params),
-            grads=HeldList(self.in_view(grads, copy=True)),
+            grads=seen if isinstance(seen := self.in_view(grads, copy=True), HeldList) else HeldList(seen),
             state=held.state,
             settings=self.settings(names, held.groups, lr_factor),
             labels=held.labels,

@@ -9,6 +9,7 @@ Axes: T tensors, M results (one for each tensor, or for each of its slices), R r
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ class StepCache:
     floors: tuple[Tensor, int, Sequence[Tensor | None] | None, Tensor] | None = None
 
 
+_version = operator.attrgetter("_version")
 # What passes take that round nothing at random.
 _TO_NEAREST: Mapping[str, Any] = {"step": None, "places": [], "round_params": False}
 
@@ -222,4 +224,4 @@ class TensorList:
 
     def accumulator_versions(self) -> list[int]:
         """Version counters of momenta and second moments, which every change in place moves."""
-        return [x._version for x in (*self.momenta, *self.second_moments)]
+        return list(map(_version, itertools.chain(self.momenta, self.second_moments)))
