@@ -184,6 +184,6 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{content['about'].get('device')}, torch {content['about'].get('torch')}", size=9)
     axes.margins(x=0.15)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
-    figure.savefig(path, dpi=150)
-    use_palette(path, 64)
+    figure.savefig(path, dpi=100)
+    use_palette(path, 32)
     pyplot.close(figure)
