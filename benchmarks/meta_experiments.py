@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +53,31 @@ def judge(
     steps: int,
     seeds: int,
     rates: Sequence[float] = table.RATES,
+    chosen: Sequence[tasks.Task] | None = None,
+    settings: Callable[[tasks.Task], Mapping[str, Any]] = lambda task: {},
 ) -> dict[str, Any]:
     """Final losses of weights by task, compared with the first of them.
 
     Args:
         candidates: name -> weights.
         part: of the tasks.
-        rates: the best of each task counts, where the schedule is the caller's.
+        rates: the best of each task counts; of one by default, 1, where the schedule is not the caller's.
+        chosen: other tasks than those of the part.
+        settings: of a task -> those of the rule.
 
     Returns:
         `results`: task -> name -> final and mean training loss of every run. `summary`: name -> ratio of its geometric
         mean loss to that of the first candidate, with an interval of two standard errors over the tasks, and `tasks`:
         the same over the paired runs of each, with the mean final loss.
     """
-    rates = (1.0,) if rules.get(rule).own_schedule else rates
+    rates = (1.0,) if rules.get(rule).own_schedule and rates is table.RATES else rates
     results: dict[str, dict[str, Any]] = {}
-    for task in tasks.of_part(part):
+    for task in tasks.of_part(part) if chosen is None else chosen:
         results[task.name] = {}
         for name, weights in candidates.items():
             rate, curves = evaluate.best_of(
-                lambda lr, w=weights, t=task: evaluate.learned(t, rule, w, steps, seeds, lr, looks=1), rates
+                lambda lr, w=weights, t=task: evaluate.learned(t, rule, w, steps, seeds, lr, settings(t), looks=1),
+                rates,
             )
             results[task.name][name] = {"lr": rate, "final": curves.final.tolist(), "train": curves.train.tolist()}
         print(task.name, {name: sum(row["final"]) / seeds for name, row in results[task.name].items()}, flush=True)

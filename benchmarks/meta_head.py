@@ -4,8 +4,12 @@
     python -m benchmarks.meta_head robust                     # adapters, scaled losses, into the same file
     python -m benchmarks.meta_head long                       # 20,000 steps, into the same file
     python -m benchmarks.meta_head save FOLDER                # the weights of the chosen head
+    python -m benchmarks.meta_head fresh --steps 300 1000 --seeds 8     # -> benchmarks/results/meta_test_velo.json
 
-One thread. The numbers of the heads were chosen on the training tasks.
+One thread. The numbers of the heads were chosen on the training tasks. ``fresh`` is the chosen head with the defaults
+of a plain loop, that is with the floors of tensors near zero and the multiplier by the length of the run. After the
+validation tasks it opens, once, test tasks that the head has not been on: those of hf_lopt/meta/fresh_tasks.py, and
+the others with other starts and batches. It ships if its gain over all of them exceeds two standard errors.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_experiments import RESULTS, judge, looks_of, without_runs, write
-from hf_lopt.meta import data, evaluate, tasks, theta
+from benchmarks.storing import rounded, write_record
+from hf_lopt import least_sizes, rules
+from hf_lopt.meta import data, evaluate, fresh_tasks, table, tasks, theta
 from hf_lopt.meta.head import head_leaves
 from hf_lopt.weights import save
 
@@ -76,6 +82,51 @@ def scaled(steps: int, seeds: int) -> dict[str, Any]:
     return found
 
 
+def _as_module(name: str, shape: Sequence[int]) -> str:
+    """What a tensor of a task would be called in a module, by which its kind is known."""
+    path, _, leaf = name.rpartition(".")
+    if leaf in ("a", "b") and len(shape) == 2:
+        return f"{path}.lora_{leaf.upper()}.weight"
+    if leaf in ("w", "b"):
+        return f"{path}.{'weight' if leaf == 'w' else 'bias'}"
+    return f"{name}.weight" if "norm" in leaf else name
+
+
+def user_settings(task: tasks.Task) -> dict[str, Any]:
+    """The least sizes that an optimizer decides by default for the tensors of a task."""
+    params = {name: p[0] for name, p in task.start(1, torch.Generator().manual_seed(0)).items()}
+    names = [_as_module(name, p.shape) for name, p in params.items()]
+    group = {"params": list(params.values()), "param_names": names, least_sizes.KEY: None}
+    state: dict[Tensor, dict[str, Tensor]] = {p: {} for p in params.values()}
+    least_sizes.decide([(p, group) for p in params.values()], state, "VeLO")
+    return {least_sizes.KEY: {name: state[p][least_sizes.KEY].item() for name, p in params.items()}}
+
+
+def fresh(lengths: Sequence[int], seeds: int) -> None:
+    """The chosen head, once on validation and once on fresh test tasks for each length."""
+    path = RESULTS / "meta_test_velo.json"
+    known = json.loads(path.read_text())
+    weights = {name: candidates()[name] for name in ("constructed", CHOSEN)}
+    again = [replace(task, name=f"{task.name}, new seeds") for task in tasks.of_part("test")]
+    new = list(fresh_tasks.TASKS.values())
+    parts = {"validation": tasks.of_part("validation"), "fresh": new + again}
+    for steps in lengths:
+        lr = rules.get("velo").run_length.multiplier(steps)
+        for part, chosen in parts.items():
+            judged = judge("velo", weights, part, steps, seeds, (lr,), chosen, user_settings)
+            found = {"seeds": seeds, "lr": lr, **judged["summary"][CHOSEN]}
+            found["tasks"] = {name: [row["ratio"], *row["interval"]] for name, row in found["tasks"].items()}
+            if part == "fresh":
+                logs = table.comparisons(
+                    {task.name: judged["results"][task.name] for task in new}, CHOSEN, "constructed"
+                )
+                total = evaluate.over_tasks(list(logs.values()))
+                found["new families"] = {"ratio": total.ratio, "interval": total.interval()}
+                print("new families", found["new families"], flush=True)
+            known.setdefault("defaults", {})[f"{part}, {steps} steps"] = found
+            write_record(path, rounded(known, 4))
+
+
 def record(**new: Any) -> None:
     path = RESULTS / f"{FILE}.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
@@ -85,9 +136,9 @@ def record(**new: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("judge", "robust", "long", "save"))
+    parser.add_argument("what", choices=("judge", "robust", "long", "fresh", "save"))
     parser.add_argument("folder", nargs="?", help="save: where to")
-    parser.add_argument("--steps", type=int, nargs="+", default=(200,), help="judge: lengths of the runs")
+    parser.add_argument("--steps", type=int, nargs="+", default=(200,), help="judge, fresh: lengths of the runs")
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -103,6 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = {"task": task.name, **looks_of(curves)}
         print(found)
         record(long=found)
+    elif args.what == "fresh":
+        fresh(args.steps, args.seeds)
     else:
         save(candidates()[CHOSEN], args.folder, rule="velo")
 

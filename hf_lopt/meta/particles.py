@@ -52,7 +52,8 @@ class Particles:
         rule: name of the rule.
         shapes: parameter name -> shape of one copy; matrices are (in, out).
         count: number of particles.
-        settings: constructor keywords of the rule that differ from its defaults.
+        settings: constructor keywords of the rule that differ from its defaults; "min_param_scale" may be a mapping
+            from parameter name to number.
         device: where everything lives.
 
     Attributes:
@@ -207,9 +208,7 @@ class Particles:
         count, rule = len(params), self.rule
         numbers = ["weight_decay", *(n for n in rule.per_group if n not in rule.words)]
         total = count * max(replicas if self.together else 0, 1)
-        settings = {
-            n: torch.full((total,), float(self.group[n]), dtype=torch.float32, device=self.device) for n in numbers
-        }
+        settings = {n: self._setting(n, total) for n in numbers}
         cache = StepCache()
         return TensorList(
             layout=make_layout(params, ["jax"] * count, replicas=replicas, stacked=self.together),
@@ -221,6 +220,12 @@ class Particles:
             settings=settings,
             labels={n: [self.group[n]] * count for n in rule.words},
         )
+
+    def _setting(self, name: str, total: int) -> Tensor:
+        """A setting that is a number, for ``total`` tensors: those of a model, once for each particle."""
+        x = self.group[name]
+        of_model = [float(x[key]) for key in self.params] if isinstance(x, Mapping) else [float(x)]
+        return torch.tensor(of_model, dtype=torch.float32, device=self.device).repeat(total // len(of_model))
 
     def _new_lists(self) -> list[TensorList]:
         """One list of all particles' tensors, or one for each particle."""
