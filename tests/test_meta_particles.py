@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from hf_lopt import LearnedOptimizer
 from hf_lopt.kernels import ops
-from hf_lopt.meta import data, tasks, theta
+from hf_lopt.meta import config, data, fresh_tasks, tasks, theta
 from hf_lopt.meta.particles import IN_TURN, TOGETHER, Particles, supported
 
 
@@ -74,6 +74,37 @@ def test_a_particle_follows_an_optimizer_of_its_own(rule):
             torch.testing.assert_close(particles.params[name][i], p.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", ["velo", "celo"])
+def test_tensors_may_have_floors_of_their_own(rule):
+    """As many groups of an optimizer have; one tensor starts at zero."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: leaf.expand(2, *leaf.shape) for name, leaf in theta.starting_weights(rule, "constructed").items()}
+    floors = {name: 0.0 for name in TASK.shapes} | {"layer2.w": 0.3, "layer0.b": 0.1}
+    start = TASK.start(2, generator)
+    start["layer2.w"].zero_()
+    batch = TASK.samples().batch(2, TASK.batch, generator)
+    particles = Particles(rule, TASK.shapes, 2, {"min_param_scale": floors})
+    particles.set_weights(weights)
+    particles.restart(range(2), start)
+    for _ in range(3):
+        particles.update(*gradients(TASK, particles.params, batch), torch.ones(2), torch.tensor([10, 10]))
+    for i in range(2):
+        params = {name: nn.Parameter(p[i].clone()) for name, p in start.items()}
+        groups = [{"params": [p], "min_param_scale": floors[name]} for name, p in params.items()]
+        own = {name: leaf[i] for name, leaf in weights.items()}
+        optimizer = LearnedOptimizer(groups, rule, weights=own, axis_order="jax", num_training_steps=10)
+        for _ in range(3):
+            optimizer.zero_grad()
+            one = {k: p.unsqueeze(0) for k, p in params.items()}
+            loss = TASK.losses(one, tuple(x[i : i + 1] for x in batch)).sum()
+            loss.backward()
+            optimizer.step(loss)
+        for name, p in params.items():
+            torch.testing.assert_close(particles.params[name][i], p.detach(), rtol=1e-5, atol=1e-6)
+        # Its step is a part of 0.3 times lr_mult / 1000, not of zero.
+        assert particles.params["layer2.w"][i].abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("rule", ["celo2", "celo2_base", "small_fc_lopt"])
 def test_stacks_of_runs_on_the_plain_kernels(rule):
     """The compiled kernels number results by slice; so do the plain ones."""
@@ -134,10 +165,10 @@ def test_what_particles_refuse():
         particles.set_weights(weights)
 
 
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", [*tasks.TASKS, *fresh_tasks.TASKS])
 def test_losses_of_particles_are_independent(name):
     """A loss depends on its own copy only, and the model has a gradient in every parameter."""
-    task, generator = tasks.named(name), torch.Generator().manual_seed(0)
+    task, generator = (tasks.TASKS | fresh_tasks.TASKS)[name], torch.Generator().manual_seed(0)
     params = {k: p.requires_grad_() for k, p in task.start(2, generator).items()}
     batch = task.samples().batch(1, 4, generator)
     losses = task.losses(params, batch)
@@ -177,6 +208,41 @@ def test_some_test_tasks_have_data_of_their_own():
     assert others == ["code_lm", "names_gru", "names_lora", "waves_denoiser", "teacher_residual", "tumours_mlp"]
     names = tasks.named("names_gru").samples().inputs
     assert {data.ALPHABET[i] for i in names.unique().tolist()} <= set("\n ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-()")
+
+
+def test_no_configuration_trains_on_fresh_tasks():
+    """They are test tasks with data of their own, which configurations do not know."""
+    known = {getattr(task.data, "func", task.data) for task in tasks.TASKS.values()}
+    for name, task in fresh_tasks.TASKS.items():
+        assert task.part == "test" and task.data.func not in known
+        with pytest.raises(ValueError, match=f"no task is called '{name}'"):
+            config.from_dict({"rule": "celo2", "tasks": {name: 2}})
+
+
+def test_the_state_space_is_a_recurrence():
+    """One block, place by place: h <- exp(-rate) h + x, c · h + skip x, behind the gate."""
+    task, generator = fresh_tasks.TASKS["filter_states"], torch.Generator().manual_seed(3)
+    params = {key: p + 0.1 for key, p in task.start(1, generator).items()}
+    x, _ = task.samples().batch(1, 5, generator)
+    own = {key: p[0] for key, p in params.items()}
+    u = x[0].unsqueeze(-1) @ own["in.w"] + own["in.b"]
+    normed = u * (u.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * own["0.norm"]
+    h, decay, outputs = torch.zeros(5, *own["0.c"].shape), torch.exp(-torch.exp(own["0.log_rate"] - 1.0)), []
+    for t in range(x.shape[2]):
+        h = decay * h + normed[:, t].unsqueeze(-1)
+        outputs.append((own["0.c"] * h).sum(-1) + own["0.skip"] * normed[:, t])
+    gated = torch.stack(outputs, 1) * F.silu(normed @ own["0.gate.w"] + own["0.gate.b"])
+    expected = (u + gated @ own["0.out.w"] + own["0.out.b"]) @ own["head.w"] + own["head.b"]
+    torch.testing.assert_close(task.model(params, x)[0], expected.squeeze(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_towers_find_the_other_view():
+    """The loss is 0 where own views agree, and log B where all views are alike."""
+    task = fresh_tasks.TASKS["views_towers"]
+    same = torch.ones(1, 4, 4)
+    targets = torch.zeros(1, 4, dtype=torch.int64)
+    assert task.loss(same, targets).item() == pytest.approx(torch.tensor(4.0).log().item())
+    assert task.loss(100.0 * torch.eye(4).unsqueeze(0), targets).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_the_recurrent_model_is_that_of_torch():
