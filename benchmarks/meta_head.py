@@ -1,10 +1,11 @@
 """A head on VeLO's scheduler (hf_lopt/meta/head.py) against the constructed weights, on the validation tasks.
 
     python -m benchmarks.meta_head judge --steps 200 1000     # -> benchmarks/results/meta_velo_scheduler.json
+    python -m benchmarks.meta_head judge --seeds 8 --defaults # as a plain loop does by default, into the same file
     python -m benchmarks.meta_head robust                     # adapters, scaled losses, into the same file
     python -m benchmarks.meta_head long                       # 20,000 steps, into the same file
     python -m benchmarks.meta_head save FOLDER                # the weights of the chosen head
-    python -m benchmarks.meta_head fresh --steps 300 1000 --seeds 8     # -> benchmarks/results/meta_test_velo.json
+    python -m benchmarks.meta_head fresh --steps 300 1000 100 --seeds 8    # -> benchmarks/results/meta_fresh_velo.json
 
 One thread. The numbers of the heads were chosen on the training tasks. ``fresh`` is the chosen head with the defaults
 of a plain loop, that is with the floors of tensors near zero and the multiplier by the length of the run. After the
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.meta_experiments import RESULTS, judge, looks_of, without_runs, write
-from benchmarks.storing import rounded, write_record
+from benchmarks.storing import rounded
 from hf_lopt import least_sizes, rules
 from hf_lopt.meta import data, evaluate, fresh_tasks, table, tasks, theta
 from hf_lopt.meta.head import head_leaves
@@ -102,29 +103,38 @@ def user_settings(task: tasks.Task) -> dict[str, Any]:
     return {least_sizes.KEY: {name: state[p][least_sizes.KEY].item() for name, p in params.items()}}
 
 
+def bare(task: tasks.Task) -> dict[str, Any]:
+    """The reference's settings."""
+    return {}
+
+
+def multiplier(steps: int) -> float:
+    """The lr of a run of so many steps by default."""
+    return rules.get("velo").run_length.multiplier(steps)
+
+
 def fresh(lengths: Sequence[int], seeds: int) -> None:
-    """The chosen head, once on validation and once on fresh test tasks for each length."""
-    path = RESULTS / "meta_test_velo.json"
-    known = json.loads(path.read_text())
+    """The chosen head on validation and fresh test tasks, for each length."""
     weights = {name: candidates()[name] for name in ("constructed", CHOSEN)}
-    again = [replace(task, name=f"{task.name}, new seeds") for task in tasks.of_part("test")]
     new = list(fresh_tasks.TASKS.values())
-    parts = {"validation": tasks.of_part("validation"), "fresh": new + again}
-    for steps in lengths:
-        lr = rules.get("velo").run_length.multiplier(steps)
-        for part, chosen in parts.items():
+    again = [replace(task, name=f"{task.name}, new seeds") for task in tasks.of_part("test")]
+    rates = {steps: multiplier(steps) for steps in lengths}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for steps, lr in rates.items():
+        for part, chosen in {"validation": tasks.of_part("validation"), "fresh": new + again}.items():
             judged = judge("velo", weights, part, steps, seeds, (lr,), chosen, user_settings)
-            found = {"seeds": seeds, "lr": lr, **judged["summary"][CHOSEN]}
-            found["tasks"] = {name: [row["ratio"], *row["interval"]] for name, row in found["tasks"].items()}
-            if part == "fresh":
-                logs = table.comparisons(
-                    {task.name: judged["results"][task.name] for task in new}, CHOSEN, "constructed"
-                )
-                total = evaluate.over_tasks(list(logs.values()))
-                found["new families"] = {"ratio": total.ratio, "interval": total.interval()}
-                print("new families", found["new families"], flush=True)
-            known.setdefault("defaults", {})[f"{part}, {steps} steps"] = found
-            write_record(path, rounded(known, 4))
+            by_task = table.comparisons(judged["results"], CHOSEN, "constructed")
+            of_new = [c for name, c in by_task.items() if name in fresh_tasks.TASKS]
+            rows = {"all": evaluate.over_tasks(list(by_task.values()))}
+            rows |= {"new kinds": evaluate.over_tasks(of_new)} if of_new else {}
+            for name, c in (rows | by_task).items():
+                row = found.setdefault(part, {}).setdefault(name.removesuffix(", new seeds"), {})
+                row[str(steps)] = [c.ratio, *c.interval()]
+            print(part, steps, {name: [c.ratio, *c.interval()] for name, c in rows.items()}, flush=True)
+    command = f"fresh --steps {' '.join(map(str, lengths))} --seeds {seeds}"
+    lr_by_steps = {str(steps): lr for steps, lr in rates.items()}
+    about = {"seeds": seeds, "lr": lr_by_steps, "weights": CHOSEN, "against": "constructed"}
+    write("meta_fresh_velo", rounded(about | found, 4), command, "meta_head")
 
 
 def record(**new: Any) -> None:
@@ -139,13 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=("judge", "robust", "long", "fresh", "save"))
     parser.add_argument("folder", nargs="?", help="save: where to")
     parser.add_argument("--steps", type=int, nargs="+", default=(200,), help="judge, fresh: lengths of the runs")
+    parser.add_argument("--defaults", action="store_true", help="judge: with what a plain loop does by default")
     parser.add_argument("--seeds", type=int, default=6)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     if args.what == "judge":
         for steps in args.steps:
-            judged = judge("velo", candidates(), "validation", steps, args.seeds)
-            record(**{f"validation, {steps} steps": without_runs(judged)})
+            rates, settings = (multiplier(steps) if args.defaults else 1.0,), user_settings if args.defaults else bare
+            judged = judge("velo", candidates(), "validation", steps, args.seeds, rates, settings=settings)
+            record(**{f"validation, {steps} steps{', defaults' * args.defaults}": without_runs(judged)})
     elif args.what == "robust":
         record(adapters=adapters(200, args.seeds), scaled=scaled(200, args.seeds))
     elif args.what == "long":
