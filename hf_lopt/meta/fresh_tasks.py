@@ -25,7 +25,7 @@ def signals(part: str, seed: int = 0, window: int = 24, samples: int = 4096) -> 
     generator = torch.Generator().manual_seed(seed)
     echo = 3 + seed % 4
     x = torch.randn(samples, window, generator=generator, dtype=torch.float32)
-    slow, fast, outputs = torch.zeros(samples), torch.zeros(samples), []
+    slow, fast, outputs = torch.zeros_like(x[:, 0]), torch.zeros_like(x[:, 0]), []
     for t in range(window):
         slow, fast = 0.9 * slow + x[:, t], 0.5 * fast + x[:, t]
         outputs.append(slow * torch.tanh(fast) + (1.5 * x[:, t - echo] if t >= echo else 0.0))
@@ -74,7 +74,8 @@ def state_space(name: str, width: int, states: int, blocks: int, window: int, se
         shapes |= {f"{i}.c": (width, states)}
         scales |= {f"{i}.norm": None, f"{i}.skip": None, f"{i}.log_rate": 1.0, f"{i}.c": states**-0.5}
     ages = torch.arange(window, dtype=torch.float32)
-    differences = torch.arange(window).view(-1, 1) - torch.arange(window)
+    places = torch.arange(window, dtype=torch.int64)
+    differences = places.view(-1, 1) - places
     past = differences >= 0
 
     def recurrence(params: Params, i: int, x: Tensor) -> Tensor:
