@@ -63,7 +63,7 @@ SETTINGS = {
 }
 NOTES = {
     "text_classification": "The pretrained MiniLM of the recipe, all of it; learned optimizers use their multiplier "
-    "for fine-tuning. The larger class has a share of 0.556. One seed so far: `--seeds 0 --celo FILE`.",
+    "for fine-tuning. The larger class has a share of 0.556. With published weights: `--celo FILE`.",
 }
 """What the page says about a recipe beyond its arguments."""
 
@@ -217,8 +217,8 @@ def main() -> None:
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found, dpi=72)
-        storing.use_palette(PICTURE, 64)
+        draw_comparisons(PICTURE, found, dpi=64)
+        storing.use_palette(PICTURE, 48)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 
