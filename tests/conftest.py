@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -9,6 +10,12 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Before torch is imported: the tensors are small, and several ranks share the cores in some tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_finish():
+    """All imports are done: garbage collections, such as Trainer asks for in every run, leave what they made alone."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

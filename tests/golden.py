@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,15 +50,27 @@ def read(name: str) -> Golden:
     with np.load(path, allow_pickle=False) as archive:
         raw = dict(archive)
     meta = json.loads(str(raw["meta"]))
-    theta = {key[len("theta/") :]: value for key, value in raw.items() if key.startswith("theta/")}
-    if isinstance(meta["theta"], dict):
-        theta = _generate(meta["theta"], raw)
-    elif meta["theta"].startswith("same theta as "):
-        theta = read(meta["theta"].removeprefix("same theta as ")).theta
-    return Golden(meta["names"], meta["steps"], int(raw["num_steps"]), raw["loss"], theta, raw, meta)
+    return Golden(meta["names"], meta["steps"], int(raw["num_steps"]), raw["loss"], theta(name), raw, meta)
 
 
-def _generate(recipe: dict, raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def theta(name: str) -> dict[str, np.ndarray]:
+    """The weights of a trajectory alone: copies, because a file of hundreds of leaves takes long to read and is read
+    once."""
+    return {leaf: value.copy() for leaf, value in _theta(name).items()}
+
+
+@functools.cache
+def _theta(name: str) -> dict[str, np.ndarray]:
+    with np.load(find(name), allow_pickle=False) as archive:
+        source = json.loads(str(archive["meta"]))["theta"]
+        if isinstance(source, dict):
+            return _generate(source, archive)
+        if source.startswith("same theta as "):
+            return _theta(source.removeprefix("same theta as "))
+        return {key[len("theta/") :]: archive[key] for key in archive.files if key.startswith("theta/")}
+
+
+def _generate(recipe: dict, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Weights that are too large to store: drawn again from their seed and compared with the stored sums."""
     rng = np.random.default_rng(recipe["seed"])
     theta = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -63,6 +64,7 @@ def run_on_ranks(world: int, script: str, *arguments: object, check: bool = True
 
 
 def _be_rank(command: list[str], environment: dict[str, str], log: str) -> None:
+    gc.freeze()  # Collections would go through all that was imported, and so copy its pages.
     os.environ.clear()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):

@@ -19,7 +19,7 @@ import hf_lopt
 from hf_lopt import VeLO
 
 
-THETA = golden.read("velo_s.npz").theta
+THETA = golden.theta("velo_s.npz")
 SHAPES = [(), (7,), (5, 9), (3, 4, 5), (4, 3, 2, 2), (2, 3, 1, 4, 2)]
 
 

@@ -414,7 +414,7 @@ def one_step(rule, arrays, groups, theta):
 def test_a_permuted_copy_takes_the_permuted_step(rule, axis_order, shape):
     import golden
 
-    theta = golden.read({"celo2": "celo2.npz", "small_fc_lopt": "small_fc_lopt.npz"}[rule]).theta
+    theta = golden.theta({"celo2": "celo2.npz", "small_fc_lopt": "small_fc_lopt.npz"}[rule])
     axes = reference_axes(len(shape), axis_order)
     p = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     (ours,) = one_step(rule, [p], [{"axis_order": axis_order}], theta)
@@ -431,7 +431,7 @@ def test_groups_go_into_the_optimizer():
 
     model = tiny("mixtral")
     groups = param_groups(model, "celo2", weight_decay=0.01)
-    optimizer = LearnedOptimizer(groups, "celo2", weights=golden.read("celo2.npz").theta)
+    optimizer = LearnedOptimizer(groups, "celo2", weights=golden.theta("celo2.npz"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
     model(input_ids=ids, labels=ids).loss.backward()

@@ -385,7 +385,7 @@ def test_upload_and_load_by_name(server, name, form):
 
 
 def test_card_says_what_it_is(server):
-    optimizer = optimizer_with("velo_s", golden.read("velo_s.npz").theta, bank_scale=2.0)
+    optimizer = optimizer_with("velo_s", golden.theta("velo_s.npz"), bank_scale=2.0)
     metrics = {"wikitext loss": 3.21987654321, "steps": 2000, "note": "a|b\nc"}
     weights.push_to_hub(optimizer, "me/mine", license="mit", metrics=metrics, description="Trained on a shelf.")
     header, body = card(server, "me/mine")

@@ -224,7 +224,7 @@ def test_optimizers_follow_the_reference_steps(rule: str, weights: str, kernels:
     if weights == "dense":
         if rule == "velo":
             settings["bank_scale"] = 1.0
-        weights = golden.read(FILES.get(rule, rule) + ".npz").theta
+        weights = golden.theta(FILES.get(rule, rule) + ".npz")
     optimizer, params = build(rule, weights, **settings)
     with ops.plain() if kernels == "plain" else contextlib.nullcontext():
         compare(optimizer, params, len(LOSSES), share=1e-5)
@@ -247,7 +247,7 @@ def copying(rule: str, column: int) -> dict[str, np.ndarray]:
     """Weights whose output o0 is an input of the per-element network, and whose o1 is 100.
 
     A ReLU network passes a number on as its positive and its negative part."""
-    dense = golden.read(FILES.get(rule, rule) + ".npz").theta
+    dense = golden.theta(FILES.get(rule, rule) + ".npz")
     theta = {leaf: np.zeros_like(x) for leaf, x in dense.items()}
     first, second, third, bias = COLUMNS[rule][1]
     for leaf in first:

@@ -37,7 +37,7 @@ SHAPES = [(), (7,), (5, 9), (3, 4, 5), (4, 3, 2, 2)]
 
 
 def theta(name: str) -> dict[str, np.ndarray]:
-    return golden.read(FILES.get(name, name) + ".npz").theta
+    return golden.theta(FILES.get(name, name) + ".npz")
 
 
 def make(name: str, params, **settings) -> LearnedOptimizer:

@@ -41,7 +41,7 @@ def run(rule: str, mesh: Any) -> dict[str, Any]:
     """The outcome of one rule: float32, every tensor with an axis sharded along the first."""
 
     def spread(x: Tensor) -> Tensor:
-        return distribute_tensor(x, mesh, [Shard(0)]) if x.dim() else x
+        return distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None) if x.dim() else x
 
     params = [nn.Parameter(spread(0.3 * runs.numbers(shape, 3, i))) for i, shape in enumerate(SHAPES)]
     optimizer = runs.make(rule, params)

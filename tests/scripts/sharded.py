@@ -9,6 +9,7 @@ REFERENCE: what :func:`reference` gives, by torch.save. RESULT: a JSON file, und
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -56,17 +57,29 @@ def layouts(world: int) -> dict[str, list[Layout]]:
     }
 
 
+@functools.cache
+def dimension(mesh: Any, name: str) -> Any:
+    return mesh[name]  # a new object each time, which costs more than what is done with it
+
+
+def distribute(x: torch.Tensor, mesh: Any, placements: list) -> DTensor:
+    """Without communication: all ranks hold the same ``x``."""
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)
+
+
 def spread(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    x = x.clone()
     if layout is None or x.dim() == 0:
-        return x.clone()
+        return x
     mesh, matrix, vector = layout
     placements = matrix if x.dim() >= 2 else vector
     if any(hasattr(placement, "split_factor") for placement in placements):
+        shape, stride = x.shape, x.stride()
         # As FSDP over tensor parallel does it: first the inner dimension, then the outer one on what is left.
-        inner = distribute_tensor(x, mesh["tp"], [Shard(0)]).to_local()
-        outer = distribute_tensor(inner, mesh["dp"], [Shard(0)]).to_local()
-        return DTensor.from_local(outer, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
-    return distribute_tensor(x.clone(), mesh, placements)
+        for name in ("tp", "dp"):
+            x = distribute(x, dimension(mesh, name), [Shard(0)]).to_local()
+        return DTensor.from_local(x, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return distribute(x, mesh, placements)
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

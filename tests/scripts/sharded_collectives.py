@@ -57,13 +57,13 @@ def shapes(count: int) -> list[tuple[int, ...]]:
 def record(name: str, mesh: Any, placements: list, count: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     wholes = [torch.randn(shape, generator=generator) for shape in shapes(count)]
-    params = [torch.nn.Parameter(distribute_tensor(x, mesh, placements)) for x in wholes]
+    params = [torch.nn.Parameter(distribute_tensor(x, mesh, placements, src_data_rank=None)) for x in wholes]
     optimizer = single.make(name, params)
     orthogonalised, original = [], orthogonal.orthogonal
     orthogonal.orthogonal = lambda x, *how: orthogonalised.append(x.shape[-2:]) or original(x, *how)
     for t in range(3):  # the first step compares the ranks, the last is a usual one
         for p, g in zip(params, single.gradients(wholes, t), strict=True):
-            p.grad = distribute_tensor(g, mesh, placements)
+            p.grad = distribute_tensor(g, mesh, placements, src_data_rank=None)
         orthogonalised.clear()
         with Collectives() as mode:
             optimizer.step(1.0)
