@@ -14,14 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.host import SETS
+from benchmarks.host import SETS as HOST_SETS
 from benchmarks.step import build, gpt2
 from hf_lopt import rules
 
 
 SIZES = {"124M": gpt2(768, 12, 50_257), "355M": gpt2(1024, 24, 50_257), "1.3B": gpt2(2048, 24, 50_257)}
-# Tensors so small that a step is what the host does.
-HOST_SETS = SETS
 # Stands for all of them in a rehearsal.
 TINY = gpt2(8, 1, 16, context=4)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

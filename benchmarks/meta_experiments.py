@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.storing import rounded, use_palette, write_record
-from hf_lopt import rules
 from hf_lopt.meta import config, data, evaluate, export, mixtures, table, tasks, theta
 from hf_lopt.meta.train import Trainer
 from hf_lopt.plot import log_ticks
@@ -52,7 +51,7 @@ def judge(
     part: str,
     steps: int,
     seeds: int,
-    rates: Sequence[float] = table.RATES,
+    rates: Sequence[float] | None = None,
     chosen: Sequence[tasks.Task] | None = None,
     settings: Callable[[tasks.Task], Mapping[str, Any]] = lambda task: {},
 ) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def judge(
     Args:
         candidates: name -> weights.
         part: of the tasks.
-        rates: the best of each task counts; of one by default, 1, where the schedule is not the caller's.
+        rates: the best of each task counts; None: those of :func:`hf_lopt.meta.table.rates_of`.
         chosen: other tasks than those of the part.
         settings: of a task -> those of the rule.
 
@@ -70,7 +69,7 @@ def judge(
         mean loss to that of the first candidate, with an interval of two standard errors over the tasks, and `tasks`:
         the same over the paired runs of each, with the mean final loss.
     """
-    rates = (1.0,) if rules.get(rule).own_schedule and rates is table.RATES else rates
+    rates = table.rates_of(rule) if rates is None else rates
     results: dict[str, dict[str, Any]] = {}
     for task in tasks.of_part(part) if chosen is None else chosen:
         results[task.name] = {}

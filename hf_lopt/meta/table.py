@@ -46,12 +46,16 @@ def _candidate(spec: str) -> tuple[str, str, dict[str, float]]:
     return name, weights or "bundled", settings
 
 
+def rates_of(rule: str) -> Sequence[float]:
+    """The lr, of which the best counts for each task: 1 with a schedule of its own, ``RATES`` otherwise."""
+    return (1.0,) if rules.get(rule).own_schedule else RATES
+
+
 def learned(spec: str, task: tasks.Task, steps: int, seeds: int) -> tuple[float, evaluate.Curves]:
-    """The runs of a candidate: at lr 1 with a schedule of its own, at the best of ``RATES`` otherwise."""
+    """The runs of a candidate, at the best of its rates."""
     name, weights, settings = _candidate(spec)
     theta = starting_weights(name, weights)
-    rates = (1.0,) if rules.get(name).own_schedule else RATES
-    return evaluate.best_of(lambda lr: evaluate.learned(task, name, theta, steps, seeds, lr, settings), rates)
+    return evaluate.best_of(lambda lr: evaluate.learned(task, name, theta, steps, seeds, lr, settings), rates_of(name))
 
 
 def chosen(names: Sequence[str]) -> list[tasks.Task]:
