@@ -85,6 +85,7 @@ def scratch() -> dict[str, tasks.Task]:
     found = [tasks.named(name) for name in ("characters_wide", "digits_wide", "functions_wide", "digits_conv_wide")]
     found += [tasks.named("autoencoder_relu"), small_start(tasks.named("characters_wide")), small_start(wide)]
     narrow, capitals = tasks.named("characters_wide"), partial(data.text, window=24, capitals=True)
+    found.append(small_start(tasks.transformer("lm 64 x 4", 64, 4, 48, heads=4, part="validation")))
     found.append(replace(tasks.lora(ADAPTERS, narrow, capitals, rank=4), part="validation"))
     return {task.name: task for task in found}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import hf_lopt
 from hf_lopt import rules
+from hf_lopt.hf.new_layers import new_tensors
 
 
 def train(
@@ -21,8 +22,15 @@ def train(
     rule: str,
     lr: float,
     weights: str = "bundled",
+    new_layers: float = 1.0,
+    **settings: Any,
 ) -> None:
-    """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0."""
+    """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0.
+
+    Args:
+        new_layers: what the lr of tensors counts that the model's checkpoint does not have.
+        settings: further keywords of a learned optimizer.
+    """
     schedule = None
     if rule == "adamw":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -30,7 +38,11 @@ def train(
     else:
         needs = {"num_training_steps": steps} if rules.get(rule).needs_horizon else {}
         groups = hf_lopt.param_groups(model, rule)
-        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs)
+        if new_layers != 1.0:
+            new = new_tensors(model)
+            for group in groups:
+                group["lr_scales"] = [new_layers if id(p) in new else 1.0 for p in group["params"]]
+        optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs, **settings)
     for batch in batches:
         loss = loss_of(batch)
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from hf_lopt import distributed
+from hf_lopt import distributed, lr_scales
 from hf_lopt.rules.base import Rule
 from hf_lopt.settings import MOST_STEPS, STORAGE, check_settings
 from hf_lopt.state_formats import saved_format
@@ -181,6 +181,8 @@ def _group_differences(
         check_settings({key: _number(value) for key, value in theirs.items() if key in rule.defaults})
     except ValueError as error:
         yield f"{name}: {error}"
+    if text := lr_scales.problem(theirs):
+        yield f"{name}: {text}"
     if rule.needs_horizon and not _is_count(theirs.get("num_training_steps", 0)):
         yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r:.40}"
     multiplier = theirs.get("length_multiplier", 1.0)  # old checkpoints have none

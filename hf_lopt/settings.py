@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import distributed
+from hf_lopt import distributed, lr_scales
 from hf_lopt.arguments_given import unknown_settings
 from hf_lopt.rules.base import Rule
 from hf_lopt.step.accumulators import STATE_DTYPES, check_axis_order, matrix_shape
@@ -102,6 +102,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         )
     if "max_nonfinite_steps" in settings:
         positive_int("max_nonfinite_steps", settings["max_nonfinite_steps"])
+    if text := lr_scales.problem(settings):
+        raise ValueError(text)
 
 
 def check_parameter(p: Tensor, axis_order: str) -> None:

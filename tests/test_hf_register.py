@@ -158,6 +158,9 @@ def test_older_transformers_get_a_wrapped_method():
         def create_scheduler(self, num_training_steps, optimizer=None):
             return "scheduler"
 
+        def call_model_init(self, trial=None):
+            return None
+
     module = types.SimpleNamespace(Trainer=OldTrainer, DEFAULT_CALLBACKS=[])
     register._extend_trainer(module)
     register._extend_trainer(module)

@@ -25,7 +25,7 @@ RULES = hf_lopt.available()
 # torchrun on so many ranks -> what they do, in this order; the second reads the checkpoints of the first.
 RUNS = {
     2: ["short", "tensor_parallel", "by_accelerate", *(f"by_trainer:{name}" for name in RULES)]
-    + ["by_trainer:velo:FULL_STATE_DICT"],
+    + ["by_trainer:velo:FULL_STATE_DICT", "fine_tuned", "fine_tuned:2"],
     3: [f"by_trainer_again:2:{name}" for name in RULES]
     + ["by_trainer_again:2:velo:FULL_STATE_DICT", "by_trainer", "after_killed"],
     4: ["tensor_parallel", "by_trainer:celo2", "by_trainer_again:3"],
@@ -71,6 +71,15 @@ def test_more_ranks(errors):
 def test_full_state_dict(errors):
     assert errors[2, "by_trainer:velo:FULL_STATE_DICT"]["end"] <= 2e-6
     assert errors[3, "by_trainer_again:2:velo:FULL_STATE_DICT"]["end"] <= 2e-6
+
+
+def test_new_layers_of_a_pretrained_model(errors):
+    """FSDP2 replaces the tensors that from_pretrained has marked; the resumed model comes with a head.
+
+    As many ranks as before: Trainer multiplies this model's loss by their number, for every optimizer.
+    """
+    assert errors[2, "fine_tuned"]["end"] <= 2e-6
+    assert errors[2, "fine_tuned:2"]["end"] <= 2e-6
 
 
 def test_killed_while_saving(errors, folder):

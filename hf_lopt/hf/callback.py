@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 from hf_lopt import notices
 from hf_lopt.description import weights_name
 from hf_lopt.given_settings import warn_once
-from hf_lopt.hf import limits, loss_feed
+from hf_lopt.hf import limits, loss_feed, new_layers
 from hf_lopt.hf.arguments import read_optim_args, wants_layers
 from hf_lopt.hf.group_settings import settle
 from hf_lopt.hf.layers import LayerLog
@@ -84,6 +84,12 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
                 self._told.add(text)
                 _warn(state, text)
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Runs before anything wraps or shards the model."""
+        new_layers.note(model)
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -104,6 +110,9 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         loss_feed.forget(learned)
         if learned.run_policy is None:
             settle(learned, args, model, lr_scheduler)
+        if learned.state_was_loaded:
+            groups, policy = learned.param_groups, learned.run_policy
+            policy.new_layers = new_layers.choice(groups, model, policy.lr.value)
         self._set_horizon(learned, args, state)
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step

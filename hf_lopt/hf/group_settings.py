@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from hf_lopt import lr_scales
 from hf_lopt.given_settings import least_multiplier
+from hf_lopt.hf import new_layers
 from hf_lopt.hf.arguments import BASE_WIDTH, OVERRIDES, optim_name, read_optim_args
 from hf_lopt.hf.policy import Choice, RunPolicy, choose_run, own_multiplier, schedule_of, untouched
 from hf_lopt.optimizer import LearnedOptimizer
@@ -54,6 +56,7 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
         _settle_setting(optimizer, policy, key, choice.value)
     if model is not None and any(p.requires_grad for p in model.parameters()):
         _settle_by_model(optimizer, policy, model, for_groups, given, free=scheduler is None and not optimizer.state)
+    _settle_new_layers(optimizer, policy, model, free=scheduler is None)
     optimizer.run_policy = policy
     return policy
 
@@ -190,6 +193,20 @@ def _settle_by_model(
             f"{', '.join(texts)}, where the model tells them apart: make the groups with "
             f"hf_lopt.param_groups(model, {rule.name!r})"
         )
+
+
+def _settle_new_layers(optimizer: LearnedOptimizer, policy: RunPolicy, model: nn.Module | None, free: bool) -> None:
+    """Give tensors that the checkpoint lacks the lr of training from scratch, where nobody chose an lr.
+
+    All groups have numbers then, be they 1: a sharded checkpoint fills what it finds.
+    """
+    groups, scale = optimizer.param_groups, policy.new_layers.value
+    rates = {_first_lr(group) for group in groups}
+    known = any(lr_scales.KEY in group for group in groups)
+    if scale != 1.0 and free and not known and model is not None and rates == {policy.default_lr.value}:
+        new = new_layers.on_any_rank(model, [p for group in groups for p in group["params"]])
+        new_layers.set_scales(groups, new, scale)
+    policy.new_layers = new_layers.choice(groups, model, policy.lr.value)
 
 
 def _decay_is_open(optimizer: LearnedOptimizer, policy: RunPolicy) -> bool:

@@ -57,6 +57,7 @@ class RunPolicy:
             length of the run.
         horizon: length of the run in optimizer steps; 0 until training begins, and for rules that need none.
         length_multiplier: what lr counts because of that length.
+        new_layers: what lr counts of tensors that the checkpoint of a pretrained model lacks.
         conflicts: what the groups hold and should not, a sentence each.
     """
 
@@ -70,11 +71,18 @@ class RunPolicy:
     lr_is_chosen: bool = True
     horizon: Choice[int] = Choice(0)
     length_multiplier: Choice[float] = Choice(1.0)
+    new_layers: Choice[float] = Choice(1.0)
     conflicts: list[str] = field(default_factory=list)
 
     def reasons(self) -> list[str]:
         """What there is to tell about the choices, in one order; conflicts apart."""
-        choices: list[Choice[Any]] = [self.lr, self.length_multiplier, *self.settings.values(), self.schedule]
+        choices: list[Choice[Any]] = [
+            self.lr,
+            self.new_layers,
+            self.length_multiplier,
+            *self.settings.values(),
+            self.schedule,
+        ]
         choices.append(self.weight_decay)
         return [choice.reason for choice in choices if choice.reason]
 
@@ -83,6 +91,7 @@ class RunPolicy:
         values = {"lr": self.lr.value, "lr_scheduler_type": self.schedule.value}
         values |= {"weight_decay": self.weight_decay.value, "num_training_steps": self.horizon.value}
         values["length_multiplier"] = self.length_multiplier.value
+        values |= {"new_layers": self.new_layers.value} if self.new_layers.value != 1.0 else {}
         return values | {key: choice.value for key, choice in self.settings.items()}
 
 
@@ -205,11 +214,15 @@ def choose_run(
         chosen = "lr" in given
         lr = Choice(given["lr"]) if chosen else _of_the_class(rule, default)
         weight_decay = Choice(given.get("weight_decay", rule.defaults["weight_decay"]))
+    # New layers start from random numbers, as those of a model from scratch (benchmarks/new_layers.py).
+    new_layers = Choice(rule.defaults["lr"] / default.value if default.reason and not chosen else 1.0)
     # How far fine-tuning has to go depends on the data more than on the length (benchmarks/run_length.py).
     chosen = chosen or bool(default.reason)
     settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
     scheduler = _choose_schedule(args, rule, schedule)
-    return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen)
+    policy = RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen)
+    policy.new_layers = new_layers
+    return policy
 
 
 def _of_the_class(rule: Rule, default: Choice[float]) -> Choice[float]:
@@ -225,6 +238,8 @@ def in_short(policy: RunPolicy) -> list[str]:
     lr, others = policy.lr, [f"{key}={choice.value:g}" for key, choice in policy.settings.items() if choice.reason]
     if lr.reason:
         others.insert(0, f"lr={lr.value:g}" + (" hardly moves" if "hardly move" in lr.reason else ""))
+    if policy.new_layers.reason:
+        others.insert(1, f"new layers {policy.lr.value * policy.new_layers.value:g}")
     others += [f"{policy.schedule.value} schedule"] if policy.schedule.reason else []
     others += [f"weight_decay={policy.weight_decay.value:g}"] if policy.weight_decay.reason else []
     return [f"optim={policy.rule}: {', '.join(others)}"] if others else []

@@ -20,7 +20,7 @@ def facts(optimizer: LearnedOptimizer) -> dict[str, str | float]:
     """The optimizer, its version, where its weights are from, and the lr, which multiplies its step where it says so.
 
     The lr is that of the run policy, before any schedule. ``length_multiplier`` is there where the length of the run
-    multiplies it once more.
+    multiplies it once more, ``new_layers`` where it is multiplied for tensors that the checkpoint lacks.
     """
     from hf_lopt import __version__
 
@@ -35,13 +35,17 @@ def facts(optimizer: LearnedOptimizer) -> dict[str, str | float]:
     }
     if optimizer.length_multiplier != 1.0:
         found["length_multiplier"] = optimizer.length_multiplier
+    if policy is not None and policy.new_layers.value != 1.0:
+        found["new_layers"] = policy.new_layers.value
     return found
 
 
 def line(optimizer: LearnedOptimizer) -> str:
     """The same as one line of a model card."""
     found = facts(optimizer)
-    rates = (f"{key}={found[key]:.4g}" for key in ("lr_multiplier", "lr", "length_multiplier") if key in found)
+    rates = (
+        f"{key}={found[key]:.4g}" for key in ("lr_multiplier", "lr", "length_multiplier", "new_layers") if key in found
+    )
     return (
         f"{found['optimizer']} of hf_lopt {found['hf_lopt']} with {found['weights_origin']} weights "
         f"{found['weights']} and {', '.join(rates)}"

@@ -124,12 +124,14 @@ def _with_parser(handlers: Mapping[str, Any], original: Callable[..., Any]) -> C
 
 
 def _extend_trainer(module: Any) -> None:
+    from hf_lopt.hf import new_layers
     from hf_lopt.hf.callback import LearnedOptimizerCallback
 
     handlers = getattr(module, "_OPTIMIZER_HANDLERS", None)
     choose = _with_rules if handlers is None else functools.partial(_with_parser, handlers)
     wrap_once(module.Trainer, "get_optimizer_cls_and_kwargs", choose)
     wrap_once(module.Trainer, "create_scheduler", wrap_create_scheduler)
+    wrap_once(module.Trainer, "call_model_init", new_layers.noting)
     if LearnedOptimizerCallback not in module.DEFAULT_CALLBACKS:
         module.DEFAULT_CALLBACKS.append(LearnedOptimizerCallback)
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_lopt import rules
-from hf_lopt.hf import constructor, schedules
+from hf_lopt.hf import constructor, new_layers, schedules
 from hf_lopt.hf.arguments import OVERRIDES, read_optim_args
 from hf_lopt.hf.import_hook import when_imported
 from hf_lopt.hf.loss_feed import unwrap
@@ -253,6 +253,7 @@ class Replacer:
         lr, why = given.pop("lr", None), "as given"
         lr = self.options.lr if self.options.lr is not None else lr
         lr_is_chosen = lr is not None or bool(multiplier.reason)
+        scale = rule.defaults["lr"] / multiplier.value if lr is None else 1.0  # of new layers
         if lr is None:
             lr, why = multiplier.value, multiplier.reason or f"{rule.class_name}'s own"
         given = {key: choice.value for key, choice in own_settings(rule, weights, model).items()} | given
@@ -264,6 +265,9 @@ class Replacer:
         groups = learned_groups(script, rule, model, lr, given, overrides)
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
         optimizer.lr_is_chosen, optimizer._checks_length = lr_is_chosen, True
+        if scale != 1.0 and model is not None and {group["lr"] for group in groups} == {lr}:
+            new_layers.set_scales(optimizer.param_groups, new_layers.new_tensors(model), scale)
+            why = "; ".join(filter(None, (why, new_layers.choice(optimizer.param_groups, model, lr).reason)))
         constant = rule.own_schedule and schedule == "auto"
         run = schedules.Run(script.name, rule, lr, script.lr, constant, [g["lr"] for g in optimizer.param_groups])
         if rule.needs_loss:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lopt import distributed
+from hf_lopt import distributed, lr_scales
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.held import HeldList, Kinds
 from hf_lopt.step.accumulators import CODES, SCALES
@@ -96,6 +96,7 @@ class HeldTensors:
         pairs: parameters with a gradient, each with its group.
         params, groups: the same, apart; ``own_groups``: each of these groups once.
         numbers: places of these parameters among all of the optimizer's groups.
+        lr_scales: of each parameter, see :mod:`hf_lopt.lr_scales`; None if it is 1 for all.
         grads: their gradients in this step; :meth:`release` lets go of them.
         local_params: this rank's shards of them.
         state: this rank's shards of their state.
@@ -120,10 +121,13 @@ class HeldTensors:
         self.key: tuple[Hashable, ...] | None = None
         self.labels = {word: [group[word] for group in self.groups] for word in words}
         # What `unchanged` compares. Objects are kept, so that none can take the place of another with its address.
-        self._names = (*words, "max_training_steps")  # what the state of a parameter depends on
+        # What the state of a parameter depends on, and its lr.
+        self._names = (*words, "max_training_steps", lr_scales.KEY)
         self._groups = list(groups)
         self._words, self._counts = self._words_of(groups), self._counts_of(groups)
         self._listed = [p for group in groups for p in group["params"]]
+        scales = lr_scales.of_all(groups)
+        self.lr_scales = scales and [scales[i] for i in self.numbers]
         self._trainable = [p.requires_grad for p in self._listed]
         active = set(map(id, self.params))
         self._without = [p for p in self._listed if p.requires_grad and p.numel() and id(p) not in active]

@@ -50,6 +50,8 @@ class PreparedStep:
         self._distinct: list[Mapping[str, Any]] = []
         self._places: list[int] = []
         self._places_there: Tensor | None = None
+        self._lr_scales: list[float] | None = None
+        self._lr_scales_there: Tensor | None = None
 
     def in_view(self, tensors: Sequence[Tensor], copy: bool = False) -> Sequence[Tensor]:
         """Local shards in the shapes that the step sees, in their own memory; with ``copy`` in another if need be."""
@@ -77,9 +79,17 @@ class PreparedStep:
             params=self.in_view(held.local_params),
             grads=seen if isinstance(seen := self.in_view(grads, copy=True), HeldList) else HeldList(seen),
             state=held.state,
-            settings=self.settings(names, held.groups, lr_factor),
+            settings=self._scaled(self.settings(names, held.groups, lr_factor), held.lr_scales),
             labels=held.labels,
         )
+
+    def _scaled(self, settings: dict[str, Tensor], lr_scales: list[float] | None) -> dict[str, Tensor]:
+        """The settings with the lr of each parameter times its own number."""
+        if lr_scales is None:
+            return settings
+        if self._lr_scales != lr_scales:
+            self._lr_scales, self._lr_scales_there = lr_scales, to_device(lr_scales, torch.float32, self.layout.device)
+        return settings | {"lr": settings["lr"] * self._lr_scales_there}
 
     def setting(self, name: str, groups: Sequence[Mapping[str, Any]], factor: float = 1.0) -> Tensor:
         """Setting ``name`` of each parameter's group, times ``factor``, as a float32 tensor (T,), copied only when it

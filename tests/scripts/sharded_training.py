@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Trainer  # noqa: E402
 
 import hf_cases as cases  # noqa: E402
 import hf_lopt  # noqa: E402
@@ -59,10 +59,11 @@ def llama() -> LlamaForCausalLM:
 class Rows(Dataset):
     """BATCH rows per step for all ranks: each row once for every rank, in the order in which Accelerate deals them."""
 
-    def __init__(self, world: int, steps: int = STEPS):
+    def __init__(self, world: int, steps: int = STEPS, classes: int = 0):
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(1, 97, (steps * BATCH, 12), generator=generator)
-        self.batches = [{"input_ids": row, "labels": row} for row in ids]
+        labels = [row[0] % classes for row in ids] if classes else ids
+        self.batches = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
         self.world = world
 
     def __len__(self) -> int:
@@ -105,7 +106,7 @@ class InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder: Path, optim: str, **changes: Any) -> Trainer:
+def trainer(folder: Path, optim: str, model: nn.Module | None = None, classes: int = 0, **changes: Any) -> Trainer:
     """Real FSDP2 where there are ranks: Accelerate takes CPUs for it when told that they are accelerators."""
     settings = {
         "optim": optim,
@@ -126,7 +127,7 @@ def trainer(folder: Path, optim: str, **changes: Any) -> Trainer:
         from accelerate.state import DistributedType, PartialState
 
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return InOrder(llama(), args, train_dataset=Rows(world_size()))
+    return InOrder(model or llama(), args, train_dataset=Rows(world_size(), classes=classes))
 
 
 def assert_sharded(model: nn.Module, optimizer: Any) -> None:
@@ -153,6 +154,25 @@ def by_trainer_again(
     assert_sharded(run.model, run.optimizer)
     assert cases.unwrap(run.optimizer).steps_done == STEPS
     return {"end": error(run.model, whole[f"trainer {optim}"])}
+
+
+def loaded(folder: Path) -> LlamaForSequenceClassification:
+    """A model for three classes from what is in ``folder``; the same random head in all processes if it has none."""
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification.from_pretrained(folder, num_labels=3)
+    model.model.norm.weight.requires_grad_(False)
+    return model
+
+
+def fine_tuned(folder: Path, whole: dict, source: int = 0) -> dict[str, float]:
+    """A pretrained model with a new head; or its last 14 steps, after ``source`` ranks, with a model that has one."""
+    model = loaded(folder / ("with_head" if source else "base"))
+    run = trainer(folder / f"fine_tuned_{world_size()}", "velo", model, classes=3)
+    run.train(resume_from_checkpoint=str(folder / f"fine_tuned_{source}" / f"checkpoint-{SAVED}") if source else None)
+    assert_sharded(run.model, run.optimizer)
+    numbers = [x for group in cases.unwrap(run.optimizer).param_groups for x in group["lr_scales"]]
+    assert sorted(numbers)[-2:] == [1.0, 20.0]
+    return {"end": error(run.model, whole["fine-tuned"])}
 
 
 def killed(folder: Path, whole: dict) -> dict[str, float]:
@@ -330,6 +350,11 @@ def alone(folder: Path) -> None:
         run = trainer(folder / "alone", optim, save_strategy="no")
         run.train()
         whole[f"trainer {optim}"] = parameters(run.model)
+    llama().save_pretrained(folder / "base")
+    run = trainer(folder / "alone", "velo", loaded(folder / "base"), classes=3, save_strategy="no")
+    run.train()
+    whole["fine-tuned"] = parameters(run.model)
+    run.model.save_pretrained(folder / "with_head")
     for name, optim, each in (("plain", "velo", None), ("celo2", "celo2", None), ("clipped", "velo", clip)):
         model = llama()
         loop(model, optimizer_of(model, optim), each)

@@ -1,0 +1,246 @@
+"""How much larger the step of new layers should be where a pretrained model is fine-tuned: validation tasks.
+
+    python -m benchmarks.new_layers [--celo FILE]    # -> benchmarks/results/new_layers.json
+
+Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
+predicts bytes of help texts tells what a piece of text is from; a BERT that fills in missing bytes
+tells for each byte what kind of token it is in; a vision transformer that knows the digits 0 to 4 tells 5 to 9 apart.
+Numbers are held-out losses, means over seeds. Every rule has its ``lr`` for fine-tuning; the head has that times each
+of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--celo`` names a file of published weights.
+One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import keyword
+import math
+import sysconfig
+import tempfile
+import tokenize
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from benchmarks.finetune_multiplier import BLOCK, RESULTS, SOURCES, blocks
+from benchmarks.finetune_multiplier import pretrained as byte_model
+from benchmarks.small_runs import mean, train
+from benchmarks.storing import rounded, write_record
+from hf_lopt import rules
+from hf_lopt.meta.table import machine
+
+
+STEPS, BATCH, HELD_OUT = 150, 16, 256
+MULTIPLIERS = (1.0, 3.0, 10.0)  # and the one that leads to the lr from scratch
+ADAMW = (1e-4, 3e-4, 1e-3, 3e-3)
+RULES = ("velo", "celo", "small_fc_lopt", "celo2")
+KINDS = (tokenize.COMMENT, tokenize.STRING, tokenize.NUMBER, tokenize.OP, tokenize.NAME)  # 0 is none of them
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is loaded for. ``load`` gives the model, ``data`` keyword arguments of it, with N in front."""
+
+    load: Callable[[str], nn.Module]
+    folder: Callable[[], str]
+    data: Callable[[], dict[str, Tensor]]
+
+
+@functools.cache
+def _folder() -> Path:
+    return Path(tempfile.mkdtemp())
+
+
+@functools.cache
+def saved_bytes() -> str:
+    byte_model().save_pretrained(_folder() / "bytes")
+    return str(_folder() / "bytes")
+
+
+def source(name: str) -> str:
+    return (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text(encoding="utf-8")
+
+
+@functools.cache
+def origins() -> dict[str, Tensor]:
+    """Blocks of bytes, and where each is from: code, help texts, tables of encodings, or one of HTML entities."""
+    texts = [
+        "\n".join(map(source, SOURCES)),
+        "\n".join(topics[key] for key in sorted(topics)),
+        "\n".join(source(f"encodings/cp{number}") for number in (437, 850, 866, 1250, 1251, 1252)),
+        source("html/entities"),
+    ]
+    found = [blocks(text) for text in texts]
+    few = min(map(len, found))
+    return {
+        "input_ids": torch.cat([x[torch.linspace(0, len(x) - 1, few).long()] for x in found]),
+        "labels": torch.arange(len(found)).repeat_interleave(few),
+    }
+
+
+@functools.cache
+def kinds() -> dict[str, Tensor]:
+    """Blocks of bytes, and for each byte the kind of token that it belongs to; keywords are a kind."""
+    ids, labels = [], []
+    for name in SOURCES:
+        text = source(name).encode("ascii", "replace").decode()
+        starts = [0, *(i + 1 for i, x in enumerate(text) if x == "\n")]
+        of = torch.zeros(len(text), dtype=torch.int64)
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type in KINDS:
+                (a, b), (c, d) = token.start, token.end
+                kind = len(KINDS) + 1 if keyword.iskeyword(token.string) else KINDS.index(token.type) + 1
+                of[starts[a - 1] + b : starts[c - 1] + d] = kind
+        ids.append(blocks(text))
+        labels.append(of[: len(of) // BLOCK * BLOCK].view(-1, BLOCK))
+    return {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+
+
+@functools.cache
+def saved_bert() -> str:
+    """A BERT that has learned to fill in bytes of help texts."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=257,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=BLOCK,
+    )
+    model, data = transformers.BertForMaskedLM(config), blocks("\n".join(topics[key] for key in sorted(topics)))
+
+    def masked(x: Tensor) -> dict[str, Tensor]:
+        hidden = torch.rand(x.shape) < 0.15
+        return {"input_ids": x.masked_fill(hidden, 256), "labels": x.masked_fill(~hidden, -100)}
+
+    _pretrain(model, (masked(data[torch.randint(len(data), (BATCH,))]) for _ in range(1000)))
+    model.save_pretrained(_folder() / "bert")
+    return str(_folder() / "bert")
+
+
+def _digits(low: bool) -> dict[str, Tensor]:
+    from sklearn.datasets import load_digits
+
+    images, classes = load_digits(return_X_y=True)
+    x = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1
+    y = torch.tensor(classes)
+    chosen = y < 5 if low else y >= 5
+    return {"pixel_values": x[chosen], "labels": y[chosen] % 5}
+
+
+@functools.cache
+def saved_vit() -> str:
+    """A vision transformer that has learned the digits 0 to 4."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=96,
+        num_labels=5,
+    )
+    model, data = transformers.ViTForImageClassification(config), _digits(low=True)
+    count = len(data["labels"])
+    _pretrain(model, (_pick(data, torch.randint(count, (BATCH,))) for _ in range(600)))
+    model.vit.save_pretrained(_folder() / "vit")
+    return str(_folder() / "vit")
+
+
+def _pretrain(model: nn.Module, batches: Any) -> None:
+    batches = list(batches)
+    train(model, batches, lambda x: model(**x).loss, len(batches), "adamw", 3e-3)
+
+
+def _pick(data: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+    return {key: x[chosen] for key, x in data.items()}
+
+
+TASKS = {
+    "origin of a piece of text": Task(
+        lambda path: transformers.LlamaForSequenceClassification.from_pretrained(path, num_labels=4, pad_token_id=0),
+        saved_bytes,
+        origins,
+    ),
+    "kind of token of each byte": Task(
+        lambda path: transformers.BertForTokenClassification.from_pretrained(path, num_labels=len(KINDS) + 2),
+        saved_bert,
+        kinds,
+    ),
+    "other digits": Task(
+        lambda path: transformers.ViTForImageClassification.from_pretrained(path, num_labels=5),
+        saved_vit,
+        lambda: _digits(low=False),
+    ),
+}
+
+
+def final_loss(name: str, seed: int, rule: str, lr: float, weights: str, new_layers: float) -> float:
+    """Held-out loss after :data:`STEPS` steps."""
+    task = TASKS[name]
+    path, data = task.folder(), task.data()
+    torch.manual_seed(seed)
+    model, draw = task.load(path), torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
+    known, held_out = order[HELD_OUT:], order[:HELD_OUT]
+    batches = [_pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(STEPS)]
+    model.train()
+    settings = {} if rule == "adamw" else dict(rules.get(rule).finetune_settings)
+    train(model, batches, lambda x: model(**x).loss, STEPS, rule, lr, weights, new_layers, **settings)
+    model.eval()
+    with torch.no_grad():
+        return model(**_pick(data, held_out)).loss.item()
+
+
+def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", new_layers: float = 1.0) -> dict:
+    losses = [final_loss(task, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
+    return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}", losses)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--celo", help="a file of published Celo weights")
+    parser.add_argument("--seeds", type=int, default=4)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    contenders = [(rule, "bundled") for rule in RULES]
+    contenders += [("celo", options.celo)] if options.celo else []
+    found: dict[str, Any] = {}
+    for task in TASKS:
+        rows = found[task] = {"adamw": {f"{lr:g}": row(task, options.seeds, "adamw", lr) for lr in ADAMW}}
+        for rule, weights in contenders:
+            known = rules.get(rule)
+            whole = known.defaults["lr"] / known.finetune_lr
+            multipliers = sorted({*(m for m in MULTIPLIERS if m <= whole), whole})
+            name = f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
+            rows[name] = {
+                f"{m:.3g}": row(task, options.seeds, rule, known.finetune_lr, weights, m) for m in multipliers
+            }
+    record = {
+        "machine": machine(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "command": "python -m benchmarks.new_layers --celo FILE",
+        "setting": f"{STEPS} steps of {BATCH} samples, {options.seeds} seeds; multiplier of the head's step",
+        "loss_of_chance": {"origin": math.log(4), "digits": math.log(5)},
+        "held_out_loss": found,
+    }
+    write_record(RESULTS / "new_layers.json", rounded(record, 4))
+
+
+if __name__ == "__main__":
+    main()

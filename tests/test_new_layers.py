@@ -1,0 +1,361 @@
+"""Layers that a checkpoint lacks take the steps of training from scratch beside pretrained ones that do not."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+import hf_cases as cases
+import hf_lopt
+from hf_lopt.hf import new_layers
+from hf_lopt.hf.loss_feed import unwrap
+from hf_lopt.hf.replace import Options, Replacer
+from said import said
+
+
+pytestmark = pytest.mark.skipif(
+    cases.older("transformers", "5.0"), reason="transformers 4 does not mark what it has loaded"
+)
+STEPS = 5
+HEAD = "score.weight"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    cases.tiny_llama().save_pretrained(folder)
+    return folder
+
+
+def classifier(folder, seed=0):
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+
+def rows(n=STEPS * 2, seed=0):
+    found = cases.byte_rows(n, seed=seed)
+    return [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(found)]
+
+
+def trainer(folder, model, cls=Trainer, **changes):
+    settings = {"max_steps": STEPS, "max_grad_norm": 0.0} | changes
+    return cls(model, cases.arguments(folder, **settings), train_dataset=rows())
+
+
+def scales(model, optimizer):
+    """Name -> number of every parameter that has one other than 1."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    pairs = [
+        pair for group in optimizer.param_groups for pair in zip(group["params"], group["lr_scales"], strict=True)
+    ]
+    return {names[id(p)]: x for p, x in pairs if x != 1}
+
+
+# ---- which tensors are new -----------------------------------------------------------------------------------------
+
+
+def names_of(model):
+    return set(new_layers.new_tensors(model).values())
+
+
+def test_the_head_of_a_base_model_is_new(saved):
+    assert names_of(classifier(saved)) == {HEAD}
+
+
+def test_a_whole_checkpoint_has_nothing_new(saved, tmp_path):
+    assert names_of(LlamaForCausalLM.from_pretrained(saved)) == set()
+    classifier(saved).save_pretrained(tmp_path)
+    assert names_of(LlamaForSequenceClassification.from_pretrained(tmp_path)) == set()
+
+
+def test_a_model_from_scratch_has_nothing_new():
+    assert names_of(cases.tiny_llama()) == set()
+
+
+def test_a_head_of_another_size_is_new(tmp_path):
+    config = ViTConfig(
+        image_size=8, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    model = ViTForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    assert names_of(model) == {"classifier.weight", "classifier.bias"}
+    model.save_pretrained(tmp_path / "three")
+    options = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    again = ViTForImageClassification.from_pretrained(tmp_path / "three", **options)
+    assert names_of(again) == {"classifier.weight", "classifier.bias"}
+
+
+def test_resized_embeddings_are_not_new(saved):
+    model = LlamaForCausalLM.from_pretrained(saved)
+    model.resize_token_embeddings(300)
+    assert names_of(model) == set()
+    # As a library does that puts a table of its own in their place.
+    model.set_input_embeddings(torch.nn.Embedding(310, 16))
+    assert names_of(model) == set()
+
+
+def test_a_layer_that_the_user_puts_in_is_new(saved):
+    model = classifier(saved)
+    model.score = torch.nn.Linear(16, 3)
+    assert names_of(model) == {"score.weight", "score.bias"}
+
+
+def test_layers_that_were_exchanged_throughout_are_not_new(saved):
+    model = classifier(saved)
+    for layer in [x for x in model.modules() if isinstance(x, torch.nn.Linear)]:
+        layer.weight = torch.nn.Parameter(layer.weight.detach().clone())
+    model.model.embed_tokens.weight = torch.nn.Parameter(model.model.embed_tokens.weight.detach().clone())
+    assert names_of(model) == set()
+
+
+def test_frozen_models_are_looked_at_too(saved):
+    model = classifier(saved).requires_grad_(False)
+    assert names_of(model) == set()
+    model.score.requires_grad_(True)
+    assert names_of(model) == {HEAD}
+
+
+# ---- the steps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["velo", "celo", "small_fc_lopt", "celo2", "celo_adam"])
+def test_the_same_as_groups_of_their_own(rule, saved):
+    """``lr_scales`` against the same lr written into two groups."""
+    found = {}
+    for kind in ("groups", "numbers"):
+        model = classifier(saved)
+        body, head = [p for n, p in model.named_parameters() if n != HEAD], [model.score.weight]
+        if kind == "groups":
+            groups = [{"params": body, "lr": 0.05}, {"params": head, "lr": 0.75}]
+        else:
+            groups = [{"params": body + head, "lr": 0.05, "lr_scales": [1.0] * len(body) + [15.0]}]
+        own = {"num_training_steps": STEPS} if rule in ("velo", "celo", "celo_adam") else {}
+        optimizer = hf_lopt.LearnedOptimizer(groups, rule, weights="bundled", **own)
+        for i in range(0, 2 * STEPS, 2):
+            batch = rows()[i : i + 2]
+            ids, labels = torch.stack([x["input_ids"] for x in batch]), torch.tensor([x["labels"] for x in batch])
+            loss = model(input_ids=ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step(loss)
+        found[kind] = dict(model.named_parameters())
+    start = dict(classifier(saved).named_parameters())
+    for name, p in found["groups"].items():
+        assert torch.allclose(found["numbers"][name], p, rtol=1e-6, atol=1e-8), name
+    assert not torch.equal(found["numbers"][HEAD], start[HEAD])
+
+
+@pytest.mark.parametrize(
+    ("rule", "lr", "scale"), [("velo", 0.05, 20.0), ("celo2", 1e-4, 10.0), ("mulo", 0.03, 100 / 3)]
+)
+def test_trainer_gives_the_head_the_rate_from_scratch(rule, lr, scale, saved, tmp_path):
+    model = classifier(saved)
+    run = trainer(tmp_path, model, optim=rule)
+    run.train()
+    optimizer = unwrap(run.optimizer)
+    assert {group["initial_lr"] for group in optimizer.param_groups} == {lr}
+    assert scales(model, optimizer) == {HEAD: pytest.approx(scale)}
+
+
+def test_the_run_is_that_of_two_groups(saved, tmp_path):
+    """Trainer's own run against one whose optimizer was made by hand."""
+    by_trainer, by_hand = classifier(saved), classifier(saved)
+    trainer(tmp_path, by_trainer).train()
+    body = [p for n, p in by_hand.named_parameters() if n != HEAD]
+    groups = [{"params": body, "lr": 0.05}, {"params": [by_hand.score.weight], "lr": 1.0}]
+    optimizer = hf_lopt.VeLO(groups, weights="bundled", num_training_steps=STEPS)
+    args = cases.arguments(tmp_path, max_steps=STEPS, max_grad_norm=0.0, lr_scheduler_type="constant")
+    Trainer(by_hand, args, train_dataset=rows(), optimizers=(optimizer, None)).train()
+    for (name, a), b in zip(by_trainer.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8), name
+
+
+def test_it_is_told(saved, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hf_lopt")
+    run = trainer(tmp_path, classifier(saved))
+    with said() as texts:
+        run.train()
+    assert any("lr=0.05, new layers 1" in text for text in texts)
+    assert "1 tensor that the checkpoint lacks (score.weight) take 1, because they start from random" in caplog.text
+    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
+    assert "new_layers=20" in hf_lopt.hf.provenance.line(unwrap(run.optimizer))
+
+
+# ---- where it is not for us to decide ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{"learning_rate": 0.05}, {"optim_args": "weights=bundled,lr=0.05"}])
+def test_an_lr_that_was_chosen_is_for_all(changes, saved, tmp_path):
+    run = trainer(tmp_path, classifier(saved), **changes)
+    run.train()
+    assert all("lr_scales" not in group for group in unwrap(run.optimizer).param_groups)
+
+
+def test_from_scratch_and_adapters_have_one_rate(saved, tmp_path):
+    peft = pytest.importorskip("peft", reason="needs: pip install 'hf_lopt[test]'")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="SEQ_CLS")
+    random = LlamaForSequenceClassification(classifier(saved).config)
+    random.config._name_or_path = ""
+    for model in (random, peft.get_peft_model(classifier(saved), config)):
+        run = trainer(tmp_path, model)
+        run.train()
+        assert all("lr_scales" not in group for group in unwrap(run.optimizer).param_groups)
+
+
+class HeadFaster(Trainer):
+    """Gives the head a rate of its own, as one does with AdamW."""
+
+    def create_optimizer(self, model=None):
+        cls, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        keywords.pop("params", None)
+        lr = keywords.pop("lr")
+        body = [p for n, p in self.model.named_parameters() if n != HEAD]
+        groups = [{"params": body, "lr": lr}, {"params": [self.model.score.weight], "lr": 3 * lr}]
+        self.optimizer = cls(groups, lr=lr, **keywords)
+        return self.optimizer
+
+
+def test_groups_in_a_ratio_stay(saved, tmp_path):
+    run = trainer(tmp_path, classifier(saved), HeadFaster)
+    run.train()
+    groups = unwrap(run.optimizer).param_groups
+    assert {round(group["lr"], 6) for group in groups} == {0.05, 0.15}
+    assert all("lr_scales" not in group for group in groups)
+
+
+# ---- other doors ---------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_is_passed_in(saved, tmp_path):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), weights="bundled")
+    args = cases.arguments(tmp_path, max_steps=STEPS, optim="adamw_torch", optim_args=None)
+    Trainer(model, args, train_dataset=rows(), optimizers=(optimizer, None)).train()
+    assert scales(model, optimizer) == {HEAD: 20.0}
+
+
+def test_model_init(saved, tmp_path):
+    args = cases.arguments(tmp_path, max_steps=STEPS)
+    run = Trainer(args=args, model_init=lambda: classifier(saved), train_dataset=rows())
+    run.train()
+    assert scales(run.model, unwrap(run.optimizer)) == {HEAD: 20.0}
+
+
+def test_new_tensors_are_found_after_fsdp_has_replaced_them(saved):
+    model = classifier(saved)
+    new_layers.note(model)
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.detach().clone()))
+    assert names_of(model) == {HEAD}
+
+
+@pytest.mark.parametrize(("lr", "expected"), [(None, {HEAD: 20.0}), (0.05, None)])
+def test_replace(lr, expected, saved, capsys):
+    model, options = classifier(saved), Options(optim_args="weights=bundled", steps=STEPS, lr=lr)
+    options.add("AdamW=velo")
+    with Replacer(options):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    if expected is None:
+        assert all("lr_scales" not in group for group in optimizer.param_groups)
+    else:
+        assert scales(model, optimizer) == expected
+        assert "1 tensor that the checkpoint lacks (score.weight)" in capsys.readouterr().err
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["base", "checkpoint"])
+def test_a_resumed_run_ends_where_the_whole_one_does(source, saved, tmp_path):
+    """Whether the script loads the base model again, or the checkpoint, which has the head."""
+    whole = classifier(saved)
+    trainer(tmp_path / "whole", whole, save_steps=2, save_strategy="steps").train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    model = classifier(saved if source == "base" else checkpoint, seed=7)
+    run = trainer(tmp_path / "again", model)
+    run.train(resume_from_checkpoint=str(checkpoint))
+    assert scales(model, unwrap(run.optimizer)) == {HEAD: 20.0}
+    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
+    for (name, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8), name
+
+
+def test_a_checkpoint_from_before_goes_on_as_it_was(saved):
+    """Without numbers for single parameters, all had the same lr."""
+    model = classifier(saved)
+    old = hf_lopt.VeLO(model.parameters(), lr=0.05, num_training_steps=9, weights="bundled")
+    state = copy.deepcopy(old.state_dict())
+    params = list(model.parameters())
+    new = hf_lopt.VeLO(
+        [{"params": params, "lr_scales": [2.0] * len(params)}], lr=0.05, num_training_steps=9, weights="bundled"
+    )
+    new.load_state_dict(state)
+    assert "lr_scales" not in new.param_groups[0]
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+BAD = [[1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, "2"], [True, 1.0], 3.0, "ab"]
+
+
+def two():
+    return [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))]
+
+
+@pytest.mark.parametrize("numbers", BAD, ids=str)
+def test_numbers_that_are_none(numbers):
+    text = "lr_scales"
+    with pytest.raises(ValueError, match=text):
+        hf_lopt.VeLO([{"params": two(), "lr_scales": numbers}], num_training_steps=5, weights="bundled")
+    optimizer = hf_lopt.VeLO(two(), num_training_steps=5, weights="bundled")
+    with pytest.raises(ValueError, match=text):
+        optimizer.add_param_group({"params": two(), "lr_scales": numbers})
+    assert len(optimizer.param_groups) == 1
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr_scales"] = numbers
+    with pytest.raises(ValueError, match=text):
+        optimizer.load_state_dict(state)
+    assert "lr_scales" not in optimizer.param_groups[0]
+
+
+def test_a_tensor_too_many_is_an_error_that_says_what_to_do():
+    params = two()
+    optimizer = hf_lopt.VeLO(
+        [{"params": params[:1], "lr_scales": [2.0]}], lr=0.5, num_training_steps=5, weights="bundled"
+    )
+    optimizer.param_groups[0]["params"].append(params[1])
+    before = [p.detach().clone() for p in params]
+
+    def step():
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step(1.0)
+
+    with pytest.raises(RuntimeError, match=r"1 lr_scales for a group of 2 parameters.*delete group\['lr_scales'\]"):
+        step()
+    assert all(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+    del optimizer.param_groups[0]["lr_scales"]
+    step()
+    assert not any(torch.equal(p, x) for p, x in zip(params, before, strict=True))
+
+
+def test_other_numbers_count_from_the_next_step_on():
+    """As after one step with 1 and one with 0: the tensor stays where the first one has brought it."""
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3))
+    optimizer = hf_lopt.Celo2([{"params": [p], "lr_scales": [1.0]}], weights="bundled")
+    for scale in (1.0, 0.0):
+        before = p.detach().clone()
+        optimizer.param_groups[0]["lr_scales"] = [scale]
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert torch.equal(p, before) == (scale == 0.0)
