@@ -1,6 +1,6 @@
-"""Learned optimizers against AdamW on four recipes, three seeds each: `python -m benchmarks.comparison`.
+"""Learned optimizers against AdamW on five recipes, three seeds each: `python -m benchmarks.comparison`.
 
-Runs recipes/compare.py on small settings of four recipes and writes benchmarks/results/comparison/RECIPE.json,
+Runs recipes/compare.py on small settings of five recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
 files. `--celo` names a file of published Celo weights, for fine-tuning. Results are the final numbers of every run and
 eight points of its training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there
@@ -44,7 +44,7 @@ CURVES = {
     "adamw_torch": ("0.6", "AdamW, Trainer's\n5e-5"),
 }
 LEARNED = ["velo", "celo2", "small_fc_lopt"]
-FINE_TUNING = ("text_classification",)  # also with Celo, from embedded and from published weights
+FINE_TUNING = ("text_classification", "lora")  # also with Celo, from embedded and from published weights
 PUBLISHED = "celo, published weights"
 EVALUATED = ("step", "eval_loss", "step_seconds", "step_cpu_seconds")
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core, fine-tuning 80.
@@ -58,12 +58,14 @@ SETTINGS = {
         "--train_size 2048 --eval_size 500 --per_device_train_batch_size 16 --max_length 48 --max_steps 128 "
         "--eval_steps 64",
     ),
+    "lora": ("1e-3,3e-3,1e-2", "--max_steps 30 --eval_steps 15"),
     "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
 NOTES = {
     "text_classification": "The pretrained MiniLM of the recipe, all of it; learned optimizers use their multiplier "
-    "for fine-tuning. The larger class has a share of 0.556. With published weights: `--celo FILE`.",
+    "for fine-tuning, and that from scratch for the new head. The larger class has a share of 0.556. With published weights: `--celo FILE`.",
+    "lora": "SmolLM2-135M with adapters of rank 8. Adapters count as trained from scratch.",
 }
 """What the page says about a recipe beyond its arguments."""
 

@@ -113,6 +113,8 @@ class GivenSettings(Optimizer):
             constructed: whether the constructor asks.
         """
         self._has_begun = not constructed
+        if self._has_begun:
+            self._note_what_is_faster()
         largest = 0.0
         if rule.own_schedule and self.run_policy is None:  # else whoever decided it has told
             largest = self._largest_lr()
@@ -130,6 +132,15 @@ class GivenSettings(Optimizer):
             notices.LOG.info(small_multiplier(rule.class_name, largest))
         notices.tell(text)
         self._has_warned = self._has_warned_of_lr = True
+
+    def _note_what_is_faster(self) -> None:
+        """On a GPU the exact Newton-Schulz iteration takes most of a step of Celo2; see benchmarks/results/cuda.md."""
+        group = self.param_groups[0] if self.param_groups else {}
+        if group.get("ns_dtype") != "float32" or "ns_dtype" in self.explicit_settings:
+            return
+        if any(p.is_cuda for p in group["params"]):
+            short = "ns_dtype=auto is faster here"
+            notices.note(short, f"{short}: Newton-Schulz in TF32 or bfloat16, a step in a quarter of the time")
 
     def _is_too_small(self, rule: Rule, lr: float) -> bool:
         models = models_of(p for group in self.param_groups for p in group["params"])

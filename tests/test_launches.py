@@ -21,6 +21,7 @@ from hf_lopt import least_sizes, rules
 from hf_lopt.kernels.dispatch import Operator, supports
 from hf_lopt.rules import small_fc
 from hf_lopt.step import prepared
+from said import said
 
 
 SHAPES = [(), (7,), (64,), (48, 32), (32, 48), (33, 5), (8, 4, 3, 3)]
@@ -191,6 +192,29 @@ def test_a_setting_that_changes_is_copied_to_where_it_was():
         places.append(numbers.data_ptr())
         assert numbers.tolist() == [lr]
     assert len(set(places)) == 1
+
+
+def test_numbers_for_single_parameters_are_one_launch_more():
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    optimizer = optimizer_on_device(mode, "velo")
+    for group in optimizer.param_groups:
+        group["lr_scales"] = [2.0] * len(group["params"])
+    with mode:
+        launches = count(optimizer)
+    assert launches.launched == collections.Counter([*EXPECTED["velo"], "mul"]) and launches.copies == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "settings", "said_so"),
+    [("celo2", {}, True), ("elo_celo2", {}, True), ("celo2", {"ns_dtype": "float32"}, False), ("velo", {}, False)]
+    + [("celo2", {"ns_dtype": "auto"}, False)],
+)
+def test_who_leaves_the_exact_iteration_on_is_told(rule, settings, said_so):
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    optimizer = optimizer_on_device(mode, rule, **settings)
+    with said() as texts, mode:
+        count(optimizer)
+    assert any("ns_dtype=auto is faster here" in text for text in texts) == said_so
 
 
 def test_lr_may_be_a_tensor_on_the_device():
