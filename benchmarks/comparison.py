@@ -2,9 +2,11 @@
 
 Runs recipes/compare.py on small settings of five recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
-files. `--celo` names a file of published Celo weights, for fine-tuning. Results are the final numbers of every run and
-eight points of its training loss, for the picture, under its arguments and the SHA-256 of its weights: what is there
-is not done again, so that new weights of one optimizer cost only its own runs.
+files. `--lengths` compares shorter and longer runs of three recipes, and keeps the final numbers only
+(comparison/lengths.json). `--celo` names a file of published Celo weights, for fine-tuning. Results are the final
+numbers of every run and eight points of its training loss, for the picture, under its arguments and the SHA-256 of its
+weights: what is there is not done again, so that new weights of one optimizer cost only its own runs. Schedule-free
+AdamW wants `pip install schedulefree`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import compare as comparing  # noqa: E402
 from benchmarks import storing  # noqa: E402
 from hf_lopt.plot import log_ticks  # noqa: E402
-from report import comparison_cells, draw_comparisons, draw_mean, write_json  # noqa: E402
+from report import comparison_cells, draw_comparisons, draw_mean, plus_minus, write_json  # noqa: E402
 
 
 RESULTS = ROOT / "benchmarks" / "results" / "comparison"
@@ -62,9 +64,15 @@ SETTINGS = {
     "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
+# Other lengths of the runs, without the picture.
+LENGTHS = {"causal_lm": (50, 1000), "image_classification": (50, 1000), "seq2seq": (50, 1000)}
+LENGTHS_FILE = RESULTS / "lengths.json"
+# Beside AdamW where models are trained from scratch: no schedule to choose, a rate from the same grid.
+SCHEDULE_FREE = "schedule_free_adamw"
 NOTES = {
     "text_classification": "The pretrained MiniLM of the recipe, all of it; learned optimizers use their multiplier "
-    "for fine-tuning, and that from scratch for the new head. The larger class has a share of 0.556. With published weights: `--celo FILE`.",
+    "for fine-tuning, and that from scratch for the new head. The larger class has a share of 0.556. With published "
+    "weights: `--celo FILE`.",
     "lora": "SmolLM2-135M with adapters of rank 8. Adapters count as trained from scratch.",
 }
 """What the page says about a recipe beyond its arguments."""
@@ -113,6 +121,7 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
         write_json(folder / "results.json", stored(recipe))
     learned = [*LEARNED, "celo"] if recipe in FINE_TUNING else LEARNED
     argv = ["--recipe", recipe, "--optims", *learned, "adamw_torch", f"adamw_torch={rates}"]
+    argv += [] if recipe in FINE_TUNING else [f"{SCHEDULE_FREE}={rates}"]
     argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
     results = comparing.main([*argv, *options.split()])
     results["recipe_arguments"].pop("output_dir", None)
@@ -125,6 +134,53 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
         results |= {"rows": results["rows"][:place] + rows + results["rows"][place:], "compared": list(kept)}
     storing.write_record(kept_in, packed(results | {"runs": kept}))
     return results | {"runs": kept}
+
+
+def compare_lengths(seeds: list[int]) -> None:
+    """Do what is missing of :data:`LENGTHS`, and keep the rows."""
+    found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+    for recipe, lengths in LENGTHS.items():
+        rates, options = SETTINGS[recipe]
+        words = options.split()
+        for name in ("--max_steps", "--eval_steps"):
+            place = words.index(name)
+            del words[place : place + 2]
+        for steps in lengths:
+            folder = ROOT / "runs" / "comparison" / f"{recipe}_{steps}"
+            argv = ["--recipe", recipe, "--optims", *LEARNED, f"adamw_torch={rates}", f"{SCHEDULE_FREE}={rates}"]
+            argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
+            results = comparing.main([*argv, *words, "--max_steps", str(steps), "--eval_steps", str(steps)])
+            rows = [
+                {"label": row["label"], "best": row.get("best", False)} | dict(row["eval_loss"])
+                for row in results["rows"]
+            ]
+            found.setdefault(recipe, {})[str(steps)] = storing.rounded(rows, 4)
+            storing.write_record(LENGTHS_FILE, found)
+
+
+def table_of_lengths() -> list[str]:
+    """Held-out loss of every optimizer at each length; of those with a grid the best rate."""
+    found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8"))
+    columns = [(recipe, steps) for recipe, by_steps in found.items() for steps in by_steps]
+    labels = [*LEARNED, "adamw_torch", SCHEDULE_FREE]
+    lines = [
+        "## Shorter and longer runs",
+        "",
+        "Held-out loss after so many steps, three seeds, everything else as above (`--lengths`); of AdamW and of "
+        "schedule-free AdamW the best of three rates, in brackets.",
+        "",
+        "| optimizer | " + " | ".join(f"{recipe}, {steps}" for recipe, steps in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for label in labels:
+        cells = []
+        for recipe, steps in columns:
+            mine = [row for row in found[recipe][steps] if row["label"].partition("=")[0] == label]
+            row = next((row for row in mine if row["best"]), mine[0])
+            rate = row["label"].partition("=")[2]
+            cells.append(plus_minus(row) + (f" ({rate})" if rate else ""))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def packed(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,7 +260,7 @@ def render(found: list[dict]) -> str:
             *(f"| {' | '.join(row)} |" for row in rows),
             "",
         ]
-    return "\n".join(text)
+    return "\n".join(text + (table_of_lengths() if LENGTHS_FILE.is_file() else []))
 
 
 def main() -> None:
@@ -212,9 +268,13 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--celo", help="a file of published Celo weights")
+    parser.add_argument("--lengths", action="store_true", help="the runs of other lengths only")
     parser.add_argument("--draw", action="store_true", help="only write the page and the pictures again")
     options = parser.parse_args()
     os.chdir(ROOT)  # the arguments of the runs name no machine's folders
+    if options.lengths:
+        compare_lengths(options.seeds)
+        return
     found = [
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]

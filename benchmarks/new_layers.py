@@ -1,27 +1,35 @@
 """How much larger the step of new layers should be where a pretrained model is fine-tuned: validation tasks.
 
     python -m benchmarks.new_layers [--celo FILE]    # -> benchmarks/results/new_layers.json
+    python -m benchmarks.new_layers --poolers [--celo FILE]    # minutes a run, more numbers in the same file
 
 Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
 predicts bytes of help texts tells what a piece of text is from; a BERT that fills in missing bytes
 tells for each byte what kind of token it is in; a vision transformer that knows the digits 0 to 4 tells 5 to 9 apart.
 Numbers are held-out losses, means over seeds. Every rule has its ``lr`` for fine-tuning; the head has that times each
 of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--celo`` names a file of published weights.
-One thread.
+With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
+from docstrings of which library they are, and whether of a class or of a function; the new head alone or with the
+pooler has the ``lr`` from scratch. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import inspect
 import io
+import itertools
+import json
 import keyword
 import math
+import sys
 import sysconfig
 import tempfile
 import tokenize
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -39,6 +47,12 @@ from hf_lopt import rules
 from hf_lopt.meta.table import machine
 
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from assets import minilm_dir  # noqa: E402
+
+
+FILE = RESULTS / "new_layers.json"
 STEPS, BATCH, HELD_OUT = 150, 16, 256
 MULTIPLIERS = (1.0, 3.0, 10.0)  # and the one that leads to the lr from scratch
 ADAMW = (1e-4, 3e-4, 1e-3, 3e-3)
@@ -53,6 +67,7 @@ class Task:
     load: Callable[[str], nn.Module]
     folder: Callable[[], str]
     data: Callable[[], dict[str, Tensor]]
+    steps: int = STEPS
 
 
 @functools.cache
@@ -187,9 +202,10 @@ TASKS = {
 }
 
 
-def final_loss(name: str, seed: int, rule: str, lr: float, weights: str, new_layers: float) -> float:
-    """Held-out loss after :data:`STEPS` steps."""
-    task = TASKS[name]
+def final_loss(
+    task: Task, seed: int, rule: str, lr: float, weights: str, new_layers: float, poolers: bool = True
+) -> float:
+    """Held-out loss after the steps of the task."""
     path, data = task.folder(), task.data()
     torch.manual_seed(seed)
     model, draw = task.load(path), torch.Generator().manual_seed(seed)
@@ -198,26 +214,96 @@ def final_loss(name: str, seed: int, rule: str, lr: float, weights: str, new_lay
     batches = [_pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(STEPS)]
     model.train()
     settings = {} if rule == "adamw" else dict(rules.get(rule).finetune_settings)
-    train(model, batches, lambda x: model(**x).loss, STEPS, rule, lr, weights, new_layers, **settings)
+    train(model, batches, lambda x: model(**x).loss, task.steps, rule, lr, weights, new_layers, poolers, **settings)
     model.eval()
     with torch.no_grad():
         return model(**_pick(data, held_out)).loss.item()
 
 
 def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", new_layers: float = 1.0) -> dict:
-    losses = [final_loss(task, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
+    losses = [final_loss(TASKS[task], seed, rule, lr, weights, new_layers) for seed in range(seeds)]
     return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}", losses)
+
+
+# ---- poolers --------------------------------------------------------------------------------------------------------
+
+LIBRARIES = ("numpy", "sklearn", "matplotlib", "torch", "transformers")
+PER_LIBRARY, LENGTH, DOC_STEPS = 600, 48, 100
+
+
+def _docstrings(library: str) -> Iterator[tuple[str, bool]]:
+    """Of functions and classes, in the order of their files: the text without the library's name, whether a class."""
+    base = Path(importlib.import_module(library).__path__[0])
+    for file in sorted(base.rglob("*.py")):
+        name = ".".join((library, *file.relative_to(base).with_suffix("").parts))
+        if any(part in name for part in ("test", "_C", "models.", "generate", "setup", "__main__")):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except Exception:  # what it needs is not installed
+            continue
+        for _, found in sorted(vars(module).items()):
+            is_class = inspect.isclass(found)
+            if getattr(found, "__module__", "") == name and (is_class or inspect.isfunction(found)):
+                text = inspect.getdoc(found) or ""
+                if len(text) > 60:
+                    yield text[:300].replace(library, "it"), is_class
+
+
+@functools.cache
+def docstrings(of_classes: bool) -> dict[str, Tensor]:
+    """Tokens of docstrings; the library of each, or whether it is of a class."""
+    found = [
+        (text, is_class, i)
+        for i, library in enumerate(LIBRARIES)
+        for text, is_class in itertools.islice(_docstrings(library), PER_LIBRARY)
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
+    options = {"truncation": True, "max_length": LENGTH, "padding": "max_length", "return_tensors": "pt"}
+    labels = [int(is_class) if of_classes else library for _, is_class, library in found]
+    return dict(tokenizer([text for text, *_ in found], **options)) | {"labels": torch.tensor(labels)}
+
+
+def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
+    """Task -> rule -> held-out loss with everything at the ``lr`` for fine-tuning, and with the head or more not."""
+
+    def load(path: str) -> nn.Module:
+        labels = 2 if of_classes else len(LIBRARIES)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
+
+    found: dict[str, Any] = {}
+    for of_classes in (False, True):
+        name = "whether a docstring is of a class" if of_classes else "library of a docstring"
+        task = Task(load, lambda: str(minilm_dir()), functools.partial(docstrings, of_classes), DOC_STEPS)
+
+        def losses(rule: str, *how: Any, name: str = name, task: Task = task) -> dict[str, float]:
+            return mean(f"{name}: {rule}, {how}", [final_loss(task, seed, rule, *how) for seed in range(seeds)])
+
+        rows = found[name] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 2e-4, 4e-4)}}
+        for rule, weights in [("velo", "bundled"), ("celo2", "bundled"), *([("celo", celo)] if celo else [])]:
+            lr, whole = rules.get(rule).finetune_lr, rules.get(rule).defaults["lr"] / rules.get(rule).finetune_lr
+            rows[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
+                "nothing": losses(rule, lr, weights, 1.0),
+                "head": losses(rule, lr, weights, whole, False),
+                "head and pooler": losses(rule, lr, weights, whole, True),
+            }
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celo", help="a file of published Celo weights")
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--poolers", action="store_true", help="only the runs with and without poolers, one seed each")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if options.poolers:
+        record = json.loads(FILE.read_text(encoding="utf-8"))
+        write_record(FILE, record | {"poolers": rounded(compare_poolers(options.celo, 1), 4)})
+        return
     contenders = [(rule, "bundled") for rule in RULES]
     contenders += [("celo", options.celo)] if options.celo else []
     found: dict[str, Any] = {}
@@ -239,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "loss_of_chance": {"origin": math.log(4), "digits": math.log(5)},
         "held_out_loss": found,
     }
-    write_record(RESULTS / "new_layers.json", rounded(record, 4))
+    write_record(FILE, rounded(record, 4))
 
 
 if __name__ == "__main__":

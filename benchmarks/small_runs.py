@@ -23,12 +23,14 @@ def train(
     lr: float,
     weights: str = "bundled",
     new_layers: float = 1.0,
+    poolers: bool = True,
     **settings: Any,
 ) -> None:
     """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0.
 
     Args:
         new_layers: what the lr of tensors counts that the model's checkpoint does not have.
+        poolers: whether poolers in front of new layers count as new.
         settings: further keywords of a learned optimizer.
     """
     schedule = None
@@ -39,7 +41,7 @@ def train(
         needs = {"num_training_steps": steps} if rules.get(rule).needs_horizon else {}
         groups = hf_lopt.param_groups(model, rule)
         if new_layers != 1.0:
-            new = new_tensors(model)
+            new = {i for i, name in new_tensors(model).items() if poolers or "pooler" not in name}
             for group in groups:
                 group["lr_scales"] = [new_layers if id(p) in new else 1.0 for p in group["params"]]
         optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs, **settings)

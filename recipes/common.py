@@ -200,6 +200,8 @@ def training_arguments(
         options["learning_rate"] = contender.learning_rate
     if args.eval_steps is not None:
         options["eval_steps"] = options["save_steps"] = args.eval_steps
+    if contender.optim.startswith("schedule_free"):  # it averages instead of decaying, and warms up by itself
+        options |= {"lr_scheduler_type": "constant", "warmup_steps": max(args.max_steps, 0) // 20}
     interval = "epoch" if args.eval_steps is None else "steps"
     return TrainingArguments(
         output_dir=str(Path(args.output_dir) / contender.label),

@@ -6,6 +6,9 @@ import logging
 import pytest
 import torch
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
@@ -92,6 +95,17 @@ def test_a_head_of_another_size_is_new(tmp_path):
     options = {"num_labels": 5, "ignore_mismatched_sizes": True}
     again = ViTForImageClassification.from_pretrained(tmp_path / "three", **options)
     assert names_of(again) == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_pooler_goes_with_a_new_head_only(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    BertModel(BertConfig(vocab_size=16, **sizes)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    pooler = {f"bert.pooler.dense.{name}" for name in ("weight", "bias")}
+    assert names_of(model) == pooler | {"classifier.weight", "classifier.bias"}
+    model.save_pretrained(tmp_path / "whole")
+    assert names_of(BertForSequenceClassification.from_pretrained(tmp_path / "whole")) == set()
+    assert names_of(BertModel.from_pretrained(tmp_path / "base")) == set()
 
 
 def test_resized_embeddings_are_not_new(saved):
@@ -185,7 +199,9 @@ def test_it_is_told(saved, tmp_path, caplog):
     with said() as texts:
         run.train()
     assert any("lr=0.05, new layers 1" in text for text in texts)
-    assert "1 tensor that the checkpoint lacks (score.weight) take 1, because they start from random" in caplog.text
+    assert (
+        "new layers and their poolers, 1 tensor (score.weight), take 1, because they start from random" in caplog.text
+    )
     assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
     assert "new_layers=20" in hf_lopt.hf.provenance.line(unwrap(run.optimizer))
 
@@ -269,7 +285,7 @@ def test_replace(lr, expected, saved, capsys):
         assert all("lr_scales" not in group for group in optimizer.param_groups)
     else:
         assert scales(model, optimizer) == expected
-        assert "1 tensor that the checkpoint lacks (score.weight)" in capsys.readouterr().err
+        assert "new layers and their poolers, 1 tensor (score.weight)" in capsys.readouterr().err
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Which tensors of a pretrained model its checkpoint did not have: the head for a new task, most of the time.
 
 ``from_pretrained`` of transformers from 5 on marks what it has loaded, so that it does not initialise it again
-(``_is_hf_initialized``). What has no mark, in a model that has some, starts from random numbers. FSDP2 puts other
-tensors in the place of the marked ones, so what is found is kept for the modules, which stay.
+(``_is_hf_initialized``). What has no mark, in a model that has some, starts from random numbers. A pooler in front of
+a new head counts as new, too: it was trained for another head, or for none. FSDP2 puts other tensors in the place of
+the marked ones, so what is found is kept for the modules, which stay.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from hf_lopt.parameters import describe
 _MARK = "_is_hf_initialized"
 # More than this share of a model is no head: its tensors were replaced by others, which have no marks.
 _LARGEST_SHARE = 0.5
+_POOLER = "pooler"  # as encoders of transformers call it
 _NAMED = 4  # of new tensors in a text
 # Module -> names of those of its own parameters that are new.
 _noted: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
@@ -96,8 +98,8 @@ def choice(groups: Sequence[Mapping[str, Any]], model: nn.Module | None, lr: flo
     largest = max(x for _, x in pairs)
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     some = ", ".join(names.get(id(p), "?") for p, _ in pairs[:_NAMED]) + (", …" if len(pairs) > _NAMED else "")
-    what = f"{len(pairs)} tensor{'s' * (len(pairs) > 1)} that the checkpoint lacks ({some})"
-    return Choice(largest, f"{what} take {lr * largest:g}, because they start from random numbers")
+    what = f"new layers and their poolers, {len(pairs)} tensor{'s' * (len(pairs) > 1)} ({some})"
+    return Choice(largest, f"{what}, take {lr * largest:g}, because they start from random numbers")
 
 
 def _loaded_models(model: nn.Module) -> Iterator[nn.Module]:
@@ -119,4 +121,8 @@ def _without_mark(model: nn.Module) -> set[int]:
     if not any(p.requires_grad for p in params):
         return set()
     embeddings = {id(p.tensor) for p in describe(model) if p.role == "embedding"}
-    return new.keys() - embeddings
+    found = new.keys() - embeddings
+    if found:
+        poolers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == _POOLER)
+        found |= {id(p) for module in poolers for p in module.parameters()}
+    return found
