@@ -29,6 +29,11 @@ def problem(group: Mapping[str, Any]) -> str:
     return ""
 
 
+def in_words(group: Mapping[str, Any]) -> str:
+    """The places of the parameters of a group whose number is not 1, with it."""
+    return ", ".join(f"{i}: {x:g}" for i, x in enumerate(group.get(KEY) or ()) if x != 1) or "1 for all"
+
+
 def _is_number(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
 

@@ -151,6 +151,8 @@ def check_ranks_agree(
         ValueError: on all ranks, naming what differs.
     """
     described = {k: str(v) for k, v in run.items() if k not in _MAY_DIFFER and isinstance(v, (str, int, float))}
+    for i, group in enumerate({id(group): group for _, group in parameters}.values()):
+        described[f"{lr_scales.KEY} of group {i}"] = lr_scales.in_words(group)
     for i, (p, group) in enumerate(parameters):
         gradient = "with" if id(p) in active else "without"
         described[f"parameter {i}"] = f"{distributed.describe(p)} {gradient} a gradient"

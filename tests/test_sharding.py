@@ -101,6 +101,7 @@ def messages(tmp_path_factory):
         ("missing", r"parameter 2: \(6,\) float32 with a gradient on rank 0, none on rank 2"),
         ("gradient", r"parameter 1: .*with a gradient on rank 0, .*without a gradient on rank 2"),
         ("lr", "lr of parameter 0: 1.0 on rank 0, 0.5 on rank 2"),
+        ("lr_scales", "lr_scales of group 0: 1 for all on rank 0, 1: 2 on rank 2"),
     ],
 )
 def test_ranks_that_differ_are_told_at_the_first_step(messages, case, difference):

@@ -76,14 +76,8 @@ class RunPolicy:
 
     def reasons(self) -> list[str]:
         """What there is to tell about the choices, in one order; conflicts apart."""
-        choices: list[Choice[Any]] = [
-            self.lr,
-            self.new_layers,
-            self.length_multiplier,
-            *self.settings.values(),
-            self.schedule,
-        ]
-        choices.append(self.weight_decay)
+        choices: list[Choice[Any]] = [self.lr, self.new_layers, self.length_multiplier]
+        choices += [*self.settings.values(), self.schedule, self.weight_decay]
         return [choice.reason for choice in choices if choice.reason]
 
     def summary(self) -> dict[str, float | str]:

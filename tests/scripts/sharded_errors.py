@@ -18,7 +18,7 @@ import test_rules as single  # noqa: E402
 from ranks import leave  # noqa: E402
 
 
-CASES = ("nothing", "weights", "horizon", "rule", "shape", "missing", "gradient", "lr", "later")
+CASES = ("nothing", "weights", "horizon", "rule", "shape", "missing", "gradient", "lr", "lr_scales", "later")
 
 
 def attempt(case: str) -> str:
@@ -35,6 +35,8 @@ def attempt(case: str) -> str:
     shapes = [(3, 4), (5, 2) if odd and case == "shape" else (2, 5), (6,)]
     params = single.make_params(shapes=shapes[:2] if odd and case == "missing" else shapes)
     optimizer = single.make(name, params, **settings)
+    if odd and case == "lr_scales":
+        optimizer.param_groups[0]["lr_scales"] = (1.0, 2.0, 1.0)
     try:
         for t in range(2):
             for i, (p, g) in enumerate(zip(params, single.gradients(params, t), strict=True)):
