@@ -3,10 +3,10 @@
 Runs recipes/compare.py on small settings of five recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
 files. `--lengths` compares shorter and longer runs of three recipes, and keeps the final numbers only
-(comparison/lengths.json). `--celo` names a file of published Celo weights, for fine-tuning. Results are the final
-numbers of every run and eight points of its training loss, for the picture, under its arguments and the SHA-256 of its
-weights: what is there is not done again, so that new weights of one optimizer cost only its own runs. Schedule-free
-AdamW wants `pip install schedulefree`.
+(comparison/lengths.json). `--celo` names a file of published Celo weights. Results are the final numbers of every run,
+and the evaluations of those in the picture, under its arguments and the SHA-256 of its weights: what is there is not
+done again, so that new weights of one optimizer cost only its own runs. Schedule-free AdamW wants
+`pip install schedulefree`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import compare as comparing  # noqa: E402
-from benchmarks import storing  # noqa: E402
+from benchmarks import muon, storing  # noqa: E402
 from hf_lopt.plot import log_ticks  # noqa: E402
 from report import comparison_cells, draw_comparisons, draw_mean, plus_minus, write_json  # noqa: E402
 
@@ -45,8 +45,8 @@ CURVES = {
     "adamw_torch best": ("black", "AdamW, best of\n1e-3, 3e-3, 1e-2"),
     "adamw_torch": ("0.6", "AdamW, Trainer's\n5e-5"),
 }
-LEARNED = ["velo", "celo2", "small_fc_lopt"]
-FINE_TUNING = ("text_classification", "lora")  # also with Celo, from embedded and from published weights
+LEARNED = ["velo", "celo", "celo2", "small_fc_lopt"]
+FINE_TUNING = ("text_classification", "lora")
 PUBLISHED = "celo, published weights"
 EVALUATED = ("step", "eval_loss", "step_seconds", "step_cpu_seconds")
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core, fine-tuning 80.
@@ -65,10 +65,10 @@ SETTINGS = {
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
 # Other lengths of the runs, without the picture.
-LENGTHS = {"causal_lm": (50, 1000), "image_classification": (50, 1000), "seq2seq": (50, 1000)}
+LENGTHS = {"causal_lm": (50, 1000), "image_classification": (50,), "seq2seq": (50,)}
 LENGTHS_FILE = RESULTS / "lengths.json"
-# Beside AdamW where models are trained from scratch: no schedule to choose, a rate from the same grid.
-SCHEDULE_FREE = "schedule_free_adamw"
+# Beside AdamW where models are trained from scratch, each with a rate from the same grid.
+OTHERS = (muon.NAME, "schedule_free_adamw")
 NOTES = {
     "text_classification": "The pretrained MiniLM of the recipe, all of it; learned optimizers use their multiplier "
     "for fine-tuning, and that from scratch for the new head. The larger class has a share of 0.556. With published "
@@ -78,37 +78,44 @@ NOTES = {
 """What the page says about a recipe beyond its arguments."""
 
 
-def final_numbers(run: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """What is kept of a run: its facts, evaluations, final numbers, and a thinned training loss."""
-    losses = [{"step": entry["step"], "loss": entry["loss"]} for entry in run["history"] if "loss" in entry]
+def final_numbers(run: Mapping[str, Any], metric: str, drawn: bool = True) -> dict[str, Any]:
+    """What is kept of a run: its facts and final numbers; of one that is drawn all evaluations."""
     # The last entry stays the last: compare.py reads the time of a run from it.
     evaluations = [
-        {key: x for key, x in entry.items() if key in (*EVALUATED, metric)}
-        for entry in run["history"]
-        if "eval_loss" in entry
+        {key: x for key, x in entry.items() if key in EVALUATED} for entry in run["history"] if "eval_loss" in entry
     ]
-    history = [*storing.rounded(storing.thinned(losses, 8), 4), *storing.rounded(evaluations)]
+    history = storing.rounded(evaluations if drawn else evaluations[-1:])
     final = {key: run["final"][key] for key in ("train_loss", "eval_loss", metric)}
     return dict(run) | {"final": storing.rounded(final, 8), "history": history}
 
 
-def published_celo(results: dict, seeds: list[int], file: str | None) -> tuple[list[dict], dict[str, dict]]:
-    """The rows and the runs of Celo with published weights: from the ``file``, or without one those in store."""
+def published_celo(results: dict, seeds: list[int], file: str | None) -> dict[str, dict]:
+    """The runs of Celo with published weights: from the ``file``, or without one those in store."""
     recipe = results["recipe"]
     if file is None:
         before = stored(recipe)
-        mine = {key: before["runs"][key] for key in before["compared"] if before["runs"][key]["label"] == PUBLISHED}
         same = before["recipe_arguments"] == results["recipe_arguments"]
-        return ([row for row in before["rows"] if row["label"] == PUBLISHED], mine) if same else ([], {})
+        return {key: run for key, run in before["runs"].items() if same and run["label"] == PUBLISHED}
     folder = ROOT / "runs" / "comparison" / f"{recipe}_celo"
     argv = ["--recipe", recipe, "--optims", "celo", "--seeds", *map(str, seeds), "--output_dir", str(folder)]
     own = comparing.main([*argv, "--optim_args", f"weights={file}", *SETTINGS[recipe][1].split()])
+    found = {}
+    for key in own["compared"]:
+        run = own["runs"][key]
+        # The place of the file is that of this machine.
+        named = run | {"label": PUBLISHED, "weights": run["weights"] | {"source": Path(file).name}}
+        found[key] = final_numbers(named, results["metric"])
+    return found
 
-    def named(each: Mapping[str, Any]) -> dict[str, Any]:  # the place of the file is that of this machine
-        return dict(each) | {"label": PUBLISHED, "weights": each["weights"] | {"source": Path(file).name}}
 
-    runs = {key: final_numbers(named(own["runs"][key]), results["metric"]) for key in own["compared"]}
-    return [named(row) for row in own["rows"]], runs
+def rows_of(runs: Mapping[str, dict], metric: str) -> list[dict[str, Any]]:
+    """The rows of the table: those of compare.py, with Celo's published weights behind its embedded ones."""
+    by_weights = {published: [] for published in (False, True)}
+    for run in runs.values():
+        by_weights[run["label"] == PUBLISHED].append(run)
+    rows, published = (comparing.summarise(mine, metric) for mine in by_weights.values())
+    place = LEARNED.index("celo") + 1
+    return [*rows[:place], *published, *rows[place:]]
 
 
 def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
@@ -119,19 +126,17 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
     if kept_in.is_file() and not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", stored(recipe))
-    learned = [*LEARNED, "celo"] if recipe in FINE_TUNING else LEARNED
-    argv = ["--recipe", recipe, "--optims", *learned, "adamw_torch", f"adamw_torch={rates}"]
-    argv += [] if recipe in FINE_TUNING else [f"{SCHEDULE_FREE}={rates}"]
+    argv = ["--recipe", recipe, "--optims", *LEARNED, "adamw_torch", f"adamw_torch={rates}"]
+    argv += [] if recipe in FINE_TUNING else [f"{name}={rates}" for name in OTHERS]
     argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
     results = comparing.main([*argv, *options.split()])
     results["recipe_arguments"].pop("output_dir", None)
     # Only what is compared: earlier weights belong to earlier pages.
-    kept = {key: final_numbers(results["runs"][key], results["metric"]) for key in results["compared"]}
-    if recipe in FINE_TUNING:
-        rows, runs = published_celo(results, seeds, celo)
-        kept |= runs
-        place = len(learned)
-        results |= {"rows": results["rows"][:place] + rows + results["rows"][place:], "compared": list(kept)}
+    drawn = {row["label"] for row in results["rows"] if row.get("best") or "=" not in row["label"]}
+    mine = {key: results["runs"][key] for key in results["compared"]}
+    kept = {key: final_numbers(run, results["metric"], run["label"] in drawn) for key, run in mine.items()}
+    kept |= published_celo(results, seeds, celo)
+    results |= {"rows": rows_of(kept, results["metric"]), "compared": list(kept)}
     storing.write_record(kept_in, packed(results | {"runs": kept}))
     return results | {"runs": kept}
 
@@ -147,7 +152,8 @@ def compare_lengths(seeds: list[int]) -> None:
             del words[place : place + 2]
         for steps in lengths:
             folder = ROOT / "runs" / "comparison" / f"{recipe}_{steps}"
-            argv = ["--recipe", recipe, "--optims", *LEARNED, f"adamw_torch={rates}", f"{SCHEDULE_FREE}={rates}"]
+            tuned = [f"{name}={rates}" for name in ("adamw_torch", *OTHERS)]
+            argv = ["--recipe", recipe, "--optims", *LEARNED, *tuned]
             argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
             results = comparing.main([*argv, *words, "--max_steps", str(steps), "--eval_steps", str(steps)])
             rows = [
@@ -162,12 +168,12 @@ def table_of_lengths() -> list[str]:
     """Held-out loss of every optimizer at each length; of those with a grid the best rate."""
     found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8"))
     columns = [(recipe, steps) for recipe, by_steps in found.items() for steps in by_steps]
-    labels = [*LEARNED, "adamw_torch", SCHEDULE_FREE]
+    labels = [*LEARNED, "adamw_torch", *OTHERS]
     lines = [
         "## Shorter and longer runs",
         "",
-        "Held-out loss after so many steps, three seeds, everything else as above (`--lengths`); of AdamW and of "
-        "schedule-free AdamW the best of three rates, in brackets.",
+        "Held-out loss after so many steps, three seeds, everything else as above (`--lengths`); of those with a grid "
+        "the best of three rates, in brackets.",
         "",
         "| optimizer | " + " | ".join(f"{recipe}, {steps}" for recipe, steps in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
@@ -186,16 +192,15 @@ def table_of_lengths() -> list[str]:
 def packed(results: Mapping[str, Any]) -> dict[str, Any]:
     """Results as they are stored; see :func:`stored`."""
     runs = {key: run | {"history": storing.as_columns(run["history"])} for key, run in results["runs"].items()}
-    return dict(results) | storing.without_usual(runs)
+    return {key: x for key, x in results.items() if key != "rows"} | storing.without_usual(runs)
 
 
 def stored(recipe: str) -> dict:
     """What is stored of one recipe's comparison."""
     results = json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
-    runs = storing.whole_runs(results)
-    return results | {
-        "runs": {key: run | {"history": storing.as_entries(run["history"])} for key, run in runs.items()}
-    }
+    whole = storing.whole_runs(results)
+    runs = {key: run | {"history": storing.as_entries(run["history"])} for key, run in whole.items()}
+    return results | {"runs": runs, "rows": rows_of(runs, results["metric"])}
 
 
 def draw_front(found: list[dict]) -> None:
@@ -233,7 +238,8 @@ def render(found: list[dict]) -> str:
         "`OMP_NUM_THREADS=1`. Every optimizer starts from the same weights and sees the same batches; mean ± standard "
         "deviation over the seeds. AdamW has Trainer's default rate, and a grid of which the best by held-out loss is "
         "named: it was chosen by the same numbers that the table shows, which favours it. Learned optimizers are at "
-        "their own default. s: processor seconds within the optimizer steps of one run.",
+        "their own default. muon: torch's for matrices, AdamW for the rest (benchmarks/muon.py). s: processor seconds "
+        "within the optimizer steps of one run.",
         "",
         "![Losses over steps and seconds](comparison.png)",
         "",
@@ -271,6 +277,7 @@ def main() -> None:
     parser.add_argument("--lengths", action="store_true", help="the runs of other lengths only")
     parser.add_argument("--draw", action="store_true", help="only write the page and the pictures again")
     options = parser.parse_args()
+    muon.register()
     os.chdir(ROOT)  # the arguments of the runs name no machine's folders
     if options.lengths:
         compare_lengths(options.seeds)
@@ -279,7 +286,7 @@ def main() -> None:
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found, dpi=64)
+        draw_comparisons(PICTURE, found, dpi=64, with_training=False)
         storing.use_palette(PICTURE, 48)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")

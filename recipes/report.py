@@ -143,15 +143,17 @@ def draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: str
         axis.fill_between(places, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: int = 110) -> None:
+def draw_comparisons(
+    path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: int = 110, with_training: bool = True
+) -> None:
     """Draw one row per comparison (results.json of compare.py): losses over the steps, and over the seconds.
 
     Of several learning rates of one optimizer the best one and the default are drawn. On a CPU, seconds are processor
     time within the optimizer steps, which other processes on the machine hardly change.
     """
-    figure, grid = pyplot.subplots(
-        len(comparisons), 3, figsize=(13.5, 3.1 * len(comparisons)), layout="constrained", squeeze=False
-    )
+    columns = 3 if with_training else 2
+    size = (1.5 + 4 * columns, 3.1 * len(comparisons))
+    figure, grid = pyplot.subplots(len(comparisons), columns, figsize=size, layout="constrained", squeeze=False)
     for axes, results in zip(grid, comparisons, strict=True):
         runs = [results["runs"][key] for key in results["compared"]]
         on_cpu = all(run["machine"]["device"] == "cpu" for run in runs)
@@ -163,18 +165,20 @@ def draw_comparisons(path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: 
             mine = [run for run in runs if run["label"] == row["label"]]
             label = f"{row['label']}\n(best of grid)" if row.get("best") else row["label"]
             style = {"color": f"C{index}", "label": label, "linestyle": "--" if row["optim"] == "adamw_torch" else "-"}
-            draw_mean(axes[0], mine, "loss", "step", **style)
-            for axis, along in ((axes[1], "step"), (axes[2], seconds)):
+            if with_training:
+                draw_mean(axes[0], mine, "loss", "step", **style)
+            for axis, along in ((axes[-2], "step"), (axes[-1], seconds)):
                 draw_mean(axis, mine, "eval_loss", along, marker="o", markersize=3, **style)
         names = ("training loss", "held-out loss", "held-out loss")
         last = f"{'processor ' if on_cpu else ''}seconds in steps"
-        for axis, name, along in zip(axes, names, ("optimizer step", "optimizer step", last), strict=True):
+        alongs = ("optimizer step", "optimizer step", last)
+        for axis, name, along in zip(axes, names[-columns:], alongs[-columns:], strict=True):
             axis.set(ylabel=name, xlabel=along)
             log_ticks(axis.yaxis)
             axis.tick_params(labelsize=9)
             axis.grid(alpha=0.3)
         axes[0].set_title(results["recipe"], loc="left", fontsize=11)
-        axes[2].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+        axes[-1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
     pyplot.close(figure)
 
