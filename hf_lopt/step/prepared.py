@@ -87,7 +87,7 @@ class PreparedStep:
         """The settings with the lr of each parameter times its own number."""
         if lr_scales is None:
             return settings
-        if self._lr_scales != lr_scales:
+        if self._lr_scales is not lr_scales:
             self._lr_scales, self._lr_scales_there = lr_scales, to_device(lr_scales, torch.float32, self.layout.device)
         return settings | {"lr": settings["lr"] * self._lr_scales_there}
 
