@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hf_lopt
 from hf_lopt import rules
-from hf_lopt.hf.new_layers import new_tensors
+from hf_lopt.pretrained import new_tensors
 
 
 def train(

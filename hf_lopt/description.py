@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_lopt import lr_scales
 from hf_lopt.given_settings import GivenSettings
 from hf_lopt.weights import Weights
 
@@ -38,7 +39,9 @@ def _group(index: int, group: Mapping[str, Any], names: frozenset[str]) -> str:
     tensors = group["params"]
     size = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}, {sum(p.numel() for p in tensors):,} parameters"
     settings = [f"lr={_value(group['lr'])}"]
-    settings += [f"{name}={_value(group[name])}" for name in sorted(names - {"lr"}) if name in group]
+    scales = dict.fromkeys(sorted(group.get(lr_scales.KEY) or ()))
+    settings += [f"{lr_scales.KEY} {', '.join(f'{x:g}' for x in scales)}"] if scales.keys() - {1.0} else []
+    settings += [f"{name}={_value(group[name])}" for name in sorted(names - {"lr", lr_scales.KEY}) if name in group]
     return f"  group {index}: {size}, {', '.join(settings)}"
 
 

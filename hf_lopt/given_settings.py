@@ -6,15 +6,17 @@ does not tell: ``lr=1.0`` may have been written down or left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_lopt import notices
+from hf_lopt import lr_scales, notices, pretrained
 from hf_lopt.arguments_given import check_call, check_group
 from hf_lopt.live_modules import models_of, pretrained_name
 from hf_lopt.rules.base import Rule
+from hf_lopt.weights import Weights
 
 
 _Self = TypeVar("_Self", bound="GivenSettings")
@@ -41,6 +43,10 @@ class GivenSettings(Optimizer):
     lr_is_chosen: bool | None = None
     state_was_loaded: bool = False
     _lr_by_position: Any = None
+    # The checkpoint of the model, where lr counts as for fine-tuning because nobody has chosen one; "" once settled.
+    _fine_tunes: str = ""
+    _before_fine_tuning: Mapping[str, Any] = {}
+    _of_loaded: float = 0.0  # what lr counts for the tensors of a pretrained model; 0: that is not decided here
     _has_begun: bool = False
     _checks_length: bool = False  # whether whoever made it compares its run with its horizon in the end
     _has_warned: bool = False
@@ -63,12 +69,20 @@ class GivenSettings(Optimizer):
         names = frozenset(param_group) - {"params"}
         super().add_param_group(param_group)
         del self._given_groups[len(self.param_groups) - 1 :]  # of a group that was refused
-        self._given_groups.append((names, self.param_groups[-1]["lr"]))
+        *others, group = self.param_groups
+        self._given_groups.append((names, group["lr"]))
+        is_open = self._of_loaded and not names & {"lr", lr_scales.KEY}
+        if is_open and all(lr_scales.KEY in other for other in others):
+            model = pretrained.model_of(group["params"])
+            if model is not None:
+                pretrained.set_scales([group], pretrained.new_tensors(model), 1.0, self._of_loaded)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""
         super().load_state_dict(state_dict)
         self.state_was_loaded = bool(state_dict["state"])
+        if self.state_was_loaded:  # Accelerate loads what it has just read, to move it
+            self._fine_tunes = ""
 
     def _chose_lr(self) -> bool:
         """Whether somebody chose the lr: in the constructor, in a group, or by writing to one before training.
@@ -81,6 +95,39 @@ class GivenSettings(Optimizer):
             return True
         rates = [group.get("initial_lr", group["lr"]) for group in self.param_groups]
         return any(isinstance(rate, Tensor) or rate != self._rule.defaults["lr"] for rate in rates)
+
+    def _count_as_fine_tuning(self, rule: Rule, weights: Weights) -> None:
+        """Give the tensors of a pretrained model the lr for fine-tuning, as numbers that multiply that of their group.
+
+        So a scheduler, and whoever writes an lr later, need not know. Layers that the checkpoint lacks keep the lr of
+        training from scratch. Not with weights that are given as arrays: their steps are wanted as they are.
+        """
+        groups = self.param_groups
+        if weights.source == "mapping" or any(lr_scales.KEY in group for group in groups) or self._chose_lr():
+            return
+        model = pretrained.model_of([p for group in groups for p in group["params"]])
+        if model is None:
+            return
+        lr, settings = rule.fine_tuning(weights)
+        self._fine_tunes, self._of_loaded = pretrained_name(model) or "", lr / rule.defaults["lr"]
+        new = pretrained.new_tensors(model)
+        pretrained.set_scales(groups, new, 1.0, self._of_loaded)
+        short = f"a pretrained model: lr counts {self._of_loaded:g} times"
+        more = f", for {len(new)} tensors that its checkpoint lacks once" if new else ""
+        why = f"steps for training from scratch wreck pretrained parameters; lr={rule.defaults['lr']:g} overrides"
+        notices.note(short, f"{short}{more} ({self._fine_tunes}): {why}")
+        open_ones = {key: value for key, value in settings.items() if key not in self.explicit_settings}
+        self._before_fine_tuning = {key: groups[0][key] for key in open_ones}
+        for group in groups:
+            group.update(open_ones)
+
+    def _forget_fine_tuning(self) -> None:
+        """Undo what the constructor decided for a pretrained model: somebody else decides."""
+        if self._fine_tunes:
+            for group in self.param_groups:
+                group.pop(lr_scales.KEY, None)
+                group.update(self._before_fine_tuning)
+        self._fine_tunes = ""
 
     @property
     def length_multiplier(self) -> float:
@@ -114,6 +161,9 @@ class GivenSettings(Optimizer):
         """
         self._has_begun = not constructed
         if self._has_begun:
+            if self._chose_lr():  # since then
+                self._forget_fine_tuning()
+            self._fine_tunes = ""
             self._note_what_is_faster()
         largest = 0.0
         if rule.own_schedule and self.run_policy is None:  # else whoever decided it has told

@@ -57,10 +57,10 @@ class LearnedOptimizer(GivenSettings):
         weights = rule_.load_weights(source, **settings)
         self._attach(rule_, weights)
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
-        defaults = settings | {"rule": rule_.name, "weights_source": weights.source}
-        defaults |= {"weights_sha256": weights.sha256, "weights_origin": weights.origin}
-        defaults |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
-        super().__init__(params, defaults | self._run_state.initial_values())
+        found = {"weights_source": weights.source, "weights_sha256": weights.sha256, "weights_origin": weights.origin}
+        found |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
+        super().__init__(params, settings | {"rule": rule_.name} | found | self._run_state.initial_values())
+        self._count_as_fine_tuning(rule_, weights)
         if not isinstance(source, Weights):  # whoever loaded them before tells later
             self._tell_what_begins(rule_, constructed=True)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lopt import distributed, notices
+from hf_lopt import distributed, lr_scales, notices
 from hf_lopt.accumulation import add_gradients, set_mean_gradients
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rules.base import Rule
@@ -192,6 +192,8 @@ class RunState:
         by_length = self._rule.run_length
         # Whoever brings a network as arrays wants its steps as they are.
         if by_length is None or self._weights.source == "mapping" or self.owner._chose_lr():
+            return 1.0
+        if any(lr_scales.KEY in group for group in self.groups):  # fine-tuning, or somebody's choice
             return 1.0
         return by_length.multiplier(self.num_updates)
 

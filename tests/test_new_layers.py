@@ -19,7 +19,7 @@ from transformers import (
 
 import hf_cases as cases
 import hf_lopt
-from hf_lopt.hf import new_layers
+from hf_lopt import pretrained
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.hf.replace import Options, Replacer
 from said import said
@@ -67,7 +67,7 @@ def scales(model, optimizer):
 
 
 def names_of(model):
-    return set(new_layers.new_tensors(model).values())
+    return set(pretrained.new_tensors(model).values())
 
 
 def test_the_head_of_a_base_model_is_new(saved):
@@ -268,7 +268,7 @@ def test_model_init(saved, tmp_path):
 
 def test_new_tensors_are_found_after_fsdp_has_replaced_them(saved):
     model = classifier(saved)
-    new_layers.note(model)
+    pretrained.note(model)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             setattr(module, name, torch.nn.Parameter(p.detach().clone()))
@@ -375,3 +375,114 @@ def test_other_numbers_count_from_the_next_step_on():
         p.grad = torch.ones_like(p)
         optimizer.step()
         assert torch.equal(p, before) == (scale == 0.0)
+
+
+# ---- loops of one's own ---------------------------------------------------------------------------------------------
+
+
+def steps_of(model, optimizer, steps=2):
+    for i in range(0, 2 * steps, 2):
+        batch = rows()[i : i + 2]
+        ids, labels = torch.stack([x["input_ids"] for x in batch]), torch.tensor([x["labels"] for x in batch])
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss)
+
+
+def numbers(optimizer):
+    return [group.get("lr_scales") for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("rule", "of_loaded"), [("velo", 0.05), ("small_fc_lopt", 0.03), ("celo2", 0.1), ("elo_celo2", 1e-4 / 3.16e-4)]
+)
+def test_a_pretrained_model_in_a_loop_is_fine_tuned(rule, of_loaded, saved):
+    """At 1, and 5 times that in a short run, it would be wrecked without a word."""
+    by_default, by_hand = classifier(saved), classifier(saved)
+    own = {"num_training_steps": 100} if rule == "velo" else {}
+    with said() as texts:
+        ours = hf_lopt.LearnedOptimizer(by_default.parameters(), rule, weights="bundled", **own)
+        steps_of(by_default, ours)
+    assert any(f"a pretrained model: lr counts {of_loaded:g} times" in text for text in texts)
+    assert ours.length_multiplier == 1.0
+    lr = hf_lopt.LearnedOptimizer([torch.nn.Parameter(torch.ones(1))], rule, weights="bundled").defaults["lr"]
+    body = [p for n, p in by_hand.named_parameters() if n != HEAD]
+    groups = [{"params": body, "lr": of_loaded * lr}, {"params": [by_hand.score.weight], "lr": lr}]
+    more = {"adam_lr_mult": 1.0} if "celo2" in rule else {}
+    theirs = hf_lopt.LearnedOptimizer(groups, rule, weights="bundled", **own, **more)
+    steps_of(by_hand, theirs)
+    for (name, a), b in zip(by_default.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize("how", ["constructor", "group", "position", "written", "arrays", "numbers"])
+def test_what_was_chosen_in_a_loop_stays(how, saved):
+    model = classifier(saved)
+    params, own = list(model.parameters()), {"num_training_steps": 100, "weights": "bundled"}
+    if how == "constructor":
+        optimizer = hf_lopt.VeLO(params, lr=1.0, **own)
+    elif how == "group":
+        optimizer = hf_lopt.VeLO([{"params": params[:3], "lr": 1.0}, {"params": params[3:]}], **own)
+    elif how == "position":
+        optimizer = hf_lopt.VeLO(params, 1.0, **own)
+    elif how == "arrays":
+        optimizer = hf_lopt.VeLO(params, **own | {"weights": dict(hf_lopt.VeLO(params, **own).weights.theta)})
+    elif how == "numbers":
+        optimizer = hf_lopt.VeLO([{"params": params, "lr_scales": [1.0] * len(params)}], **own)
+    else:
+        optimizer = hf_lopt.VeLO(params, **own)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.5
+    steps_of(model, optimizer)
+    assert all(x is None or set(x) == {1.0} for x in numbers(optimizer))
+
+
+def test_a_scheduler_chooses_nothing(saved):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=9, weights="bundled")
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    steps_of(model, optimizer)
+    assert set(numbers(optimizer)[0]) == {0.05, 1.0}
+
+
+def test_only_the_head_is_trained(saved):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO([model.score.weight], num_training_steps=9, weights="bundled")
+    assert numbers(optimizer) == [None]
+
+
+def test_a_group_that_is_added_later(saved):
+    model = classifier(saved)
+    params = list(model.parameters())
+    optimizer = hf_lopt.VeLO(params[:4], num_training_steps=9, weights="bundled")
+    optimizer.add_param_group({"params": params[4:]})
+    assert numbers(optimizer) == [(0.05,) * 4, (*(0.05,) * (len(params) - 5), 1.0)]
+    assert "lr_scales 0.05, 1" in repr(optimizer)
+
+
+def test_a_loop_that_is_resumed(saved, tmp_path):
+    whole = classifier(saved)
+    optimizer = hf_lopt.VeLO(whole.parameters(), num_training_steps=9, weights="bundled")
+    steps_of(whole, optimizer)
+    whole.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    again = LlamaForSequenceClassification.from_pretrained(tmp_path)  # nothing of it is new
+    other = hf_lopt.VeLO(again.parameters(), num_training_steps=9, weights="bundled")
+    other.load_state_dict(state)
+    assert numbers(other) == numbers(optimizer) and set(numbers(other)[0]) == {0.05, 1.0}
+    for model, mine in ((whole, optimizer), (again, other)):
+        steps_of(model, mine)
+    for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_trainer_keeps_its_own_lr_and_a_scheduler_that_is_passed_in_stays(saved, tmp_path):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), weights="bundled")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    args = cases.arguments(tmp_path, max_steps=STEPS, optim="adamw_torch", optim_args=None)
+    with said() as texts:
+        Trainer(model, args, train_dataset=rows(), optimizers=(optimizer, scheduler)).train()
+    assert optimizer.param_groups[0]["lr"] == 1.0 and set(numbers(optimizer)[0]) == {0.05, 1.0}
+    assert not any("should be about" in text for text in texts)

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_lopt import notices
+from hf_lopt import notices, pretrained
 from hf_lopt.description import weights_name
 from hf_lopt.given_settings import warn_once
 from hf_lopt.hf import limits, loss_feed, new_layers
@@ -88,7 +88,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Runs before anything wraps or shards the model."""
-        new_layers.note(model)
+        pretrained.note(model)
 
     def on_train_begin(
         self,

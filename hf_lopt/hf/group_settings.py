@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hf_lopt import lr_scales
+from hf_lopt import lr_scales, pretrained
 from hf_lopt.given_settings import least_multiplier
 from hf_lopt.hf import new_layers
 from hf_lopt.hf.arguments import BASE_WIDTH, OVERRIDES, optim_name, read_optim_args
@@ -50,7 +50,11 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
     policy = choose_run(args, rule, optimizer.weights, model, given, schedule, named)
     if scheduler is not None:
         policy.schedule = schedule_of(scheduler, rule)
-    _settle_lr(optimizer, policy, args, model, free=scheduler is None and not optimizer.state_was_loaded)
+    if scheduler is not None and optimizer._fine_tunes:
+        optimizer._fine_tunes = ""  # the optimizer has decided by itself, and there are schedules that start from that
+    else:
+        optimizer._forget_fine_tuning()
+        _settle_lr(optimizer, policy, args, model, free=scheduler is None and not optimizer.state_was_loaded)
     optimizer.lr_is_chosen = policy.lr_is_chosen
     for key, choice in policy.settings.items():
         _settle_setting(optimizer, policy, key, choice.value)
@@ -205,8 +209,9 @@ def _settle_new_layers(optimizer: LearnedOptimizer, policy: RunPolicy, model: nn
     known = any(lr_scales.KEY in group for group in groups)
     if scale != 1.0 and free and not known and model is not None and rates == {policy.default_lr.value}:
         new = new_layers.on_any_rank(model, [p for group in groups for p in group["params"]])
-        new_layers.set_scales(groups, new, scale)
-    policy.new_layers = new_layers.choice(groups, model, policy.lr.value)
+        pretrained.set_scales(groups, new, scale)
+    explicit = any(lr_scales.KEY in optimizer.explicit_in_group(i) for i in range(len(groups)))
+    policy.new_layers = Choice(1.0) if explicit else new_layers.choice(groups, model, policy.lr.value)
 
 
 def _decay_is_open(optimizer: LearnedOptimizer, policy: RunPolicy) -> bool:

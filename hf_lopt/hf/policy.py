@@ -94,12 +94,10 @@ class RunPolicy:
 
 def own_multiplier(rule: Rule, weights: Weights, model: nn.Module | None) -> Choice[float]:
     """The lr that ``rule`` wants by itself; the reason is why that is not the default of its class."""
-    lr, finetune_lr = rule.defaults["lr"], weights.finetune_lr
-    name = pretrained_name(model)
+    lr, name = rule.defaults["lr"], pretrained_name(model)
     if name is None:
         return Choice(lr)
-    if finetune_lr is None:  # of weights that say nothing
-        finetune_lr = rule.finetune_lr
+    finetune_lr, _ = rule.fine_tuning(weights)
     reason = "steps for training from scratch wreck pretrained parameters"
     return Choice(finetune_lr, f"{reason} (this model: {name}); {lr:g} would be the value from scratch")
 
@@ -108,7 +106,7 @@ def own_settings(rule: Rule, weights: Weights, model: nn.Module | None) -> dict[
     """Settings that ``rule`` wants for this kind of model."""
     if pretrained_name(model) is None:
         return {}
-    settings = rule.finetune_settings if weights.finetune_lr is None else weights.finetune_settings
+    _, settings = rule.fine_tuning(weights)
     why = "which suits a pretrained model"
     return {key: Choice(value, f"{key} is {value:g}, {why}") for key, value in settings.items()}
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_lopt import rules
+from hf_lopt import pretrained, rules
 from hf_lopt.hf import constructor, new_layers, schedules
 from hf_lopt.hf.arguments import OVERRIDES, read_optim_args
 from hf_lopt.hf.import_hook import when_imported
@@ -266,7 +266,7 @@ class Replacer:
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
         optimizer.lr_is_chosen, optimizer._checks_length = lr_is_chosen, True
         if scale != 1.0 and model is not None and {group["lr"] for group in groups} == {lr}:
-            new_layers.set_scales(optimizer.param_groups, new_layers.new_tensors(model), scale)
+            pretrained.set_scales(optimizer.param_groups, pretrained.new_tensors(model), scale)
             why = "; ".join(filter(None, (why, new_layers.choice(optimizer.param_groups, model, lr).reason)))
         constant = rule.own_schedule and schedule == "auto"
         run = schedules.Run(script.name, rule, lr, script.lr, constant, [g["lr"] for g in optimizer.param_groups])

@@ -108,6 +108,12 @@ class Rule:
         """The settings of a group that are words, such as axis_order; they decide about the state of a parameter."""
         return tuple(name for name in self.per_group if isinstance(self.defaults[name], str))
 
+    def fine_tuning(self, weights: weights.Weights) -> tuple[float, Mapping[str, float]]:
+        """The lr for a pretrained model, and the settings that go with it; of weights that say nothing the rule's."""
+        if weights.finetune_lr is None:
+            return self.finetune_lr, self.finetune_settings
+        return weights.finetune_lr, weights.finetune_settings
+
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
         hints = {k: v for k, v in settings.items() if k == "bank_scale"}

@@ -1,0 +1,94 @@
+"""What a pretrained model is made of: tensors that were loaded, and layers that its checkpoint did not have.
+
+``from_pretrained`` of transformers from 5 on marks what it has loaded, so that it does not initialise it again
+(``_is_hf_initialized``). What has no mark, in a model that has some, starts from random numbers: the head for a new
+task, most of the time. A pooler in front of a new head counts as new, too: it was trained for another head, or for
+none. FSDP2 puts other tensors in the place of the marked ones, so what is found is kept for the modules, which stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from hf_lopt.live_modules import models_of, pretrained_name
+from hf_lopt.lr_scales import KEY
+from hf_lopt.parameters import describe
+
+
+_MARK = "_is_hf_initialized"
+# More than this share of a model is no head: its tensors were replaced by others, which have no marks.
+_LARGEST_SHARE = 0.5
+_POOLER = "pooler"  # as encoders of transformers call it
+# Module -> names of those of its own parameters that are new.
+_noted: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+
+
+def note(model: nn.Module | None) -> None:
+    """Remember which parameters of a model are new, while the marks are there."""
+    if model is None or pretrained_name(model) is None:
+        return
+    for outermost in _loaded_models(model):
+        new = _without_mark(outermost)
+        for module in outermost.modules():
+            own = frozenset(name for name, p in module.named_parameters(recurse=False) if id(p) in new)
+            if own or module in _noted:
+                _noted[module] = own
+
+
+def new_tensors(model: nn.Module) -> dict[int, str]:
+    """id -> name of every parameter that is new, as the model has them now."""
+    note(model)
+    found = {}
+    for path, module in model.named_modules():
+        for name in _noted.get(module, ()):
+            p = module._parameters.get(name)
+            if p is not None:
+                found[id(p)] = f"{path}.{name}" if path else name
+    return found
+
+
+def set_scales(groups: Iterable[dict[str, Any]], new: Container[int], of_new: float, of_others: float = 1.0) -> None:
+    """Give every group its ``lr_scales``: one number for the tensors whose ids are in ``new``, one for the others."""
+    for group in groups:
+        group[KEY] = tuple(of_new if id(p) in new else of_others for p in group["params"])
+
+
+def model_of(params: Sequence[Tensor]) -> nn.Module | None:
+    """The live model that owns most of ``params``, if it is a pretrained one and any of them were loaded with it.
+
+    Cheap unless there are marks.
+    """
+    if not any(getattr(p, _MARK, False) for p in params):
+        return None
+    model = next(iter(models_of(params)), None)
+    return None if pretrained_name(model) is None else model
+
+
+def _loaded_models(model: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that were loaded by name and have marks."""
+    if getattr(getattr(model, "config", None), "_name_or_path", None):
+        if any(hasattr(p, _MARK) for p in model.parameters()):
+            yield model
+        return
+    for child in model.children():
+        yield from _loaded_models(child)
+
+
+def _without_mark(model: nn.Module) -> set[int]:
+    """ids of new parameters. Embeddings count as loaded: they may have been resized, which makes other tensors."""
+    params: list[Tensor] = list(model.parameters())
+    new = {id(p): p.numel() for p in params if not getattr(p, _MARK, False)}
+    if sum(new.values()) > _LARGEST_SHARE * sum(p.numel() for p in params):
+        return set()
+    if not any(p.requires_grad for p in params):
+        return set()
+    embeddings = {id(p.tensor) for p in describe(model) if p.role == "embedding"}
+    found = new.keys() - embeddings
+    if found:
+        poolers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == _POOLER)
+        found |= {id(p) for module in poolers for p in module.parameters()}
+    return found
