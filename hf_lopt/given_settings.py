@@ -46,7 +46,8 @@ class GivenSettings(Optimizer):
     # The checkpoint of the model, where lr counts as for fine-tuning because nobody has chosen one; "" once settled.
     _fine_tunes: str = ""
     _before_fine_tuning: Mapping[str, Any] = {}
-    _of_loaded: float = 0.0  # what lr counts for the tensors of a pretrained model; 0: that is not decided here
+    # What lr counts for new layers of a pretrained model, and for what was loaded; (): that is not decided here.
+    _counts: tuple[float, ...] = ()
     _has_begun: bool = False
     _checks_length: bool = False  # whether whoever made it compares its run with its horizon in the end
     _has_warned: bool = False
@@ -71,11 +72,11 @@ class GivenSettings(Optimizer):
         del self._given_groups[len(self.param_groups) - 1 :]  # of a group that was refused
         *others, group = self.param_groups
         self._given_groups.append((names, group["lr"]))
-        is_open = self._of_loaded and not names & {"lr", lr_scales.KEY}
+        is_open = self._counts and not names & {"lr", lr_scales.KEY}
         if is_open and all(lr_scales.KEY in other for other in others):
             model = pretrained.model_of(group["params"])
             if model is not None:
-                pretrained.set_scales([group], pretrained.new_tensors(model), 1.0, self._of_loaded)
+                pretrained.set_scales([group], pretrained.new_tensors(model), *self._counts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""
@@ -109,11 +110,12 @@ class GivenSettings(Optimizer):
         if model is None:
             return
         lr, settings = rule.fine_tuning(weights)
-        self._fine_tunes, self._of_loaded = pretrained_name(model) or "", lr / rule.defaults["lr"]
+        of_new, of_loaded = (x / rule.defaults["lr"] for x in (rule.lr_of_new_layers, lr))
+        self._fine_tunes, self._counts = pretrained_name(model) or "", (of_new, of_loaded)
         new = pretrained.new_tensors(model)
-        pretrained.set_scales(groups, new, 1.0, self._of_loaded)
-        short = f"a pretrained model: lr counts {self._of_loaded:g} times"
-        more = f", for {len(new)} tensors that its checkpoint lacks once" if new else ""
+        pretrained.set_scales(groups, new, of_new, of_loaded)
+        short = f"a pretrained model: lr counts {of_loaded:g} times"
+        more = f", {of_new:g} times for {len(new)} tensors of new layers and poolers" if new else ""
         why = f"steps for training from scratch wreck pretrained parameters; lr={rule.defaults['lr']:g} overrides"
         notices.note(short, f"{short}{more} ({self._fine_tunes}): {why}")
         open_ones = {key: value for key, value in settings.items() if key not in self.explicit_settings}

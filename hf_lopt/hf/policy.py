@@ -207,7 +207,7 @@ def choose_run(
         lr = Choice(given["lr"]) if chosen else _of_the_class(rule, default)
         weight_decay = Choice(given.get("weight_decay", rule.defaults["weight_decay"]))
     # New layers start from random numbers, as those of a model from scratch (benchmarks/new_layers.py).
-    new_layers = Choice(rule.defaults["lr"] / default.value if default.reason and not chosen else 1.0)
+    new_layers = Choice(rule.lr_of_new_layers / default.value if default.reason and not chosen else 1.0)
     # How far fine-tuning has to go depends on the data more than on the length (benchmarks/run_length.py).
     chosen = chosen or bool(default.reason)
     settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}

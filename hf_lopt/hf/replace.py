@@ -253,7 +253,7 @@ class Replacer:
         lr, why = given.pop("lr", None), "as given"
         lr = self.options.lr if self.options.lr is not None else lr
         lr_is_chosen = lr is not None or bool(multiplier.reason)
-        scale = rule.defaults["lr"] / multiplier.value if lr is None else 1.0  # of new layers
+        scale = rule.lr_of_new_layers / multiplier.value if lr is None else 1.0  # of new layers
         if lr is None:
             lr, why = multiplier.value, multiplier.reason or f"{rule.class_name}'s own"
         given = {key: choice.value for key, choice in own_settings(rule, weights, model).items()} | given

@@ -80,6 +80,7 @@ class Rule:
         finetune_lr: the ``lr`` for a pretrained model, whatever the weights: steps that are as large as a random
             parameter needs undo its training.
         finetune_settings: settings that go with ``finetune_lr``.
+        new_layer_lr: the ``lr`` for layers of a pretrained model that its checkpoint lacks; None: that from scratch.
         needs_horizon, needs_loss: whether a step is undefined without them.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
         run_length: how the step size follows the length of the run where nobody chose an lr; None: it does not.
@@ -102,6 +103,12 @@ class Rule:
     nan_to_zero: bool = False
     run_length: RunLength | None = None
     finetune_settings: Mapping[str, float] = field(default_factory=dict)
+    new_layer_lr: float | None = None
+
+    @property
+    def lr_of_new_layers(self) -> float:
+        """See ``new_layer_lr``."""
+        return self.defaults["lr"] if self.new_layer_lr is None else self.new_layer_lr
 
     @property
     def words(self) -> tuple[str, ...]:
