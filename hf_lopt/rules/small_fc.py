@@ -115,6 +115,7 @@ SMALL_FC_RULE = Rule(
     update=update,
     own_schedule=True,
     finetune_lr=0.03,
+    new_layer_lr=0.3,  # benchmarks/new_layers.py; at 1 a pooler of an encoder of 6 layers is undone
     needs_horizon=False,
     needs_loss=False,
 )
@@ -144,6 +145,7 @@ MULO_RULE = Rule(
     update=update,
     own_schedule=True,
     finetune_lr=0.03,
+    new_layer_lr=0.3,  # benchmarks/new_layers.py; at 1 a pooler of an encoder of 6 layers is undone
     needs_horizon=False,
     needs_loss=False,
     nan_to_zero=True,
