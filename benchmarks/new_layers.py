@@ -9,8 +9,7 @@ tells for each byte what kind of token it is in; a vision transformer that knows
 Numbers are held-out losses, means over seeds. Every rule has its ``lr`` for fine-tuning; the head has that times each
 of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--celo`` names a file of published weights.
 With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
-from docstrings of which library they are, and whether of a class or of a function; the new head alone or with the
-pooler has the ``lr`` from scratch. One thread.
+docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. One thread.
 """
 
 from __future__ import annotations
@@ -231,8 +230,8 @@ LIBRARIES = ("numpy", "sklearn", "matplotlib", "torch", "transformers")
 PER_LIBRARY, LENGTH, DOC_STEPS = 600, 48, 100
 
 
-def _docstrings(library: str) -> Iterator[tuple[str, bool]]:
-    """Of functions and classes, in the order of their files: the text without the library's name, whether a class."""
+def _docstrings(library: str) -> Iterator[str]:
+    """Of functions and classes, in the order of their files, without the library's name."""
     base = Path(importlib.import_module(library).__path__[0])
     for file in sorted(base.rglob("*.py")):
         name = ".".join((library, *file.relative_to(base).with_suffix("").parts))
@@ -243,50 +242,52 @@ def _docstrings(library: str) -> Iterator[tuple[str, bool]]:
         except Exception:  # what it needs is not installed
             continue
         for _, found in sorted(vars(module).items()):
-            is_class = inspect.isclass(found)
-            if getattr(found, "__module__", "") == name and (is_class or inspect.isfunction(found)):
-                text = inspect.getdoc(found) or ""
-                if len(text) > 60:
-                    yield text[:300].replace(library, "it"), is_class
+            is_own = getattr(found, "__module__", "") == name and (inspect.isfunction(found) or inspect.isclass(found))
+            text = (inspect.getdoc(found) or "") if is_own else ""
+            if len(text) > 60:
+                yield text[:300].replace(library, "it")
 
 
 @functools.cache
-def docstrings(of_classes: bool) -> dict[str, Tensor]:
-    """Tokens of docstrings; the library of each, or whether it is of a class."""
+def docstrings() -> dict[str, Tensor]:
+    """Tokens of docstrings, and the library of each."""
     found = [
-        (text, is_class, i)
+        (text, i)
         for i, library in enumerate(LIBRARIES)
-        for text, is_class in itertools.islice(_docstrings(library), PER_LIBRARY)
+        for text in itertools.islice(_docstrings(library), PER_LIBRARY)
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
     options = {"truncation": True, "max_length": LENGTH, "padding": "max_length", "return_tensors": "pt"}
-    labels = [int(is_class) if of_classes else library for _, is_class, library in found]
-    return dict(tokenizer([text for text, *_ in found], **options)) | {"labels": torch.tensor(labels)}
+    tokens = tokenizer([text for text, _ in found], **options)
+    return dict(tokens) | {"labels": torch.tensor([i for _, i in found])}
 
 
 def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
-    """Task -> rule -> held-out loss with everything at the ``lr`` for fine-tuning, and with the head or more not."""
+    """Rule -> held-out loss, with nothing but the ``lr`` for fine-tuning, or more for the head and the pooler."""
 
     def load(path: str) -> nn.Module:
-        labels = 2 if of_classes else len(LIBRARIES)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
+        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(LIBRARIES))
 
-    found: dict[str, Any] = {}
-    for of_classes in (False, True):
-        name = "whether a docstring is of a class" if of_classes else "library of a docstring"
-        task = Task(load, lambda: str(minilm_dir()), functools.partial(docstrings, of_classes), DOC_STEPS)
+    task = Task(load, lambda: str(minilm_dir()), docstrings, DOC_STEPS)
 
-        def losses(rule: str, *how: Any, name: str = name, task: Task = task) -> dict[str, float]:
-            return mean(f"{name}: {rule}, {how}", [final_loss(task, seed, rule, *how) for seed in range(seeds)])
+    def losses(rule: str, *how: Any) -> dict[str, float]:
+        return mean(f"docstrings: {rule}, {how}", [final_loss(task, seed, rule, *how) for seed in range(seeds)])
 
-        rows = found[name] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 2e-4, 4e-4)}}
-        for rule, weights in [("velo", "bundled"), ("celo2", "bundled"), *([("celo", celo)] if celo else [])]:
-            lr, whole = rules.get(rule).finetune_lr, rules.get(rule).defaults["lr"] / rules.get(rule).finetune_lr
-            rows[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
-                "nothing": losses(rule, lr, weights, 1.0),
-                "head": losses(rule, lr, weights, whole, False),
-                "head and pooler": losses(rule, lr, weights, whole, True),
-            }
+    found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 2e-4, 4e-4)}}
+    for rule, weights in [
+        *((rule, "bundled") for rule in RULES if rule != "celo"),
+        *([("celo", celo)] if celo else []),
+    ]:
+        known = rules.get(rule)
+        lr, whole = known.finetune_lr, known.defaults["lr"] / known.finetune_lr
+        rows = found[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
+            "nothing": losses(rule, lr, weights, 1.0),
+            f"head x{whole:.3g}": losses(rule, lr, weights, whole, False),
+            f"head and pooler x{whole:.3g}": losses(rule, lr, weights, whole, True),
+        }
+        shipped = known.lr_of_new_layers / lr
+        if shipped != whole:
+            rows[f"head and pooler x{shipped:.3g}"] = losses(rule, lr, weights, shipped, True)
     return found
 
 
