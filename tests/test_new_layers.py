@@ -168,7 +168,9 @@ def test_the_same_as_groups_of_their_own(rule, saved):
     assert not torch.equal(found["numbers"][HEAD], start[HEAD])
 
 
-@pytest.mark.parametrize(("rule", "lr", "scale"), [("velo", 0.05, 20.0), ("celo2", 1e-4, 10.0), ("mulo", 0.03, 10 / 3)])
+@pytest.mark.parametrize(
+    ("rule", "lr", "scale"), [("velo", 0.05, 20.0), ("celo2", 1e-4, 10.0), ("mulo", 0.03, 10 / 3)]
+)
 def test_trainer_gives_the_head_the_rate_from_scratch(rule, lr, scale, saved, tmp_path):
     model = classifier(saved)
     run = trainer(tmp_path, model, optim=rule)
