@@ -86,6 +86,27 @@ LONG_EVERY = 1000
 PARAMETERS = ("float32", "float32 master weights", "bfloat16, to nearest", "bfloat16, stochastic_rounding")
 
 
+def cut_down_encoder(folder: Path) -> Path:
+    """The pretrained encoder of the recipe with its first two layers and the word pieces of its data."""
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from transformers import AutoModel, AutoTokenizer, BertTokenizerFast
+
+    import assets
+
+    tokenizer, model = (cls.from_pretrained(assets.minilm_dir()) for cls in (AutoTokenizer, AutoModel))
+    texts = [snippet.text for snippet in assets.rotten_tomatoes_snippets()]
+    used = {i for ids in tokenizer(texts)["input_ids"] for i in ids}
+    kept = sorted(used | set(tokenizer.all_special_ids))
+    (folder / "vocab.txt").write_text("\n".join(tokenizer.convert_ids_to_tokens(kept)) + "\n", encoding="utf-8")
+    embeddings = model.embeddings.word_embeddings
+    embeddings.weight = torch.nn.Parameter(embeddings.weight.detach()[kept].clone())
+    model.encoder.layer = model.encoder.layer[:2]
+    model.config.num_hidden_layers, model.config.vocab_size = 2, len(kept)
+    model.save_pretrained(folder)
+    BertTokenizerFast(str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
+    return folder
+
+
 def recipe_run(setting: str, label: str, kind: str, seed: int) -> float:
     """Held-out loss after one run through Trainer. ``setting``: of `SETTINGS`, a recipe and what follows."""
     recipe = setting.partition(" ")[0]
@@ -94,8 +115,6 @@ def recipe_run(setting: str, label: str, kind: str, seed: int) -> float:
     from arguments import Contender
 
     if "runs/encoder" in SETTINGS[setting] and not (ROOT / "runs/encoder/config.json").is_file():
-        from benchmarks.recipes import cut_down_encoder
-
         (ROOT / "runs/encoder").mkdir(parents=True, exist_ok=True)
         cut_down_encoder(ROOT / "runs/encoder")
     module = importlib.import_module(recipe)
