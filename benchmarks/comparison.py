@@ -241,7 +241,7 @@ def render(found: list[dict]) -> str:
         "their own default. muon: torch's for matrices, AdamW for the rest (benchmarks/muon.py). s: processor seconds "
         "within the optimizer steps of one run.",
         "",
-        "![Losses over steps and seconds](comparison.png)",
+        "![Held-out losses over steps](comparison.png)",
         "",
     ]
     for results in found:
@@ -286,7 +286,7 @@ def main() -> None:
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found, dpi=64, with_training=False)
+        draw_comparisons(PICTURE, found, dpi=64, columns=["held-out"])
         storing.use_palette(PICTURE, 48)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")

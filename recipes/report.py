@@ -144,20 +144,28 @@ def draw_mean(axis: Any, runs: Sequence[Mapping[str, Any]], key: str, along: str
 
 
 def draw_comparisons(
-    path: Path, comparisons: Sequence[Mapping[str, Any]], dpi: int = 110, with_training: bool = True
+    path: Path,
+    comparisons: Sequence[Mapping[str, Any]],
+    dpi: int = 110,
+    columns: Sequence[str] = ("training", "held-out", "seconds"),
 ) -> None:
     """Draw one row per comparison (results.json of compare.py): losses over the steps, and over the seconds.
 
     Of several learning rates of one optimizer the best one and the default are drawn. On a CPU, seconds are processor
     time within the optimizer steps, which other processes on the machine hardly change.
     """
-    columns = 3 if with_training else 2
-    size = (1.5 + 4 * columns, 3.1 * len(comparisons))
-    figure, grid = pyplot.subplots(len(comparisons), columns, figsize=size, layout="constrained", squeeze=False)
+    size = (1.5 + 4 * len(columns), 3.1 * len(comparisons))
+    figure, grid = pyplot.subplots(len(comparisons), len(columns), figsize=size, layout="constrained", squeeze=False)
     for axes, results in zip(grid, comparisons, strict=True):
         runs = [results["runs"][key] for key in results["compared"]]
         on_cpu = all(run["machine"]["device"] == "cpu" for run in runs)
         seconds = "step_cpu_seconds" if on_cpu else "step_seconds"
+        # Of each column: the loss, along what, and the words for both.
+        known = {
+            "training": ("loss", "step", "training loss", "optimizer step"),
+            "held-out": ("eval_loss", "step", "held-out loss", "optimizer step"),
+            "seconds": ("eval_loss", seconds, "held-out loss", f"{'processor ' if on_cpu else ''}seconds in steps"),
+        }
         grids = {row["optim"] for row in results["rows"] if row.get("best")}
         for index, row in enumerate(
             row for row in results["rows"] if row.get("best") or row["optim"] not in grids or "=" not in row["label"]
@@ -165,14 +173,12 @@ def draw_comparisons(
             mine = [run for run in runs if run["label"] == row["label"]]
             label = f"{row['label']}\n(best of grid)" if row.get("best") else row["label"]
             style = {"color": f"C{index}", "label": label, "linestyle": "--" if row["optim"] == "adamw_torch" else "-"}
-            if with_training:
-                draw_mean(axes[0], mine, "loss", "step", **style)
-            for axis, along in ((axes[-2], "step"), (axes[-1], seconds)):
-                draw_mean(axis, mine, "eval_loss", along, marker="o", markersize=3, **style)
-        names = ("training loss", "held-out loss", "held-out loss")
-        last = f"{'processor ' if on_cpu else ''}seconds in steps"
-        alongs = ("optimizer step", "optimizer step", last)
-        for axis, name, along in zip(axes, names[-columns:], alongs[-columns:], strict=True):
+            for axis, column in zip(axes, columns, strict=True):
+                loss, along, *_ = known[column]
+                marks = {} if loss == "loss" else {"marker": "o", "markersize": 3}
+                draw_mean(axis, mine, loss, along, **marks, **style)
+        for axis, column in zip(axes, columns, strict=True):
+            _, _, name, along = known[column]
             axis.set(ylabel=name, xlabel=along)
             log_ticks(axis.yaxis)
             axis.tick_params(labelsize=9)

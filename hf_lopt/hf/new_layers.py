@@ -36,7 +36,7 @@ def on_any_rank(model: nn.Module, params: Sequence[Tensor]) -> set[int]:
     Where FSDP loads on one rank only, the others mark everything as loaded.
     """
     found = new_tensors(model)
-    flags = torch.tensor([float(id(p) in found) for p in params])
+    flags = torch.tensor([float(id(p) in found) for p in params], dtype=torch.float32)
     if distributed.world_size() > 1:
         (flags,) = distributed.sum_over([(flags, distributed.world_groups(()))])
     return {id(p) for p, flag in zip(params, flags.tolist(), strict=True) if flag}
