@@ -2,7 +2,7 @@
 
 Runs recipes/compare.py on small settings of five recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
-files. `--lengths` compares shorter runs of three recipes, and keeps the final numbers only
+files. `--lengths` compares shorter and longer runs of three recipes, and keeps the final numbers only
 (comparison/lengths.json). `--celo` names a file of published Celo weights. Results are the final numbers of every run,
 and the evaluations of those in the picture, under its arguments and the SHA-256 of its weights: what is there is not
 done again, so that new weights of one optimizer cost only its own runs. Schedule-free AdamW wants
@@ -64,8 +64,9 @@ SETTINGS = {
     "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
-# Other lengths of the runs, without a picture. Longer ones: run_length.py and velo_schedule.py.
-LENGTHS = {"image_classification": (50,), "seq2seq": (50,), "causal_lm": (50,)}
+# Other lengths of the runs, without a picture.
+LENGTHS = {"image_classification": (50,), "seq2seq": (50,), "causal_lm": (50, 1000)}
+LONG = {1000: (["velo", "celo2"], ["adamw_torch"])}  # a run takes a minute: fewer optimizers, and those with a grid
 LENGTHS_FILE = RESULTS / "lengths.json"
 # Beside AdamW where models are trained from scratch, each with a rate from the same grid.
 OTHERS = (muon.NAME, "schedule_free_adamw")
@@ -152,8 +153,8 @@ def compare_lengths(seeds: list[int]) -> None:
             del words[place : place + 2]
         for steps in lengths:
             folder = ROOT / "runs" / "comparison" / f"{recipe}_{steps}"
-            tuned = [f"{name}={rates}" for name in ("adamw_torch", *OTHERS)]
-            argv = ["--recipe", recipe, "--optims", *LEARNED, *tuned]
+            learned, tuned = LONG.get(steps, (LEARNED, ["adamw_torch", *OTHERS]))
+            argv = ["--recipe", recipe, "--optims", *learned, *(f"{name}={rates}" for name in tuned)]
             argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
             results = comparing.main([*argv, *words, "--max_steps", str(steps), "--eval_steps", str(steps)])
             rows = [
@@ -170,7 +171,7 @@ def table_of_lengths() -> list[str]:
     columns = [(recipe, steps) for recipe, by_steps in found.items() for steps in by_steps]
     labels = [*LEARNED, "adamw_torch", *OTHERS]
     lines = [
-        "## Shorter runs",
+        "## Shorter and longer runs",
         "",
         "Held-out loss after so many steps, three seeds, everything else as above (`--lengths`); of those with a grid "
         "the best of three rates, in brackets.",
@@ -182,9 +183,9 @@ def table_of_lengths() -> list[str]:
         cells = []
         for recipe, steps in columns:
             mine = [row for row in found[recipe][steps] if row["label"].partition("=")[0] == label]
-            row = next((row for row in mine if row["best"]), mine[0])
-            rate = row["label"].partition("=")[2]
-            cells.append(plus_minus(row) + (f" ({rate})" if rate else ""))
+            row = next((row for row in mine if row["best"]), mine[0] if mine else None)
+            rate = row["label"].partition("=")[2] if row else ""
+            cells.append((plus_minus(row) if row else "") + (f" ({rate})" if rate else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, ""]
 

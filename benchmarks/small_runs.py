@@ -57,8 +57,10 @@ def train(
 
 
 def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
-    """The mean over seeds and two standard errors of it; printed, too."""
+    """The mean over seeds and, of several, two standard errors of it; printed, too."""
     values = torch.tensor(losses)
-    found = {"loss": values.mean().item(), "two_standard_errors": 2 * values.std().item() / math.sqrt(len(values))}
-    print(f"{what}: {found['loss']:.4f} ± {found['two_standard_errors']:.4f}", flush=True)
+    found = {"loss": values.mean().item()}
+    if len(losses) > 1:
+        found["two_standard_errors"] = 2 * values.std().item() / math.sqrt(len(values))
+    print(f"{what}: {' ± '.join(f'{x:.4f}' for x in found.values())}", flush=True)
     return found

@@ -10,9 +10,9 @@ from transformers.trainer_callback import ExportableState
 from hf_lopt import notices, pretrained
 from hf_lopt.description import weights_name
 from hf_lopt.given_settings import warn_once
-from hf_lopt.hf import limits, loss_feed, new_layers
+from hf_lopt.hf import limits, loss_feed
 from hf_lopt.hf.arguments import read_optim_args, wants_layers
-from hf_lopt.hf.group_settings import settle
+from hf_lopt.hf.group_settings import name_new_layers, settle
 from hf_lopt.hf.layers import LayerLog
 from hf_lopt.hf.policy import Choice, in_short, told
 from hf_lopt.hf.provenance import facts, trackers_take_text
@@ -111,8 +111,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         if learned.run_policy is None:
             settle(learned, args, model, lr_scheduler)
         if learned.state_was_loaded:
-            groups, policy = learned.param_groups, learned.run_policy
-            policy.new_layers = new_layers.choice(groups, model, policy.lr.value)
+            name_new_layers(learned, learned.run_policy, model)
         self._set_horizon(learned, args, state)
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step

@@ -210,6 +210,12 @@ def _settle_new_layers(optimizer: LearnedOptimizer, policy: RunPolicy, model: nn
     if scale != 1.0 and free and not known and model is not None and rates == {policy.default_lr.value}:
         new = new_layers.on_any_rank(model, [p for group in groups for p in group["params"]])
         pretrained.set_scales(groups, new, scale)
+    name_new_layers(optimizer, policy, model)
+
+
+def name_new_layers(optimizer: LearnedOptimizer, policy: RunPolicy, model: nn.Module | None) -> None:
+    """Keep in ``policy`` what the groups say about new layers, which a checkpoint may have changed."""
+    groups = optimizer.param_groups
     explicit = any(lr_scales.KEY in optimizer.explicit_in_group(i) for i in range(len(groups)))
     policy.new_layers = Choice(1.0) if explicit else new_layers.choice(groups, model, policy.lr.value)
 
