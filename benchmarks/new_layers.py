@@ -202,7 +202,7 @@ TASKS = {
 
 
 def final_loss(
-    task: Task, seed: int, rule: str, lr: float, weights: str, new_layers: float, poolers: bool = True
+    task: Task, seed: int, rule: str, lr: float, weights: str, new_layers: float, poolers: float = 0.5
 ) -> float:
     """Held-out loss after the steps of the task."""
     path, data = task.folder(), task.data()
@@ -282,12 +282,12 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
         lr, whole = known.finetune_lr, known.defaults["lr"] / known.finetune_lr
         rows = found[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
             "nothing": losses(rule, lr, weights, 1.0),
-            f"head x{whole:.3g}": losses(rule, lr, weights, whole, False),
-            f"head and pooler x{whole:.3g}": losses(rule, lr, weights, whole, True),
+            f"head x{whole:.3g}": losses(rule, lr, weights, whole, 0.0),
+            f"head and pooler x{whole:.3g}": losses(rule, lr, weights, whole, 1.0),
         }
         shipped = known.lr_of_new_layers / lr
         if shipped != whole:
-            rows[f"head and pooler x{shipped:.3g}"] = losses(rule, lr, weights, shipped, True)
+            rows[f"head and pooler x{shipped:.3g}"] = losses(rule, lr, weights, shipped, 0.5)
     return found
 
 

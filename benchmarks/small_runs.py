@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hf_lopt
 from hf_lopt import rules
-from hf_lopt.pretrained import new_tensors
+from hf_lopt.pretrained import new_tensors, set_scales
 
 
 def train(
@@ -23,14 +23,14 @@ def train(
     lr: float,
     weights: str = "bundled",
     new_layers: float = 1.0,
-    poolers: bool = True,
+    poolers: float = 0.5,
     **settings: Any,
 ) -> None:
     """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0.
 
     Args:
         new_layers: what the lr of tensors counts that the model's checkpoint does not have.
-        poolers: whether poolers in front of new layers count as new.
+        poolers: how far poolers in front of new layers count as new, from 0 to 1.
         settings: further keywords of a learned optimizer.
     """
     schedule = None
@@ -41,9 +41,9 @@ def train(
         needs = {"num_training_steps": steps} if rules.get(rule).needs_horizon else {}
         groups = hf_lopt.param_groups(model, rule)
         if new_layers != 1.0:
-            new = {i for i, name in new_tensors(model).items() if poolers or "pooler" not in name}
-            for group in groups:
-                group["lr_scales"] = [new_layers if id(p) in new else 1.0 for p in group["params"]]
+            new = {i: x for i, x in new_tensors(model).items() if x.share == 1.0 or poolers}
+            new = {i: x._replace(share=max(x.share, poolers)) for i, x in new.items()}
+            set_scales(groups, new, new_layers)
         optimizer = hf_lopt.LearnedOptimizer(groups, rule, lr=lr, weights=weights, **needs, **settings)
     for batch in batches:
         loss = loss_of(batch)

@@ -2,14 +2,15 @@
 
 ``from_pretrained`` of transformers from 5 on marks what it has loaded, so that it does not initialise it again
 (``_is_hf_initialized``). What has no mark, in a model that has some, starts from random numbers: the head for a new
-task, most of the time. A pooler in front of a new head counts as new, too: it was trained for another head, or for
-none. FSDP2 puts other tensors in the place of the marked ones, so what is found is kept for the modules, which stay.
+task, most of the time. A pooler in front of a new head was trained for another head, or for none: it lies between
+what is new and what was loaded. FSDP2 puts other tensors in the place of the marked ones, so what is found is kept for
+the modules, which stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -23,8 +24,22 @@ _MARK = "_is_hf_initialized"
 # More than this share of a model is no head: its tensors were replaced by others, which have no marks.
 _LARGEST_SHARE = 0.5
 _POOLER = "pooler"  # as encoders of transformers call it
-# Module -> names of those of its own parameters that are new.
-_noted: WeakKeyDictionary[nn.Module, frozenset[str]] = WeakKeyDictionary()
+# At 1 a MiniLM learns faster (benchmarks/new_layers.py), and is overconfident in its second epoch.
+_OF_POOLER = 0.5
+# Module -> name of each of its own parameters that are new -> how far.
+_noted: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
+
+
+class New(NamedTuple):
+    """A tensor that is new.
+
+    Attributes:
+        name: as in ``named_parameters``.
+        share: 1, or 0.5 of a pooler that was loaded.
+    """
+
+    name: str
+    share: float
 
 
 def note(model: nn.Module | None) -> None:
@@ -34,27 +49,35 @@ def note(model: nn.Module | None) -> None:
     for outermost in _loaded_models(model):
         new = _without_mark(outermost)
         for module in outermost.modules():
-            own = frozenset(name for name, p in module.named_parameters(recurse=False) if id(p) in new)
+            own = {name: new[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in new}
             if own or module in _noted:
                 _noted[module] = own
 
 
-def new_tensors(model: nn.Module) -> dict[int, str]:
-    """id -> name of every parameter that is new, as the model has them now."""
+def new_tensors(model: nn.Module) -> dict[int, New]:
+    """By id every parameter that is new, as the model has them now."""
     note(model)
     found = {}
     for path, module in model.named_modules():
-        for name in _noted.get(module, ()):
+        for name, share in _noted.get(module, {}).items():
             p = module._parameters.get(name)
             if p is not None:
-                found[id(p)] = f"{path}.{name}" if path else name
+                found[id(p)] = New(f"{path}.{name}" if path else name, share)
     return found
 
 
-def set_scales(groups: Iterable[dict[str, Any]], new: Container[int], of_new: float, of_others: float = 1.0) -> None:
-    """Give every group its ``lr_scales``: one number for the tensors whose ids are in ``new``, one for the others."""
+def set_scales(
+    groups: Iterable[dict[str, Any]], new: Mapping[int, New], of_new: float, of_others: float = 1.0
+) -> None:
+    """Give every group its ``lr_scales``: one number for new tensors, one for the others, for poolers their geometric
+    mean. ``new``: by id, see :func:`new_tensors`."""
+
+    def number(p: Tensor) -> float:
+        share = new[id(p)].share if id(p) in new else 0.0
+        return of_new if share == 1.0 else of_others * (of_new / of_others) ** share
+
     for group in groups:
-        group[KEY] = tuple(of_new if id(p) in new else of_others for p in group["params"])
+        group[KEY] = tuple(map(number, group["params"]))
 
 
 def model_of(params: Sequence[Tensor]) -> nn.Module | None:
@@ -78,17 +101,20 @@ def _loaded_models(model: nn.Module) -> Iterator[nn.Module]:
         yield from _loaded_models(child)
 
 
-def _without_mark(model: nn.Module) -> set[int]:
-    """ids of new parameters. Embeddings count as loaded: they may have been resized, which makes other tensors."""
+def _without_mark(model: nn.Module) -> dict[int, float]:
+    """How far each new parameter is new, by its id.
+
+    Embeddings count as loaded: they may have been resized, which makes other tensors.
+    """
     params: list[Tensor] = list(model.parameters())
     new = {id(p): p.numel() for p in params if not getattr(p, _MARK, False)}
     if sum(new.values()) > _LARGEST_SHARE * sum(p.numel() for p in params):
-        return set()
+        return {}
     if not any(p.requires_grad for p in params):
-        return set()
+        return {}
     embeddings = {id(p.tensor) for p in describe(model) if p.role == "embedding"}
-    found = new.keys() - embeddings
+    found = dict.fromkeys(new.keys() - embeddings, 1.0)
     if found:
         poolers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == _POOLER)
-        found |= {id(p) for module in poolers for p in module.parameters()}
+        found = {id(p): _OF_POOLER for module in poolers for p in module.parameters()} | found
     return found

@@ -67,7 +67,7 @@ def scales(model, optimizer):
 
 
 def names_of(model):
-    return set(pretrained.new_tensors(model).values())
+    return {found.name for found in pretrained.new_tensors(model).values()}
 
 
 def test_the_head_of_a_base_model_is_new(saved):
@@ -103,6 +103,16 @@ def test_a_pooler_goes_with_a_new_head_only(tmp_path):
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     pooler = {f"bert.pooler.dense.{name}" for name in ("weight", "bias")}
     assert names_of(model) == pooler | {"classifier.weight", "classifier.bias"}
+    group = {"params": list(model.parameters())}
+    pretrained.set_scales([group], pretrained.new_tensors(model), 20.0)
+    shares = dict(zip((name for name, _ in model.named_parameters()), group["lr_scales"], strict=True))
+    assert {name for name, x in shares.items() if x == 20.0} == {"classifier.weight", "classifier.bias"}
+    assert {name for name, x in shares.items() if x == 20.0**0.5} == pooler
+    assert sum(x == 1.0 for x in shares.values()) == len(shares) - 4
+    lacking = BertModel(BertConfig(vocab_size=16, **sizes), add_pooling_layer=False)
+    lacking.save_pretrained(tmp_path / "lacking")
+    found = pretrained.new_tensors(BertForSequenceClassification.from_pretrained(tmp_path / "lacking"))
+    assert {x.name for x in found.values() if x.share == 1.0} == pooler | {"classifier.weight", "classifier.bias"}
     model.save_pretrained(tmp_path / "whole")
     assert names_of(BertForSequenceClassification.from_pretrained(tmp_path / "whole")) == set()
     assert names_of(BertModel.from_pretrained(tmp_path / "base")) == set()
@@ -200,7 +210,8 @@ def test_it_is_told(saved, tmp_path, caplog):
         run.train()
     assert any("lr=0.05, new layers 1" in text for text in texts)
     assert (
-        "new layers and their poolers, 1 tensor (score.weight), take 1, because they start from random" in caplog.text
+        "new layers and their poolers, 1 tensor (score.weight), take up to 1, because they start from random"
+        in caplog.text
     )
     assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
     assert "new_layers=20" in hf_lopt.hf.provenance.line(unwrap(run.optimizer))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_lopt import distributed
 from hf_lopt.hf.policy import Choice
 from hf_lopt.lr_scales import KEY
-from hf_lopt.pretrained import new_tensors, note
+from hf_lopt.pretrained import New, new_tensors, note
 
 
 _NAMED = 4  # of new tensors in a text
@@ -30,16 +30,20 @@ def noting(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     return make
 
 
-def on_any_rank(model: nn.Module, params: Sequence[Tensor]) -> set[int]:
-    """ids of those of ``params`` that are new on this rank or on another. A collective.
+def on_any_rank(model: nn.Module, params: Sequence[Tensor]) -> dict[int, New]:
+    """By id those of ``params`` that are new on this rank or on another. A collective.
 
     Where FSDP loads on one rank only, the others mark everything as loaded.
     """
     found = new_tensors(model)
-    flags = torch.tensor([float(id(p) in found) for p in params], dtype=torch.float32)
-    if distributed.world_size() > 1:
-        (flags,) = distributed.sum_over([(flags, distributed.world_groups(()))])
-    return {id(p) for p, flag in zip(params, flags.tolist(), strict=True) if flag}
+    if distributed.world_size() == 1:
+        return found
+    here = [found[id(p)].share if id(p) in found else 0.0 for p in params]
+    flags = torch.tensor([[share == 1.0, 0.0 < share < 1.0] for share in here], dtype=torch.float32)
+    (flags,) = distributed.sum_over([(flags, distributed.world_groups(()))])
+    shares = [1.0 if whole else 0.5 if part else 0.0 for whole, part in flags.tolist()]
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {id(p): New(names.get(id(p), ""), share) for p, share in zip(params, shares, strict=True) if share}
 
 
 def choice(groups: Sequence[Mapping[str, Any]], model: nn.Module | None, lr: float) -> Choice[float]:
@@ -57,4 +61,4 @@ def choice(groups: Sequence[Mapping[str, Any]], model: nn.Module | None, lr: flo
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     some = ", ".join(names.get(id(p), "?") for p, _ in pairs[:_NAMED]) + (", …" if len(pairs) > _NAMED else "")
     what = f"new layers and their poolers, {len(pairs)} tensor{'s' * (len(pairs) > 1)} ({some})"
-    return Choice(largest, f"{what}, take {lr * largest:g}, because they start from random numbers")
+    return Choice(largest, f"{what}, take up to {lr * largest:g}, because they start from random numbers")

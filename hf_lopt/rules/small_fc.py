@@ -115,7 +115,7 @@ SMALL_FC_RULE = Rule(
     update=update,
     own_schedule=True,
     finetune_lr=0.03,
-    new_layer_lr=0.1,  # at 0.3 and 1 the pooler of an encoder of 6 layers is undone (benchmarks/new_layers.py)
+    new_layer_lr=0.1,  # more undoes an encoder of 6 layers
     needs_horizon=False,
     needs_loss=False,
 )
@@ -145,7 +145,7 @@ MULO_RULE = Rule(
     update=update,
     own_schedule=True,
     finetune_lr=0.03,
-    new_layer_lr=0.1,  # at 0.3 and 1 the pooler of an encoder of 6 layers is undone (benchmarks/new_layers.py)
+    new_layer_lr=0.1,  # more undoes an encoder of 6 layers
     needs_horizon=False,
     needs_loss=False,
     nan_to_zero=True,
