@@ -35,6 +35,11 @@ ADAMW = (3e-4, 1e-3, 3e-3)
 SOURCES = ("argparse", "ast", "calendar", "csv", "difflib", "gettext", "heapq", "optparse", "shlex", "textwrap")
 
 
+def help_texts() -> str:
+    """The texts of Python's ``help()`` on topics."""
+    return "\n".join(topics[key] for key in sorted(topics))
+
+
 def blocks(text: str) -> Tensor:
     """(N, BLOCK) int64 bytes."""
     data = torch.tensor(list(text.encode()), dtype=torch.int64)
@@ -69,7 +74,7 @@ def pretrained() -> nn.Module:
     model = transformers.LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, PRETRAIN)
-    for x in batches(blocks("\n".join(topics[key] for key in sorted(topics))), 0, PRETRAIN):
+    for x in batches(blocks(help_texts()), 0, PRETRAIN):
         optimizer.zero_grad()
         model(input_ids=x, labels=x).loss.backward()
         optimizer.step()

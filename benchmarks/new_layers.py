@@ -31,14 +31,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from benchmarks.finetune_multiplier import BLOCK, RESULTS, SOURCES, blocks
+from benchmarks.finetune_multiplier import BLOCK, RESULTS, SOURCES, blocks, help_texts
 from benchmarks.finetune_multiplier import pretrained as byte_model
 from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
@@ -89,7 +88,7 @@ def origins() -> dict[str, Tensor]:
     """Blocks of bytes, and where each is from: code, help texts, tables of encodings, or one of HTML entities."""
     texts = [
         "\n".join(map(source, SOURCES)),
-        "\n".join(topics[key] for key in sorted(topics)),
+        help_texts(),
         "\n".join(source(f"encodings/cp{number}") for number in (437, 850, 866, 1250, 1251, 1252)),
         source("html/entities"),
     ]
@@ -131,7 +130,7 @@ def saved_bert() -> str:
         intermediate_size=128,
         max_position_embeddings=BLOCK,
     )
-    model, data = transformers.BertForMaskedLM(config), blocks("\n".join(topics[key] for key in sorted(topics)))
+    model, data = transformers.BertForMaskedLM(config), blocks(help_texts())
 
     def masked(x: Tensor) -> dict[str, Tensor]:
         hidden = torch.rand(x.shape) < 0.15
@@ -210,7 +209,7 @@ def final_loss(
     model, draw = task.load(path), torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
     known, held_out = order[HELD_OUT:], order[:HELD_OUT]
-    batches = [_pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(STEPS)]
+    batches = [_pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(task.steps)]
     model.train()
     settings = {} if rule == "adamw" else dict(rules.get(rule).finetune_settings)
     train(model, batches, lambda x: model(**x).loss, task.steps, rule, lr, weights, new_layers, poolers, **settings)

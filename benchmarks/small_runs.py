@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import hf_lopt
 from hf_lopt import rules
-from hf_lopt.pretrained import new_tensors, set_scales
+from hf_lopt.pretrained import OF_POOLER, new_tensors, set_scales
 
 
 def train(
@@ -23,7 +23,7 @@ def train(
     lr: float,
     weights: str = "bundled",
     new_layers: float = 1.0,
-    poolers: float = 0.5,
+    poolers: float = OF_POOLER,
     **settings: Any,
 ) -> None:
     """``steps`` steps on the ``batches``; of "adamw" the rate decays linearly to 0.

@@ -25,7 +25,7 @@ _MARK = "_is_hf_initialized"
 _LARGEST_SHARE = 0.5
 _POOLER = "pooler"  # as encoders of transformers call it
 # At 1 a MiniLM learns faster (benchmarks/new_layers.py), and is overconfident in its second epoch.
-_OF_POOLER = 0.5
+OF_POOLER = 0.5
 # Module -> name of each of its own parameters that are new -> how far.
 _noted: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
@@ -116,5 +116,5 @@ def _without_mark(model: nn.Module) -> dict[int, float]:
     found = dict.fromkeys(new.keys() - embeddings, 1.0)
     if found:
         poolers = (module for name, module in model.named_modules() if name.rpartition(".")[2] == _POOLER)
-        found = {id(p): _OF_POOLER for module in poolers for p in module.parameters()} | found
+        found = {id(p): OF_POOLER for module in poolers for p in module.parameters()} | found
     return found

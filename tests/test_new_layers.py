@@ -54,6 +54,16 @@ def trainer(folder, model, cls=Trainer, **changes):
     return cls(model, cases.arguments(folder, **settings), train_dataset=rows())
 
 
+def steps_of(model, optimizer, steps=2):
+    for i in range(0, 2 * steps, 2):
+        batch = rows()[i : i + 2]
+        ids, labels = torch.stack([x["input_ids"] for x in batch]), torch.tensor([x["labels"] for x in batch])
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step(loss)
+
+
 def scales(model, optimizer):
     """Name -> number of every parameter that has one other than 1."""
     names = {id(p): name for name, p in model.named_parameters()}
@@ -164,13 +174,7 @@ def test_the_same_as_groups_of_their_own(rule, saved):
             groups = [{"params": body + head, "lr": 0.05, "lr_scales": [1.0] * len(body) + [15.0]}]
         own = {"num_training_steps": STEPS} if rule in ("velo", "celo", "celo_adam") else {}
         optimizer = hf_lopt.LearnedOptimizer(groups, rule, weights="bundled", **own)
-        for i in range(0, 2 * STEPS, 2):
-            batch = rows()[i : i + 2]
-            ids, labels = torch.stack([x["input_ids"] for x in batch]), torch.tensor([x["labels"] for x in batch])
-            loss = model(input_ids=ids, labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step(loss)
+        steps_of(model, optimizer, STEPS)
         found[kind] = dict(model.named_parameters())
     start = dict(classifier(saved).named_parameters())
     for name, p in found["groups"].items():
@@ -389,16 +393,6 @@ def test_other_numbers_count_from_the_next_step_on():
 
 
 # ---- loops of one's own ---------------------------------------------------------------------------------------------
-
-
-def steps_of(model, optimizer, steps=2):
-    for i in range(0, 2 * steps, 2):
-        batch = rows()[i : i + 2]
-        ids, labels = torch.stack([x["input_ids"] for x in batch]), torch.tensor([x["labels"] for x in batch])
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step(loss)
 
 
 def numbers(optimizer):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_lopt import distributed
 from hf_lopt.hf.policy import Choice
 from hf_lopt.lr_scales import KEY
-from hf_lopt.pretrained import New, new_tensors, note
+from hf_lopt.pretrained import OF_POOLER, New, new_tensors, note
 
 
 _NAMED = 4  # of new tensors in a text
@@ -41,7 +41,7 @@ def on_any_rank(model: nn.Module, params: Sequence[Tensor]) -> dict[int, New]:
     here = [found[id(p)].share if id(p) in found else 0.0 for p in params]
     flags = torch.tensor([[share == 1.0, 0.0 < share < 1.0] for share in here], dtype=torch.float32)
     (flags,) = distributed.sum_over([(flags, distributed.world_groups(()))])
-    shares = [1.0 if whole else 0.5 if part else 0.0 for whole, part in flags.tolist()]
+    shares = [1.0 if whole else OF_POOLER if part else 0.0 for whole, part in flags.tolist()]
     names = {id(p): name for name, p in model.named_parameters()}
     return {id(p): New(names.get(id(p), ""), share) for p, share in zip(params, shares, strict=True) if share}
 

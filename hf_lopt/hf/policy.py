@@ -212,9 +212,7 @@ def choose_run(
     chosen = chosen or bool(default.reason)
     settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
     scheduler = _choose_schedule(args, rule, schedule)
-    policy = RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen)
-    policy.new_layers = new_layers
-    return policy
+    return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen, new_layers=new_layers)
 
 
 def _of_the_class(rule: Rule, default: Choice[float]) -> Choice[float]:
