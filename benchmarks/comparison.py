@@ -1,6 +1,6 @@
-"""Learned optimizers against AdamW on five recipes, three seeds each: `python -m benchmarks.comparison`.
+"""Learned optimizers against AdamW on six recipes, three seeds each: `python -m benchmarks.comparison`.
 
-Runs recipes/compare.py on small settings of five recipes and writes benchmarks/results/comparison/RECIPE.json,
+Runs recipes/compare.py on small settings of six recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
 files. `--lengths` compares shorter and longer runs of three recipes, and keeps the final numbers only
 (comparison/lengths.json). `--celo` names a file of published Celo weights. Results are the final numbers of every run,
@@ -46,7 +46,7 @@ CURVES = {
     "adamw_torch": ("0.6", "AdamW, Trainer's\n5e-5"),
 }
 LEARNED = ["velo", "celo", "celo2", "small_fc_lopt"]
-FINE_TUNING = ("text_classification", "lora")
+FINE_TUNING = ("text_classification", "token_classification", "lora")
 PUBLISHED = "celo, published weights"
 EVALUATED = ("step", "eval_loss", "step_seconds", "step_cpu_seconds")
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core, fine-tuning 80.
@@ -60,13 +60,21 @@ SETTINGS = {
         "--train_size 2048 --eval_size 500 --per_device_train_batch_size 16 --max_length 48 --max_steps 128 "
         "--eval_steps 64",
     ),
+    "token_classification": (
+        "1e-4,3e-4,1e-3",
+        "--train_size 2048 --eval_size 500 --per_device_train_batch_size 16 --max_length 48 --max_steps 128 "
+        "--eval_steps 64",
+    ),
     "lora": ("1e-3,3e-3,1e-2", "--max_steps 30 --eval_steps 15"),
     "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
 # Other lengths of the runs, without a picture.
-LENGTHS = {"image_classification": (50,), "seq2seq": (50,), "causal_lm": (50, 1000)}
-LONG = {1000: (["velo", "celo2"], ["adamw_torch"])}  # a run takes a minute: fewer optimizers, and those with a grid
+LENGTHS = {
+    "causal_lm": (50, 1000),
+    "image_classification": (50, 1000),
+    "seq2seq": (50, 1000),
+}
 LENGTHS_FILE = RESULTS / "lengths.json"
 # Beside AdamW where models are trained from scratch, each with a rate from the same grid.
 OTHERS = (muon.NAME, "schedule_free_adamw")
@@ -88,6 +96,11 @@ def final_numbers(run: Mapping[str, Any], metric: str, drawn: bool = True) -> di
     history = storing.rounded(evaluations if drawn else evaluations[-1:])
     final = {key: run["final"][key] for key in ("train_loss", "eval_loss", metric)}
     return dict(run) | {"final": storing.rounded(final, 8), "history": history}
+
+
+def names_of(recipe: str) -> tuple[list[str], list[str]]:
+    """The learned optimizers that a recipe is trained with, and those beside them, which have a grid."""
+    return LEARNED, ["adamw_torch", *([] if recipe in FINE_TUNING else OTHERS)]
 
 
 def published_celo(results: dict, seeds: list[int], file: str | None) -> dict[str, dict]:
@@ -127,8 +140,8 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
     if kept_in.is_file() and not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", stored(recipe))
-    argv = ["--recipe", recipe, "--optims", *LEARNED, "adamw_torch", f"adamw_torch={rates}"]
-    argv += [] if recipe in FINE_TUNING else [f"{name}={rates}" for name in OTHERS]
+    learned, others = names_of(recipe)
+    argv = ["--recipe", recipe, "--optims", *learned, "adamw_torch", *(f"{name}={rates}" for name in others)]
     argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
     results = comparing.main([*argv, *options.split()])
     results["recipe_arguments"].pop("output_dir", None)
@@ -142,34 +155,49 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
     return results | {"runs": kept}
 
 
-def compare_lengths(seeds: list[int]) -> None:
-    """Do what is missing of :data:`LENGTHS`, and keep the rows."""
-    found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
-    for recipe, lengths in LENGTHS.items():
-        rates, options = SETTINGS[recipe]
-        words = options.split()
-        for name in ("--max_steps", "--eval_steps"):
-            place = words.index(name)
-            del words[place : place + 2]
-        for steps in lengths:
-            folder = ROOT / "runs" / "comparison" / f"{recipe}_{steps}"
-            learned, tuned = LONG.get(steps, (LEARNED, ["adamw_torch", *OTHERS]))
-            argv = ["--recipe", recipe, "--optims", *learned, *(f"{name}={rates}" for name in tuned)]
-            argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
-            results = comparing.main([*argv, *words, "--max_steps", str(steps), "--eval_steps", str(steps)])
-            rows = [
-                {"label": row["label"], "best": row.get("best", False)} | dict(row["eval_loss"])
-                for row in results["rows"]
-            ]
-            found.setdefault(recipe, {})[str(steps)] = storing.rounded(rows, 4)
-            storing.write_record(LENGTHS_FILE, found)
+def rows_of_length(recipe: str, steps: int, seeds: list[int], celo: str | None, known: list[str]) -> list[dict]:
+    """Train for ``steps`` what is not among the labels ``known``; a row each."""
+    rates, options = SETTINGS[recipe]
+    words = options.split()
+    for name in ("--max_steps", "--eval_steps"):
+        place = words.index(name)
+        words[place + 1] = str(steps)
+    learned, others = names_of(recipe)
+    grids = [f"{name}={rate}" for name in others for rate in rates.split(",")]
+    wanted = {"bundled": [label for label in [*learned, *grids] if label not in known]}
+    if celo is not None and PUBLISHED not in known:
+        wanted[celo] = ["celo"]
+    rows = []
+    for weights, labels in wanted.items():
+        if not labels:
+            continue
+        published = weights == celo
+        folder = ROOT / "runs" / "comparison" / f"{recipe}_{steps}{'_celo' if published else ''}"
+        argv = ["--recipe", recipe, "--optims", *labels, "--seeds", *map(str, seeds), "--output_dir", str(folder)]
+        results = comparing.main([*argv, "--optim_args", f"weights={weights}", *words])
+        names = {"celo": PUBLISHED} if published else {}
+        rows += [{"label": names.get(row["label"], row["label"])} | row["eval_loss"] for row in results["rows"]]
+    return storing.rounded(rows, 4)
+
+
+def compare_lengths(recipes: list[str], seeds: list[int], celo: str | None) -> None:
+    """Do what is missing of :data:`LENGTHS`, and keep the rows. A row that is there is not made again: delete it."""
+    for recipe, steps in ((name, steps) for name in recipes for steps in LENGTHS.get(name, ())):
+        found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+        known = found.get(recipe, {}).get(str(steps), [])
+        new = rows_of_length(recipe, steps, seeds, celo, [row["label"] for row in known])
+        found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+        found.setdefault(recipe, {})[str(steps)] = [*known, *new]
+        storing.write_record(LENGTHS_FILE, found)
 
 
 def table_of_lengths() -> list[str]:
     """Held-out loss of every optimizer at each length; of those with a grid the best rate."""
     found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8"))
-    columns = [(recipe, steps) for recipe, by_steps in found.items() for steps in by_steps]
-    labels = [*LEARNED, "adamw_torch", *OTHERS]
+    columns = [(recipe, steps) for recipe in SETTINGS for steps in found.get(recipe, {})]
+    labels = list(LEARNED)
+    labels.insert(labels.index("celo") + 1, PUBLISHED)
+    labels += ["adamw_torch", *OTHERS]
     lines = [
         "## Shorter and longer runs",
         "",
@@ -183,7 +211,7 @@ def table_of_lengths() -> list[str]:
         cells = []
         for recipe, steps in columns:
             mine = [row for row in found[recipe][steps] if row["label"].partition("=")[0] == label]
-            row = next((row for row in mine if row["best"]), mine[0] if mine else None)
+            row = min(mine, key=lambda row: row["mean"], default=None)
             rate = row["label"].partition("=")[2] if row else ""
             cells.append((plus_minus(row) if row else "") + (f" ({rate})" if rate else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
@@ -281,7 +309,7 @@ def main() -> None:
     muon.register()
     os.chdir(ROOT)  # the arguments of the runs name no machine's folders
     if options.lengths:
-        compare_lengths(options.seeds)
+        compare_lengths(options.recipes, options.seeds, options.celo)
         return
     found = [
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes

@@ -43,7 +43,14 @@ from common import Task, machine, train, training_arguments, versions
 from report import draw_comparisons, print_comparison, write_json
 
 
-RECIPES = ("causal_lm", "text_classification", "image_classification", "seq2seq", "lora")
+RECIPES = (
+    "causal_lm",
+    "text_classification",
+    "token_classification",
+    "image_classification",
+    "seq2seq",
+    "lora",
+)
 # What a recipe takes, but a comparison decides.
 DECIDED = ("optim", "compare", "learning_rate", "seed", "resume", "no_checkpoints")
 # What changes nothing about a run's numbers.

@@ -3,7 +3,7 @@
 import csv
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,31 +25,11 @@ def read_columns(path: str, skip_empty: bool = False, **columns: str) -> list[tu
         InputError: no such file, an unknown ending, a damaged file, a missing column, an empty value, a row of a CSV
             with more fields than the header names.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"there is no file {path}")
     readers = {".csv": _read_csv, ".tsv": _read_csv, ".json": _read_json, ".jsonl": _read_json}
-    if file.suffix.lower() not in readers:
-        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}")
-    try:
-        rows = readers[file.suffix.lower()](file)
-    except InputError:
-        raise
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}){_other_encoding(file)}") from error
-    except (csv.Error, ValueError) as error:  # among them JSONDecodeError
-        raise InputError(f"{path} cannot be read as {file.suffix.lower()[1:]}: {error}") from error
     examples, skipped = [], 0
-    for number, row in enumerate(rows, start=1):
+    for number, row in _records(path, readers, columns):
         empty = False
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, record {number}: expected an object with named fields, got {row!r:.60}")
-        for option, column in columns.items():
-            if column not in row:
-                raise InputError(
-                    f"{path}, record {number}: no column {column!r}, only {', '.join(map(repr, row))}; "
-                    f"name the right one with --{option}"
-                )
+        for column in columns.values():
             if row[column] is None or not str(row[column]).strip():
                 empty = True
                 if not skip_empty:
@@ -65,6 +45,64 @@ def read_columns(path: str, skip_empty: bool = False, **columns: str) -> list[tu
     if skipped:
         print(f"{path}: left out {skipped} of {skipped + len(examples)} records, which have empty columns")
     return examples
+
+
+def read_lists(path: str, **columns: str) -> list[tuple[list[str], ...]]:
+    """Some columns of a JSON or JSON Lines file, each a list of texts or numbers, which are read as texts.
+
+    Args:
+        path: the file.
+        columns: argument of the recipe that names the column -> name of the column, in the order of the results.
+
+    Raises:
+        InputError: no such file, an unknown ending, a damaged file, a missing column, a value that is no list or an
+            empty one.
+    """
+    found = []
+    for number, row in _records(path, {".json": _read_json, ".jsonl": _read_json}, columns):
+        for column in columns.values():
+            if not isinstance(row[column], list) or not row[column]:
+                raise InputError(
+                    f"{path}, record {number}: the column {column!r} must be a list of one word or more, "
+                    f"it is {row[column]!r:.60}"
+                )
+        found.append(tuple([str(value) for value in row[column]] for column in columns.values()))
+    if not found:
+        raise InputError(f"{path} holds no records")
+    return found
+
+
+def _records(
+    path: str, readers: Mapping[str, Callable[[Path], list[Any]]], columns: Mapping[str, str]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records of a file by number, counted from 1, all with the ``columns``; ``readers``: ending -> reader.
+
+    Raises:
+        InputError: no such file, an unknown ending, a damaged file, a missing column.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"there is no file {path}")
+    if file.suffix.lower() not in readers:
+        raise InputError(f"{path}: the name must end in one of {', '.join(readers)}")
+    try:
+        rows = readers[file.suffix.lower()](file)
+    except InputError:
+        raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}){_other_encoding(file)}") from error
+    except (csv.Error, ValueError) as error:  # among them JSONDecodeError
+        raise InputError(f"{path} cannot be read as {file.suffix.lower()[1:]}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, record {number}: expected an object with named fields, got {row!r:.60}")
+        for option, column in columns.items():
+            if column not in row:
+                raise InputError(
+                    f"{path}, record {number}: no column {column!r}, only {', '.join(map(repr, row))}; "
+                    f"name the right one with --{option}"
+                )
+        yield number, row
 
 
 def _other_encoding(file: Path) -> str:

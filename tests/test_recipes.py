@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -16,8 +15,7 @@ from packaging.requirements import Requirement
 transformers = pytest.importorskip("transformers", reason="the recipes need: pip install 'hf_lopt[recipes]'")
 pytest.importorskip("matplotlib", reason="the recipes need: pip install 'hf_lopt[recipes]'")
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))  # as when one of them is run as a script
+from recipe_cases import RECIPES, requires  # noqa: E402, I001  (first: it makes the recipes importable)
 
 import arguments  # noqa: E402
 import assets  # noqa: E402
@@ -31,15 +29,6 @@ import text_classification  # noqa: E402
 TINY_LM = "--layers 1 --width 16 --heads 2 --vocab_size 257 --block_size 32 --per_device_train_batch_size 4".split()
 # The weights inside the package, wherever the tests run.
 BUNDLED = ["--optim_args", "weights=bundled"]
-
-
-def requires(package):
-    try:
-        assets.package_dir(package)
-        missing = ""
-    except assets.MissingPackageError as error:
-        missing = str(error)
-    return pytest.mark.skipif(bool(missing), reason=missing)
 
 
 @pytest.fixture(autouse=True)

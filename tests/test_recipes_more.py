@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from PIL import Image
 transformers = pytest.importorskip("transformers", reason="the recipes need: pip install 'hf_lopt[recipes]'")
 pytest.importorskip("matplotlib", reason="the recipes need: pip install 'hf_lopt[recipes]'")
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))  # as when one of them is run as a script
+import recipe_cases  # noqa: E402, F401, I001  (first: it makes the recipes importable)
 
 import arguments  # noqa: E402
 import assets  # noqa: E402
