@@ -69,11 +69,14 @@ SETTINGS = {
     "image_classification": ("1e-3,3e-3,1e-2", "--max_steps 200 --eval_steps 50"),
     "seq2seq": ("1e-3,3e-3,1e-2", "--max_steps 300 --eval_steps 100"),
 }
-# Other lengths of the runs, without a picture.
+# Other lengths of the runs, without a picture, and the learned optimizers that are compared at them: two epochs of
+# fine-tuning take Celo2 and small_fc five minutes a run.
 LENGTHS = {
-    "causal_lm": (50, 1000),
-    "image_classification": (50, 1000),
-    "seq2seq": (50, 1000),
+    "causal_lm": {50: LEARNED, 1000: LEARNED},
+    "text_classification": {50: LEARNED, 256: ["velo", "celo"]},
+    "token_classification": {50: LEARNED},
+    "image_classification": {50: LEARNED, 1000: LEARNED},
+    "seq2seq": {50: LEARNED, 1000: LEARNED},
 }
 LENGTHS_FILE = RESULTS / "lengths.json"
 # Beside AdamW where models are trained from scratch, each with a rate from the same grid.
@@ -98,9 +101,9 @@ def final_numbers(run: Mapping[str, Any], metric: str, drawn: bool = True) -> di
     return dict(run) | {"final": storing.rounded(final, 8), "history": history}
 
 
-def names_of(recipe: str) -> tuple[list[str], list[str]]:
-    """The learned optimizers that a recipe is trained with, and those beside them, which have a grid."""
-    return LEARNED, ["adamw_torch", *([] if recipe in FINE_TUNING else OTHERS)]
+def others_of(recipe: str) -> list[str]:
+    """The optimizers beside the learned ones, which have a grid."""
+    return ["adamw_torch", *([] if recipe in FINE_TUNING else OTHERS)]
 
 
 def published_celo(results: dict, seeds: list[int], file: str | None) -> dict[str, dict]:
@@ -140,8 +143,8 @@ def run(recipe: str, seeds: list[int], celo: str | None) -> dict:
     if kept_in.is_file() and not (folder / "results.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "results.json", stored(recipe))
-    learned, others = names_of(recipe)
-    argv = ["--recipe", recipe, "--optims", *learned, "adamw_torch", *(f"{name}={rates}" for name in others)]
+    argv = ["--recipe", recipe, "--optims", *LEARNED, "adamw_torch"]
+    argv += [f"{name}={rates}" for name in others_of(recipe)]
     argv += ["--seeds", *map(str, seeds), "--optim_args", "weights=bundled", "--output_dir", str(folder)]
     results = comparing.main([*argv, *options.split()])
     results["recipe_arguments"].pop("output_dir", None)
@@ -162,9 +165,10 @@ def rows_of_length(recipe: str, steps: int, seeds: list[int], celo: str | None, 
     for name in ("--max_steps", "--eval_steps"):
         place = words.index(name)
         words[place + 1] = str(steps)
-    learned, others = names_of(recipe)
-    grids = [f"{name}={rate}" for name in others for rate in rates.split(",")]
-    wanted = {"bundled": [label for label in [*learned, *grids] if label not in known]}
+    # Trainer's own rate of AdamW is in the race where a model is fine-tuned.
+    grids = [f"{name}={rate}" for name in others_of(recipe) for rate in rates.split(",")]
+    grids += ["adamw_torch"] if recipe in FINE_TUNING else []
+    wanted = {"bundled": [label for label in [*LENGTHS[recipe][steps], *grids] if label not in known]}
     if celo is not None and PUBLISHED not in known:
         wanted[celo] = ["celo"]
     rows = []
@@ -182,7 +186,7 @@ def rows_of_length(recipe: str, steps: int, seeds: list[int], celo: str | None, 
 
 def compare_lengths(recipes: list[str], seeds: list[int], celo: str | None) -> None:
     """Do what is missing of :data:`LENGTHS`, and keep the rows. A row that is there is not made again: delete it."""
-    for recipe, steps in ((name, steps) for name in recipes for steps in LENGTHS.get(name, ())):
+    for recipe, steps in ((name, steps) for name in recipes for steps in LENGTHS.get(name, {})):
         found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
         known = found.get(recipe, {}).get(str(steps), [])
         new = rows_of_length(recipe, steps, seeds, celo, [row["label"] for row in known])

@@ -199,15 +199,24 @@ def test_a_number_is_taken_literally_also_between_steps():
 
 
 @pytest.mark.filterwarnings("ignore:hf_lopt: ")
-def test_adapters():
+@pytest.mark.parametrize("named", [False, True], ids=["by their layer", "by their names"])
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained before"])
+def test_adapters(named, trained):
+    """B, which starts at zero, has a least size, also where it is not zero any more; A has its own."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(gemma(), peft.LoraConfig(target_modules=["q_proj"], r=2))
-    optimizer = made([p for p in model.parameters() if p.requires_grad])
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if trained:
+        for p in adapters.values():
+            nn.init.normal_(p, std=0.01)
+    if named:  # alone, as a program might keep them
+        adapters = {name: nn.Parameter(p.detach().clone()) for name, p in adapters.items()}
+    optimizer = made(adapters.items() if named else adapters.values())
     step(optimizer)
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert len(named) == 2 and all("lora_" in name for name in named)  # A is not zero, B is
-    for p in named.values():
-        assert optimizer.state[p]["min_param_scale"].item() == pytest.approx(least_sizes.ADAPTER.floor)
+    assert len(adapters) == 2
+    for name, p in adapters.items():
+        wanted = 0.1 if ".lora_B." in name else 0.0
+        assert optimizer.state[p]["min_param_scale"].item() == pytest.approx(wanted), name
 
 
 def test_published_weights_get_the_same():
