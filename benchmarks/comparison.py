@@ -48,7 +48,7 @@ CURVES = {
 LEARNED = ["velo", "celo", "celo2", "small_fc_lopt"]
 FINE_TUNING = ("text_classification", "token_classification", "lora")
 PUBLISHED = "celo, published weights"
-EVALUATED = ("step", "eval_loss", "step_seconds", "step_cpu_seconds")
+EVALUATED = ("step", "eval_loss", "step_cpu_seconds")
 # Recipe -> the grid of AdamW, and arguments under which a run takes some 10 to 40 seconds on one core, fine-tuning 80.
 SETTINGS = {
     "causal_lm": (
@@ -98,7 +98,8 @@ def final_numbers(run: Mapping[str, Any], metric: str, drawn: bool = True) -> di
     ]
     history = storing.rounded(evaluations if drawn else evaluations[-1:])
     final = {key: run["final"][key] for key in ("train_loss", "eval_loss", metric)}
-    return dict(run) | {"final": storing.rounded(final, 8), "history": history}
+    kept = {key: x for key, x in run.items() if key != "seconds"}  # of a machine that others use, too
+    return kept | {"final": storing.rounded(final, 8), "history": history}
 
 
 def others_of(recipe: str) -> list[str]:
@@ -223,16 +224,24 @@ def table_of_lengths() -> list[str]:
 
 
 def packed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results as they are stored; see :func:`stored`."""
-    runs = {key: run | {"history": storing.as_columns(run["history"])} for key, run in results["runs"].items()}
-    return {key: x for key, x in results.items() if key != "rows"} | storing.without_usual(runs)
+    """Results as they are stored; see :func:`stored`. Weights stand once for each label."""
+    weights = {run["label"]: run["weights"] for run in results["runs"].values() if run.get("weights")}
+    runs = {
+        name: {key: x for key, x in run.items() if key != "weights"} | {"history": storing.as_columns(run["history"])}
+        for name, run in results["runs"].items()
+    }
+    rest = {key: x for key, x in results.items() if key != "rows"}
+    return rest | {"weights": weights} | storing.without_usual(runs)
 
 
 def stored(recipe: str) -> dict:
     """What is stored of one recipe's comparison."""
     results = json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
-    whole = storing.whole_runs(results)
-    runs = {key: run | {"history": storing.as_entries(run["history"])} for key, run in whole.items()}
+    weights = results.pop("weights")
+    runs = {
+        key: run | {"history": storing.as_entries(run["history"]), "weights": weights.get(run["label"])}
+        for key, run in storing.whole_runs(results).items()
+    }
     return results | {"runs": runs, "rows": rows_of(runs, results["metric"])}
 
 

@@ -177,7 +177,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], metric: str) -> list[dict[str, 
             spread = statistics.stdev(values) if len(values) > 1 else None
             row[key] = {"mean": statistics.fmean(values), "spread": spread}
         for key in ("step_seconds", "step_cpu_seconds"):
-            row[key] = statistics.fmean(run["history"][-1][key] for run in mine)
+            row[key] = statistics.fmean(run["history"][-1].get(key, math.nan) for run in mine)
         rows[label] = row
     for optim in dict.fromkeys(row["optim"] for row in rows.values()):
         mine = sorted((row for row in rows.values() if row["optim"] == optim), key=lambda row: row["learning_rate"])
