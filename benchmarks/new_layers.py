@@ -43,6 +43,7 @@ from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
 from hf_lopt.meta.table import machine
+from hf_lopt.pretrained import OF_POOLER
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -227,6 +228,7 @@ def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", n
 
 LIBRARIES = ("numpy", "sklearn", "matplotlib", "torch", "transformers")
 PER_LIBRARY, LENGTH, DOC_STEPS = 600, 48, 100
+SHARES = {"head": 0.0, "head, pooler half": OF_POOLER, "head and pooler": 1.0}  # how far the pooler counts as new
 
 
 def docstrings_of(library: str) -> Iterator[str]:
@@ -268,20 +270,12 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
         return mean(f"docstrings: {rule}, {how}", [final_loss(task, seed, rule, *how) for seed in range(seeds)])
 
     found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 3e-4)}}
-    for rule, weights in [
-        *((rule, "bundled") for rule in RULES if rule != "celo"),
-        *([("celo", celo)] if celo else []),
-    ]:
-        known = rules.get(rule)
-        lr, whole = known.finetune_lr, known.defaults["lr"] / known.finetune_lr
-        rows = found[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
+    for rule, weights in [("velo", "bundled"), *([("celo", celo)] if celo else [])]:
+        lr, new_layers = rules.get(rule).finetune_lr, rules.get(rule).lr_of_new_layers
+        found[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
             "nothing": losses(rule, lr, weights, 1.0),
-            f"head x{whole:.3g}": losses(rule, lr, weights, whole, 0.0),
-            f"head and pooler x{whole:.3g}": losses(rule, lr, weights, whole, 1.0),
+            **{words: losses(rule, lr, weights, new_layers / lr, share) for words, share in SHARES.items()},
         }
-        shipped = known.lr_of_new_layers / lr
-        if shipped != whole:
-            rows[f"head and pooler x{shipped:.3g}"] = losses(rule, lr, weights, shipped, 0.5)
     return found
 
 

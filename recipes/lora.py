@@ -7,7 +7,7 @@ of rank 8; one or two minutes on two CPU cores. The model needs: pip install --n
   python recipes/lora.py --model meta-llama/Llama-3.2-1B --text_file book.txt --target_modules all-linear --rank 16
 
 The B matrix of an adapter starts at zero. VeLO and Celo scale every step by the size of the tensor, and count B as at
-least 0.1 large, without which it would hardly leave zero in a short run. --min_param_scale sets another least size,
+least 0.05 large, without which it would hardly leave zero in a short run. --min_param_scale sets another least size,
 for all tensors; 0 is the published rule.
 """
 

@@ -93,7 +93,7 @@ class OfTheirOwn(Trainer):
 
 @pytest.mark.parametrize(
     ("model", "lr", "floor"),
-    [(scratch, 1, 0), (pretrained, 0.05, 0), (adapters, 1, 0.1)],
+    [(scratch, 1, 0), (pretrained, 0.05, 0), (adapters, 1, 0.05)],
 )
 @pytest.mark.parametrize("subclass", [OwnGroups, WithModel, LearningRateFirst, OfTheirOwn])
 def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, floor):
