@@ -224,24 +224,21 @@ def table_of_lengths() -> list[str]:
 
 
 def packed(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results as they are stored; see :func:`stored`. Weights stand once for each label."""
-    weights = {run["label"]: run["weights"] for run in results["runs"].values() if run.get("weights")}
-    runs = {
-        name: {key: x for key, x in run.items() if key != "weights"} | {"history": storing.as_columns(run["history"])}
-        for name, run in results["runs"].items()
-    }
+    """Results as they are stored; see :func:`stored`. What all runs under one label share stands once."""
+    runs = {name: run | {"history": storing.as_columns(run["history"])} for name, run in results["runs"].items()}
+    short = storing.without_usual(runs)
+    of_labels, runs = storing.shared_by(short["runs"], "label")
     rest = {key: x for key, x in results.items() if key != "rows"}
-    return rest | {"weights": weights} | storing.without_usual(runs)
+    return rest | {"usual": short["usual"], "of_labels": of_labels, "runs": runs}
 
 
 def stored(recipe: str) -> dict:
     """What is stored of one recipe's comparison."""
     results = json.loads((RESULTS / f"{recipe}.json").read_text(encoding="utf-8"))
-    weights = results.pop("weights")
-    runs = {
-        key: run | {"history": storing.as_entries(run["history"]), "weights": weights.get(run["label"])}
-        for key, run in storing.whole_runs(results).items()
-    }
+    of_labels = results.pop("of_labels")
+    short = {key: of_labels[run["label"]] | run for key, run in results["runs"].items()}
+    whole = storing.whole_runs(results | {"runs": short})
+    runs = {key: run | {"history": storing.as_entries(run["history"])} for key, run in whole.items()}
     return results | {"runs": runs, "rows": rows_of(runs, results["metric"])}
 
 
@@ -329,7 +326,7 @@ def main() -> None:
     ]
     if len(found) == len(SETTINGS):
         draw_comparisons(PICTURE, found, dpi=64, columns=["held-out"])
-        storing.use_palette(PICTURE, 48)
+        storing.use_palette(PICTURE, 24)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 

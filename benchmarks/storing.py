@@ -73,6 +73,17 @@ def whole_runs(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: record.get("usual", {}) | run for name, run in record["runs"].items()}
 
 
+def shared_by(runs: Mapping[str, Mapping[str, Any]], key: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What all runs with one value of ``key`` have in common, by that value, and the runs without it."""
+    shared: dict[str, dict[str, Any]] = {}
+    for run in runs.values():
+        before = shared.get(run[key])
+        same = run if before is None else before
+        shared[run[key]] = {k: x for k, x in same.items() if k != key and k in run and run[k] == x}
+    rest = {name: {k: x for k, x in run.items() if k not in shared[run[key]]} for name, run in runs.items()}
+    return shared, rest
+
+
 def as_columns(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, list[Any]]]:
     """Lists of values by key, one dict for neighbours with the same keys. Undone by :func:`as_entries`."""
     groups = itertools.groupby(entries, key=tuple)
