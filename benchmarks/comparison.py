@@ -326,7 +326,7 @@ def main() -> None:
     ]
     if len(found) == len(SETTINGS):
         draw_comparisons(PICTURE, found, dpi=64, columns=["held-out"])
-        storing.use_palette(PICTURE, 24)
+        storing.use_palette(PICTURE, 48)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
 

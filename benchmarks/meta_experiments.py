@@ -242,7 +242,7 @@ def figures() -> None:
         axes.set(xlabel="test task", ylabel="final fresh loss / tuned AdamW's (log scale)")
         axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
         figure.legend(fontsize=8, frameon=False, loc="outside center right")
-        figure.savefig(RESULTS / "meta_evaluation.png", dpi=110)
+        figure.savefig(RESULTS / "meta_evaluation.png", dpi=90)
         use_palette(RESULTS / "meta_evaluation.png", 64)
         plt.close(figure)
 
