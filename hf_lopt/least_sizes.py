@@ -60,7 +60,7 @@ BIAS = Kind("biases", 0.0)
 VECTOR = Kind("vectors of zeros", 0.0)
 # The output matrix of an adapter (B) starts at zero, and is small still if it was trained before. The input matrix (A)
 # starts from random numbers, as other matrices do. Both by benchmarks/adapters.py: with A counted as 0.1, four times
-# its size in a 135M language model, it moves too far there, and with 0.1 for B some runs rise again.
+# its size in a 135M language model, it moves too far there, and with 0.1 for B some runs end far above others.
 ADAPTER = Kind("output matrices of adapters", 0.05, always=True)
 OF_ADAPTER = Kind("tensors of adapters", 0.1)
 
