@@ -43,7 +43,7 @@ from assets import smollm2_dir  # noqa: E402
 
 FILE = RESULTS / "adapters.json"
 ADAMW = (3e-3, 1e-2)
-# Words -> the least size of A and of B; A's is for a size near zero only where it is 0.
+# Words -> what A and B count as at least; 0: as they are.
 FLOORS = {"A 0.1, B 0.1": (0.1, 0.1), "B 0.1": (0.0, 0.1), "B 0.05": (0.0, 0.05), "B 0.03": (0.0, 0.03)}
 BLOCK, HELD_OUT = 64, 32
 

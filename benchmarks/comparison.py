@@ -207,7 +207,7 @@ def table_of_lengths() -> list[str]:
         "## Shorter and longer runs",
         "",
         "Held-out loss after so many steps, three seeds, everything else as above (`--lengths`); of those with a grid "
-        "the best of three rates, in brackets.",
+        "the best rate, in brackets.",
         "",
         "| optimizer | " + " | ".join(f"{recipe}, {steps}" for recipe, steps in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
