@@ -103,9 +103,11 @@ def test_trl_sft_with_adapters(tmp_path, tokenizer, pretrained):
         return trl.SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer, peft_config=adapters)
 
     trainer = clients.train_and_resume(make, tmp_path / "out", by=0.005)
-    assert all("lora_" in name for name in clients.trainable(trainer.model))
+    trainable = clients.trainable(trainer.model)
+    assert all("lora_" in name for name in trainable)
     sizes = [state["min_param_scale"].item() for state in clients.learned(trainer).state.values()]
-    assert sizes == pytest.approx([0.1] * len(sizes))
+    wanted = [0.05 * (".lora_B." in name) for name in trainable]
+    assert sorted(sizes) == pytest.approx(sorted(wanted))
 
 
 def test_trl_dpo(tmp_path, tokenizer):
