@@ -2,7 +2,7 @@
 
 Runs recipes/compare.py on small settings of six recipes and writes benchmarks/results/comparison/RECIPE.json,
 comparison.md, comparison.png and the picture of README.md; with `--draw` only the page and the pictures, from the
-files. `--lengths` compares shorter and longer runs of three recipes, and keeps the final numbers only
+files. `--lengths` compares shorter and longer runs, and keeps the final numbers only
 (comparison/lengths.json). `--celo` names a file of published Celo weights. Results are the final numbers of every run,
 and the evaluations of those in the picture, under its arguments and the SHA-256 of its weights: what is there is not
 done again, so that new weights of one optimizer cost only its own runs. Schedule-free AdamW wants
@@ -185,20 +185,25 @@ def rows_of_length(recipe: str, steps: int, seeds: list[int], celo: str | None, 
     return storing.rounded(rows, 4)
 
 
+def lengths_found() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Recipe -> steps -> rows, as they are stored."""
+    return json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+
+
 def compare_lengths(recipes: list[str], seeds: list[int], celo: str | None) -> None:
     """Do what is missing of :data:`LENGTHS`, and keep the rows. A row that is there is not made again: delete it."""
     for recipe, steps in ((name, steps) for name in recipes for steps in LENGTHS.get(name, {})):
-        found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+        found = lengths_found()
         known = found.get(recipe, {}).get(str(steps), [])
         new = rows_of_length(recipe, steps, seeds, celo, [row["label"] for row in known])
-        found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8")) if LENGTHS_FILE.is_file() else {}
+        found = lengths_found()  # again: another recipe's may have been written meanwhile
         found.setdefault(recipe, {})[str(steps)] = [*known, *new]
         storing.write_record(LENGTHS_FILE, found)
 
 
 def table_of_lengths() -> list[str]:
     """Held-out loss of every optimizer at each length; of those with a grid the best rate."""
-    found = json.loads(LENGTHS_FILE.read_text(encoding="utf-8"))
+    found = lengths_found()
     columns = [(recipe, steps) for recipe in SETTINGS for steps in found.get(recipe, {})]
     labels = list(LEARNED)
     labels.insert(labels.index("celo") + 1, PUBLISHED)
