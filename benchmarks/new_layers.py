@@ -2,6 +2,7 @@
 
     python -m benchmarks.new_layers [--celo FILE]    # -> benchmarks/results/new_layers.json
     python -m benchmarks.new_layers --poolers [--celo FILE]    # minutes a run, more numbers in the same file
+    python -m benchmarks.new_layers --lengths [--celo FILE]    # the same
 
 Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
 predicts bytes of help texts tells what a piece of text is from; a BERT that fills in missing bytes
@@ -9,13 +10,16 @@ tells for each byte what kind of token it is in; a vision transformer that knows
 Numbers are held-out losses, means over seeds. Every rule has its ``lr`` for fine-tuning; the head has that times each
 of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--celo`` names a file of published weights.
 With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
-docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. One thread.
+docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. With ``--lengths``
+all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, once, 1.4 times and
+twice as large. One thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import functools
 import importlib.util
 import io
@@ -258,16 +262,18 @@ def docstrings() -> dict[str, Tensor]:
     return dict(tokens) | {"labels": torch.tensor([i for _, i in found])}
 
 
+def with_five_classes(path: str) -> nn.Module:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(LIBRARIES))
+
+
+DOCSTRINGS = Task(with_five_classes, lambda: str(minilm_dir()), docstrings, DOC_STEPS)
+
+
 def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
     """Rule -> held-out loss, with nothing but the ``lr`` for fine-tuning, or more for the head and the pooler."""
 
-    def load(path: str) -> nn.Module:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(LIBRARIES))
-
-    task = Task(load, lambda: str(minilm_dir()), docstrings, DOC_STEPS)
-
     def losses(rule: str, *how: Any) -> dict[str, float]:
-        return mean(f"docstrings: {rule}, {how}", [final_loss(task, seed, rule, *how) for seed in range(seeds)])
+        return mean(f"docstrings: {rule}, {how}", [final_loss(DOCSTRINGS, seed, rule, *how) for seed in range(seeds)])
 
     found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 3e-4)}}
     for rule, weights in [("velo", "bundled"), *([("celo", celo)] if celo else [])]:
@@ -279,19 +285,46 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
     return found
 
 
+# ---- lengths --------------------------------------------------------------------------------------------------------
+
+TIMES = (1.0, 1.4, 2.0)
+LENGTHS = (50, 100, 300)
+# Of docstrings, whose runs take minutes: longer ones where it is less clear what is best.
+DOC_LENGTHS = {"velo": (50, 100, 200), "celo": (50, 100), "celo_adam": (100,)}
+
+
+def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
+    """Task -> rule -> steps -> multiplier -> held-out loss."""
+    contenders = [("velo", "bundled"), ("celo_adam", "bundled"), *([("celo", celo)] if celo else [])]
+    found: dict[str, Any] = {}
+    for (name, task), (rule, weights) in itertools.product((TASKS | {"docstrings": DOCSTRINGS}).items(), contenders):
+        known = rules.get(rule)
+        kind = f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
+        lengths = DOC_LENGTHS[rule] if task is DOCSTRINGS else LENGTHS
+        rows = found.setdefault(name, {}).setdefault(kind, {})
+        for steps, times in itertools.product(lengths, TIMES):
+            lr, new_layers = times * known.finetune_lr, known.lr_of_new_layers / known.finetune_lr
+            of_length = dataclasses.replace(task, steps=steps)
+            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
+            rows.setdefault(str(steps), {})[f"{times:g}"] = mean(f"{name}: {kind}, {steps} steps, x{times:g}", losses)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celo", help="a file of published Celo weights")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--poolers", action="store_true", help="only the runs with and without poolers, one seed each")
+    parser.add_argument("--lengths", action="store_true", help="only the runs of several lengths, two seeds each")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if options.poolers:
-        record = json.loads(FILE.read_text(encoding="utf-8"))
-        write_record(FILE, record | {"poolers": rounded(compare_poolers(options.celo, 1), 4)})
+    if options.poolers or options.lengths:
+        name = "poolers" if options.poolers else "lengths"
+        more = compare_poolers(options.celo, 1) if options.poolers else compare_lengths(options.celo, 2)
+        write_record(FILE, json.loads(FILE.read_text(encoding="utf-8")) | {name: rounded(more, 4)})
         return
     contenders = [(rule, "bundled") for rule in RULES]
     contenders += [("celo", options.celo)] if options.celo else []

@@ -33,6 +33,7 @@ class GivenSettings(Optimizer):
         explicit_settings: names of the keywords that the constructor was called with, positional ones included.
         run_policy: what an integration decided for this run, for reports; None without one.
         lr_is_chosen: whether the lr is somebody's choice, where an integration that sets it knows; None: look.
+        is_fine_tuning: whether the lr, unless somebody chose it, is that for a pretrained model.
         state_was_loaded: whether per-parameter state came from ``load_state_dict`` and nobody has reacted to that yet.
     """
 
@@ -41,6 +42,7 @@ class GivenSettings(Optimizer):
     explicit_settings: frozenset[str] = frozenset()
     run_policy: Any = None
     lr_is_chosen: bool | None = None
+    is_fine_tuning: bool = False
     state_was_loaded: bool = False
     _lr_by_position: Any = None
     # The checkpoint of the model, where lr counts as for fine-tuning because nobody has chosen one; "" once settled.
@@ -112,6 +114,7 @@ class GivenSettings(Optimizer):
         lr, settings = rule.fine_tuning(weights)
         of_new, of_loaded = (x / rule.defaults["lr"] for x in (rule.lr_of_new_layers, lr))
         self._fine_tunes, self._counts = pretrained_name(model) or "", (of_new, of_loaded)
+        self.is_fine_tuning = True
         new = pretrained.new_tensors(model)
         pretrained.set_scales(groups, new, of_new, of_loaded)
         short = f"a pretrained model: lr counts {of_loaded:g} times"
@@ -129,6 +132,7 @@ class GivenSettings(Optimizer):
             for group in self.param_groups:
                 group.pop(lr_scales.KEY, None)
                 group.update(self._before_fine_tuning)
+            self.is_fine_tuning = False
         self._fine_tunes = ""
 
     @property

@@ -89,7 +89,7 @@ class LearnedOptimizer(GivenSettings):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_rule": self._rule.name, "_weights": self._weights, "_chosen_steps": self._run_state.chosen_steps}
-        return super().__getstate__() | own | {"_chose_lr": self._chose_lr()}
+        return super().__getstate__() | own | {"_chose_lr": self._chose_lr(), "is_fine_tuning": self.is_fine_tuning}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)

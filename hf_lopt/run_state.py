@@ -189,13 +189,14 @@ class RunState:
             self._decide_multiplier()
 
     def _wanted_multiplier(self) -> float:
-        by_length = self._rule.run_length
+        owner = self.owner
         # Whoever brings a network as arrays wants its steps as they are.
-        if by_length is None or self._weights.source == "mapping" or self.owner._chose_lr():
+        if self._weights.source == "mapping" or owner._chose_lr():
             return 1.0
-        if any(lr_scales.KEY in group for group in self.groups):  # fine-tuning, or somebody's choice
+        if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
             return 1.0
-        return by_length.multiplier(self.num_updates)
+        by_length = self._rule.length_of_run(self._weights, owner.is_fine_tuning)
+        return 1.0 if by_length is None else by_length.multiplier(self.num_updates)
 
     def _decide_multiplier(self) -> None:
         multiplier = self._wanted_multiplier()

@@ -92,11 +92,11 @@ class OfTheirOwn(Trainer):
 
 
 @pytest.mark.parametrize(
-    ("model", "lr", "floor"),
-    [(scratch, 1, 0), (pretrained, 0.05, 0), (adapters, 1, 0.05)],
+    ("model", "lr", "multiplier", "floor"),
+    [(scratch, 1, 5, 0), (pretrained, 0.05, 2, 0), (adapters, 1, 5, 0.05)],
 )
 @pytest.mark.parametrize("subclass", [OwnGroups, WithModel, LearningRateFirst, OfTheirOwn])
-def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, floor):
+def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, multiplier, floor):
     changes = {"optim": "adamw_torch", "optim_args": None} if subclass is OfTheirOwn else {}
     trainer = make(tmp_path, model(tmp_path), subclass, **changes)
     optimizer, said = run(trainer)
@@ -111,7 +111,7 @@ def test_own_groups_get_what_trainers_groups_get(tmp_path, subclass, model, lr, 
     assert sum("optim='velo'" in text for text in said) == 1
 
     plain, _ = run(make(tmp_path, model(tmp_path)))
-    assert optimizer.length_multiplier == plain.length_multiplier == (5.0 if lr == 1 else 1.0)
+    assert optimizer.length_multiplier == plain.length_multiplier == multiplier
     layout = [
         {id_: g["axis_order"] for g in o.param_groups for id_ in (tuple(p.shape) for p in g["params"])}
         for o in (optimizer, plain)
@@ -279,9 +279,11 @@ def test_an_lr_that_was_given_stays_and_one_that_was_not_is_set(tmp_path, how):
     optimizer, said = run(passed_in(tmp_path, pretrained(tmp_path), how))
     assert {group["lr"] for group in optimizer.param_groups} == {0.05}
     assert any("lr was not set (1): it is 0.05" in text for text in said)
+    assert optimizer.length_multiplier == 2.0 and any("lr counts 2 times" in text for text in said)
     optimizer, said = run(passed_in(tmp_path, pretrained(tmp_path), how, lr=1.0))
     assert {group["lr"] for group in optimizer.param_groups} == {1.0}
     assert any("group 0 has lr=1" in text and "about 0.05" in text for text in said)
+    assert optimizer.length_multiplier == 1.0
     optimizer, said = run(passed_in(tmp_path, cases.tiny_llama(), how, axis_order="jax", min_param_scale=0.2))
     assert {(g["axis_order"], g["min_param_scale"]) for g in optimizer.param_groups} == {("jax", 0.2)}
 

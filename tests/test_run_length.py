@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+import hf_cases as cases
 import hf_lopt
 from hf_lopt import rules
+from hf_lopt.hf.replace import Options, Replacer
 
 
+transformers_5 = pytest.mark.skipif(
+    cases.older("transformers", "5.0"), reason="transformers 4 does not mark what it has loaded"
+)
 FOLLOWING = ("celo", "celo_adam", "velo", "velo_s")
 
 
@@ -155,3 +160,98 @@ def test_updates_count_where_several_steps_are_one():
     optimizer, params = make(steps=100, max_training_steps=50)
     train(optimizer, params)
     assert optimizer.length_multiplier == pytest.approx(by_hand(50))
+
+
+# ---- fine-tuning ----------------------------------------------------------------------------------------------------
+
+
+def fine_tuned_by_hand(steps, published=False):
+    """Of the constants in the documentation."""
+    return min(max(((100 if published else 300) / steps) ** 0.9, 1.0), 2.0)
+
+
+@pytest.fixture
+def loaded(tmp_path):
+    cases.tiny_llama().save_pretrained(tmp_path / "model")
+    return lambda: type(cases.tiny_llama()).from_pretrained(tmp_path / "model")
+
+
+def one_step(model, optimizer):
+    batch = torch.stack([row["input_ids"] for row in cases.byte_rows(2)])
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    optimizer.step(loss)
+    optimizer.zero_grad()
+
+
+def weights_of(rule, published, folder):
+    """Embedded ones, or the same as a file, which says nothing about where it is from."""
+    if not published:
+        return "bundled"
+    hf_lopt.weights.save(hf_lopt.weights.load(rule, "bundled"), folder / "other.safetensors")
+    return str(folder / "other.safetensors")
+
+
+@transformers_5
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("rule", FOLLOWING)
+@pytest.mark.parametrize("steps", [50, 80, 120, 200, 300, 1000])
+def test_fine_tuning_follows_the_length_less(rule, steps, published, loaded, tmp_path):
+    model = loaded()
+    spec = weights_of(rule, published, tmp_path)
+    optimizer = hf_lopt.LearnedOptimizer(model.parameters(), rule, num_training_steps=steps, weights=spec)
+    one_step(model, optimizer)
+    assert optimizer.length_multiplier == pytest.approx(fine_tuned_by_hand(steps, published), rel=1e-12)
+
+
+@transformers_5
+def test_fine_tuning_as_if_the_lr_had_been_set(loaded):
+    ours, by_hand = loaded(), loaded()
+    one_step(ours, hf_lopt.VeLO(ours.parameters(), num_training_steps=120, weights="bundled"))
+    lr = 0.05 * fine_tuned_by_hand(120)
+    one_step(by_hand, hf_lopt.VeLO(by_hand.parameters(), lr=lr, num_training_steps=120, weights="bundled"))
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), loaded().parameters(), strict=True))
+    for a, b in zip(ours.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@transformers_5
+def test_fine_tuning_is_one_at_all_doors(loaded, tmp_path):
+    """Trainer with ``optim=``, ``--replace``, a copy, a resumed run that becomes longer, and one from before."""
+    args = cases.arguments(tmp_path, max_steps=3)
+    trainer = cases.Trainer(loaded(), args, train_dataset=cases.byte_rows(8))
+    trainer.train()
+    assert trainer.optimizer.optimizer.length_multiplier == 2.0
+    chosen = cases.arguments(tmp_path, max_steps=3, learning_rate=0.05)
+    trainer = cases.Trainer(loaded(), chosen, train_dataset=cases.byte_rows(8))
+    trainer.train()
+    assert trainer.optimizer.optimizer.length_multiplier == 1.0
+
+    for lr, wanted in ((None, fine_tuned_by_hand(200)), (0.05, 1.0)):
+        options, model = Options(optim_args="weights=bundled", lr=lr, steps=200), loaded()
+        options.add("AdamW=velo")
+        with Replacer(options):
+            replaced = torch.optim.AdamW(model.parameters())
+            one_step(model, replaced)
+        assert replaced.param_groups[0]["lr"] == 0.05
+        assert replaced.length_multiplier == pytest.approx(wanted)
+    copied = copy.deepcopy(replaced)
+    copied.num_training_steps = 250
+    assert copied.length_multiplier == 1.0  # its lr was chosen
+
+    model = loaded()
+    ours = hf_lopt.VeLO(model.parameters(), num_training_steps=200, weights="bundled")
+    one_step(model, ours)
+    copied, saved = copy.deepcopy(ours), copy.deepcopy(ours.state_dict())
+    copied.num_training_steps = 250
+    assert copied.length_multiplier == pytest.approx(fine_tuned_by_hand(250))
+    before = copy.deepcopy(saved)
+    for group in before["param_groups"]:
+        group["length_multiplier"] = 1.0  # of a version in which fine-tuning had none
+    now, longer = fine_tuned_by_hand(200), fine_tuned_by_hand(250)
+    for state, steps, wanted in ((saved, 200, now), (saved, 250, longer), (before, 200, 1.0)):
+        again = loaded()
+        resumed = hf_lopt.VeLO(again.parameters(), weights="bundled")
+        resumed.load_state_dict(copy.deepcopy(state))
+        resumed.num_training_steps = steps
+        assert resumed.length_multiplier == pytest.approx(wanted)

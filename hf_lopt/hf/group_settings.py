@@ -55,7 +55,7 @@ def settle(optimizer: LearnedOptimizer, args: TrainingArguments, model: nn.Modul
     else:
         optimizer._forget_fine_tuning()
         _settle_lr(optimizer, policy, args, model, free=scheduler is None and not optimizer.state_was_loaded)
-    optimizer.lr_is_chosen = policy.lr_is_chosen
+    optimizer.lr_is_chosen, optimizer.is_fine_tuning = policy.lr_is_chosen, bool(policy.default_lr.reason)
     for key, choice in policy.settings.items():
         _settle_setting(optimizer, policy, key, choice.value)
     if model is not None and any(p.requires_grad for p in model.parameters()):

@@ -53,8 +53,7 @@ class RunPolicy:
         schedule: the type of the scheduler. Where the user passes a scheduler, its class.
         settings: further settings of the groups that suit the weights and the model, by name.
         weight_decay: of the parameters that decay.
-        lr_is_chosen: whether somebody chose the lr, or it is that for a pretrained model: then it does not follow the
-            length of the run.
+        lr_is_chosen: whether somebody chose the lr. Then it does not follow the length of the run.
         horizon: length of the run in optimizer steps; 0 until training begins, and for rules that need none.
         length_multiplier: what lr counts because of that length.
         new_layers: what lr counts of tensors that the checkpoint of a pretrained model lacks.
@@ -208,8 +207,6 @@ def choose_run(
         weight_decay = Choice(given.get("weight_decay", rule.defaults["weight_decay"]))
     # New layers start from random numbers, as those of a model from scratch (benchmarks/new_layers.py).
     new_layers = Choice(rule.lr_of_new_layers / default.value if default.reason and not chosen else 1.0)
-    # How far fine-tuning has to go depends on the data more than on the length (benchmarks/run_length.py).
-    chosen = chosen or bool(default.reason)
     settings = {key: choice for key, choice in own_settings(rule, weights, model).items() if key not in given}
     scheduler = _choose_schedule(args, rule, schedule)
     return RunPolicy(rule.name, named, lr, default, scheduler, settings, weight_decay, chosen, new_layers=new_layers)

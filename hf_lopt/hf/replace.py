@@ -252,7 +252,7 @@ class Replacer:
         multiplier = own_multiplier(rule, weights, model)
         lr, why = given.pop("lr", None), "as given"
         lr = self.options.lr if self.options.lr is not None else lr
-        lr_is_chosen = lr is not None or bool(multiplier.reason)
+        lr_is_chosen = lr is not None
         scale = rule.lr_of_new_layers / multiplier.value if lr is None else 1.0  # of new layers
         if lr is None:
             lr, why = multiplier.value, multiplier.reason or f"{rule.class_name}'s own"
@@ -264,7 +264,8 @@ class Replacer:
 
         groups = learned_groups(script, rule, model, lr, given, overrides)
         optimizer = OPTIMIZERS[rule.name](groups, lr=lr, weights=weights, **given)
-        optimizer.lr_is_chosen, optimizer._checks_length = lr_is_chosen, True
+        optimizer.lr_is_chosen, optimizer.is_fine_tuning = lr_is_chosen, bool(multiplier.reason)
+        optimizer._checks_length = True
         if scale != 1.0 and model is not None and {group["lr"] for group in groups} == {lr}:
             pretrained.set_scales(optimizer.param_groups, pretrained.new_tensors(model), scale)
             why = "; ".join(filter(None, (why, new_layers.choice(optimizer.param_groups, model, lr).reason)))
