@@ -58,10 +58,10 @@ class RunLength:
 # Of all rules whose schedule is that of a horizon. At 300 steps the best multiplier is 1 on some tasks and 2.8 on
 # others, for 3 % of the loss on average; and 1.7 cost a sequence-to-sequence model a third. So it ends there.
 RUN_LENGTH = RunLength(steps=300, power=0.9, largest=5.0)
-# The same where a pretrained model is fine-tuned: with embedded weights, and where it ends with others. Published Celo
-# goes further by itself: at 100 steps twice its step helps small models and harms a MiniLM (benchmarks/new_layers.py).
-FINETUNE_RUN_LENGTH = replace(RUN_LENGTH, largest=2.0)
-FINETUNE_STEPS_OF_OTHERS = 100
+# The same where a pretrained model is fine-tuned (benchmarks/new_layers.py).
+FINETUNE_RUN_LENGTH = RunLength(steps=150, power=0.9, largest=2.0)
+# Where both end with weights that are not embedded: published Celo goes further by itself.
+STEPS_OF_OTHERS, FINETUNE_STEPS_OF_OTHERS = 200, 100
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,9 @@ class Rule:
         new_layer_lr: the ``lr`` for layers of a pretrained model that its checkpoint lacks; None: that from scratch.
         needs_horizon, needs_loss: whether a step is undefined without them.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
-        run_length: how the step size follows the length of the run where nobody chose an lr; None: it does not.
-        finetune_run_length: the same of ``finetune_lr``, with embedded weights; others take 1 from fewer steps on.
+        run_length: how the step size follows the length of the run where nobody chose an lr, with embedded weights;
+            None: it does not.
+        finetune_run_length: the same of ``finetune_lr``.
     """
 
     name: str
@@ -128,13 +129,13 @@ class Rule:
         return weights.finetune_lr, weights.finetune_settings
 
     def length_of_run(self, weights: weights.Weights, fine_tuning: bool) -> RunLength | None:
-        """How an lr that nobody chose follows the length of a run."""
-        if not fine_tuning:
-            return self.run_length
-        found = self.finetune_run_length
+        """How an lr that nobody chose follows the length of a run; None: it does not."""
+        found, most = self.run_length, STEPS_OF_OTHERS
+        if fine_tuning:
+            found, most = self.finetune_run_length, FINETUNE_STEPS_OF_OTHERS
         if found is None or weights.origin == "bundled":
             return found
-        return replace(found, steps=FINETUNE_STEPS_OF_OTHERS)
+        return replace(found, steps=min(found.steps, most))
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
