@@ -414,9 +414,9 @@ def test_rates_in_schedulers_are_in_units_of_the_scripts(schedule, lr, run):
         assert space["optimizer"].param_groups[0]["lr"] == pytest.approx(lr)
 
 
-@pytest.mark.parametrize("lr", [None, 0.5])
-def test_a_script_that_leaves_the_optimizer_to_trainer_gets_what_optim_gives(tmp_path, lr, fresh):
-    """Trainer makes an AdamW of its own, unless another is named."""
+@pytest.mark.parametrize(("lr", "loaded", "multiplier"), [(None, False, 5.0), (0.5, False, 1.0), (None, True, 2.0)])
+def test_a_script_that_leaves_the_optimizer_to_trainer_gets_what_optim_gives(tmp_path, lr, loaded, multiplier, fresh):
+    """Trainer makes an AdamW of its own, unless another is named; ``loaded``: a pretrained model."""
     from transformers import Trainer
 
     import hf_cases as cases
@@ -426,11 +426,15 @@ def test_a_script_that_leaves_the_optimizer_to_trainer_gets_what_optim_gives(tmp
     text = "weights=bundled" if lr is None else f"weights=bundled,lr={lr}"
     for optim, context in (("velo", contextlib.nullcontext()), ("adamw_torch", Replacer(options))):
         args = cases.arguments(tmp_path, max_steps=3, optim=optim, optim_args=text if optim == "velo" else None)
-        trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(8))
+        model = cases.tiny_llama()
+        if loaded:
+            model.save_pretrained(tmp_path / "model")
+            model = type(model).from_pretrained(tmp_path / "model")
+        trainer = Trainer(model, args, train_dataset=cases.byte_rows(8))
         with context:
             trainer.train()
         found.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-        assert trainer.optimizer.optimizer.length_multiplier == (5.0 if lr is None else 1.0)
+        assert trainer.optimizer.optimizer.length_multiplier == multiplier
     assert found[0] == found[1]
 
 
