@@ -330,7 +330,7 @@ def main() -> None:
         stored(recipe) if options.draw else run(recipe, options.seeds, options.celo) for recipe in options.recipes
     ]
     if len(found) == len(SETTINGS):
-        draw_comparisons(PICTURE, found, dpi=64, columns=["held-out"])
+        draw_comparisons(PICTURE, found, dpi=58, columns=["held-out"])
         storing.use_palette(PICTURE, 48)
         draw_front(found)
         PAGE.write_text(render(found), encoding="utf-8")
