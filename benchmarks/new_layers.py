@@ -228,6 +228,11 @@ def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", n
     return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}", losses)
 
 
+def labelled(rule: str, weights: str) -> str:
+    """What runs of a rule are called in the record."""
+    return f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
+
+
 # ---- poolers --------------------------------------------------------------------------------------------------------
 
 LIBRARIES = ("numpy", "sklearn", "matplotlib", "torch", "transformers")
@@ -278,7 +283,7 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 3e-4)}}
     for rule, weights in [("velo", "bundled"), *([("celo", celo)] if celo else [])]:
         lr, new_layers = rules.get(rule).finetune_lr, rules.get(rule).lr_of_new_layers
-        found[f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"] = {
+        found[labelled(rule, weights)] = {
             "nothing": losses(rule, lr, weights, 1.0),
             **{words: losses(rule, lr, weights, new_layers / lr, share) for words, share in SHARES.items()},
         }
@@ -299,7 +304,7 @@ def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (name, task), (rule, weights) in itertools.product((TASKS | {"docstrings": DOCSTRINGS}).items(), contenders):
         known = rules.get(rule)
-        kind = f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
+        kind = labelled(rule, weights)
         lengths = DOC_LENGTHS[rule] if task is DOCSTRINGS else LENGTHS
         rows = found.setdefault(name, {}).setdefault(kind, {})
         for steps, times in itertools.product(lengths, TIMES):
@@ -335,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = rules.get(rule)
             whole = known.defaults["lr"] / known.finetune_lr
             multipliers = sorted({*(m for m in MULTIPLIERS if m <= whole), whole})
-            name = f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
+            name = labelled(rule, weights)
             rows[name] = {
                 f"{m:.3g}": row(task, options.seeds, rule, known.finetune_lr, weights, m) for m in multipliers
             }

@@ -58,7 +58,7 @@ class RunLength:
 # Of all rules whose schedule is that of a horizon. At 300 steps the best multiplier is 1 on some tasks and 2.8 on
 # others, for 3 % of the loss on average; and 1.7 cost a sequence-to-sequence model a third. So it ends there.
 RUN_LENGTH = RunLength(steps=300, power=0.9, largest=5.0)
-# The same where a pretrained model is fine-tuned (benchmarks/new_layers.py).
+# Of the same rules where a pretrained model is fine-tuned (benchmarks/new_layers.py).
 FINETUNE_RUN_LENGTH = RunLength(steps=150, power=0.9, largest=2.0)
 # Where both end with weights that are not embedded: published Celo goes further by itself.
 STEPS_OF_OTHERS, FINETUNE_STEPS_OF_OTHERS = 200, 100
@@ -89,7 +89,6 @@ class Rule:
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
         run_length: how the step size follows the length of the run where nobody chose an lr, with embedded weights;
             None: it does not.
-        finetune_run_length: the same of ``finetune_lr``.
     """
 
     name: str
@@ -108,7 +107,6 @@ class Rule:
     needs_loss: bool
     nan_to_zero: bool = False
     run_length: RunLength | None = None
-    finetune_run_length: RunLength | None = None
     finetune_settings: Mapping[str, float] = field(default_factory=dict)
     new_layer_lr: float | None = None
 
@@ -130,12 +128,12 @@ class Rule:
 
     def length_of_run(self, weights: weights.Weights, fine_tuning: bool) -> RunLength | None:
         """How an lr that nobody chose follows the length of a run; None: it does not."""
+        if self.run_length is None:
+            return None
         found, most = self.run_length, STEPS_OF_OTHERS
         if fine_tuning:
-            found, most = self.finetune_run_length, FINETUNE_STEPS_OF_OTHERS
-        if found is None or weights.origin == "bundled":
-            return found
-        return replace(found, steps=min(found.steps, most))
+            found, most = FINETUNE_RUN_LENGTH, FINETUNE_STEPS_OF_OTHERS
+        return found if weights.origin == "bundled" else replace(found, steps=min(found.steps, most))
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_lopt.features import CLIP_GRADIENT, SHARED_INPUTS, VELO, Decays
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import AdamStep
-from hf_lopt.rules.base import FINETUNE_RUN_LENGTH, RUN_LENGTH, Rule, UpdateResult
+from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta, specialize_networks
@@ -139,7 +139,6 @@ CELO_RULE = Rule(
     needs_horizon=True,
     needs_loss=True,
     run_length=RUN_LENGTH,
-    finetune_run_length=FINETUNE_RUN_LENGTH,
 )
 CELO_ADAM_RULE = Rule(
     name="celo_adam",
@@ -167,7 +166,6 @@ CELO_ADAM_RULE = Rule(
     needs_horizon=True,
     needs_loss=True,
     run_length=replace(RUN_LENGTH, steps=200),  # at 200 and 300 longer steps cost a deep language model up to a tenth
-    finetune_run_length=FINETUNE_RUN_LENGTH,
 )
 
 RULES = (CELO_RULE, CELO_ADAM_RULE)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt.features import VELO
-from hf_lopt.rules.base import FINETUNE_RUN_LENGTH, RUN_LENGTH, Rule, UpdateResult
+from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta
@@ -87,7 +87,6 @@ VELO_RULE = Rule(
     needs_horizon=True,
     needs_loss=True,
     run_length=RUN_LENGTH,
-    finetune_run_length=FINETUNE_RUN_LENGTH,
 )
 
 # The 64-unit network of the Celo paper's repository: the same rule with the bank taken as it is.
@@ -119,7 +118,6 @@ VELO_S_RULE = Rule(
     needs_horizon=True,
     needs_loss=True,
     run_length=RUN_LENGTH,
-    finetune_run_length=FINETUNE_RUN_LENGTH,
 )
 
 RULES = (VELO_RULE, VELO_S_RULE)
