@@ -243,7 +243,7 @@ def figures() -> None:
         axes.set_title(f"{record['steps']} steps, {record['seeds']} paired seeds, two standard errors", fontsize=10)
         figure.legend(fontsize=8, frameon=False, loc="outside center right")
         figure.savefig(RESULTS / "meta_evaluation.png", dpi=90)
-        use_palette(RESULTS / "meta_evaluation.png", 64)
+        use_palette(RESULTS / "meta_evaluation.png", 32)
         plt.close(figure)
 
 

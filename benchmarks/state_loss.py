@@ -268,7 +268,7 @@ class Record:
             warnings.simplefilter("ignore")
             loss = result()
         spent = time.process_time() - begin
-        self.runs[key] = rounded(dict(run) | {"loss": loss, "cpu_seconds": spent} | machine() | VERSIONS, 6)
+        self.runs[key] = rounded(dict(run) | {"loss": loss} | machine() | VERSIONS, 6)
         shown = loss[-1] if isinstance(loss, list) else loss
         print(f"{key}: {shown:.4f}, {spent:.0f} s", flush=True)
         self.write()
