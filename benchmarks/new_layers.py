@@ -3,6 +3,7 @@
     python -m benchmarks.new_layers [--celo FILE]    # -> benchmarks/results/new_layers.json
     python -m benchmarks.new_layers --poolers [--celo FILE]    # minutes a run, more numbers in the same file
     python -m benchmarks.new_layers --lengths [--celo FILE]    # the same
+    python -m benchmarks.new_layers --longer [--celo FILE]    # the same
 
 Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
 predicts bytes of help texts tells what a piece of text is from; a BERT that fills in missing bytes
@@ -11,8 +12,9 @@ Numbers are held-out losses, means over seeds. Every rule has its ``lr`` for fin
 of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--celo`` names a file of published weights.
 With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
 docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. With ``--lengths``
-all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, once, 1.4 times and
-twice as large. One thread.
+all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, up to 2.8 times as
+large; with ``--longer`` MiniLM sees the first words of docstrings only, which often do not tell, for up to nine
+epochs, and the small models take 1,000 steps, with smaller ones. One thread.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import sysconfig
 import tempfile
 import tokenize
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,15 +256,15 @@ def docstrings_of(library: str) -> Iterator[str]:
 
 
 @functools.cache
-def docstrings() -> dict[str, Tensor]:
-    """Tokens of docstrings, and the library of each."""
+def docstrings(length: int = LENGTH) -> dict[str, Tensor]:
+    """The first ``length`` tokens of docstrings, and the library of each."""
     found = [
         (text, i)
         for i, library in enumerate(LIBRARIES)
         for text in itertools.islice(docstrings_of(library), PER_LIBRARY)
     ]
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
-    options = {"truncation": True, "max_length": LENGTH, "padding": "max_length", "return_tensors": "pt"}
+    options = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
     tokens = tokenizer([text for text, _ in found], **options)
     return dict(tokens) | {"labels": torch.tensor([i for _, i in found])}
 
@@ -292,10 +294,32 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
 
 # ---- lengths --------------------------------------------------------------------------------------------------------
 
-TIMES = (1.0, 1.4, 2.0)
-LENGTHS = (50, 100, 300)
+Multipliers = Mapping[int, Sequence[float]]  # steps of a run -> what the lr is multiplied with
+
+TIMES: Multipliers = {50: (1.0, 1.4, 2.0, 2.8), 100: (1.0, 1.4, 2.0), 300: (1.0, 1.4, 2.0)}
 # Of docstrings, whose runs take minutes: longer ones where it is less clear what is best.
-DOC_LENGTHS = {"velo": (50, 100, 200), "celo": (50, 100), "celo_adam": (100,)}
+DOC_TIMES: Mapping[str, Multipliers] = {
+    "velo": {50: TIMES[50], 100: TIMES[100], 200: TIMES[100]},
+    "celo": {50: TIMES[50], 100: TIMES[100]},
+    "celo_adam": {50: (1.0, 2.0, 2.8), 100: TIMES[100]},
+}
+BEGINNINGS = dataclasses.replace(DOCSTRINGS, data=functools.partial(docstrings, 10))
+SHARES_OF_LR: Multipliers = {1000: (0.3, 1.0)}
+SHARES_OF_BEGINNINGS: Multipliers = {256: (0.35, 0.6, 1.0), 600: (0.2, 0.35, 0.6, 1.0), 1500: (0.1, 0.2, 1.0)}
+
+
+def sweep(name: str, task: Task, rule: str, weights: str, multipliers: Multipliers, seeds: int) -> dict[str, Any]:
+    """Steps -> multiplier of the ``lr`` for fine-tuning, that of the new head too -> held-out loss."""
+    known = rules.get(rule)
+    rows: dict[str, Any] = {}
+    for steps, all_times in multipliers.items():
+        of_length = dataclasses.replace(task, steps=steps)
+        for times in all_times:
+            lr, new_layers = times * known.finetune_lr, known.lr_of_new_layers / known.finetune_lr
+            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
+            what = f"{name}: {labelled(rule, weights)}, {steps} steps, x{times:g}"
+            rows.setdefault(str(steps), {})[f"{times:g}"] = mean(what, losses)
+    return rows
 
 
 def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
@@ -303,16 +327,27 @@ def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
     contenders = [("velo", "bundled"), ("celo_adam", "bundled"), *([("celo", celo)] if celo else [])]
     found: dict[str, Any] = {}
     for (name, task), (rule, weights) in itertools.product((TASKS | {"docstrings": DOCSTRINGS}).items(), contenders):
-        known = rules.get(rule)
-        kind = labelled(rule, weights)
-        lengths = DOC_LENGTHS[rule] if task is DOCSTRINGS else LENGTHS
-        rows = found.setdefault(name, {}).setdefault(kind, {})
-        for steps, times in itertools.product(lengths, TIMES):
-            lr, new_layers = times * known.finetune_lr, known.lr_of_new_layers / known.finetune_lr
-            of_length = dataclasses.replace(task, steps=steps)
-            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
-            rows.setdefault(str(steps), {})[f"{times:g}"] = mean(f"{name}: {kind}, {steps} steps, x{times:g}", losses)
+        multipliers = DOC_TIMES[rule] if task is DOCSTRINGS else TIMES
+        rows = sweep(name, task, rule, weights, multipliers, seeds)
+        found.setdefault(name, {})[labelled(rule, weights)] = rows
     return found
+
+
+def compare_longer(celo: str | None, seeds: int) -> dict[str, Any]:
+    """The same for runs of many epochs."""
+    found = {
+        name: {labelled("velo", "bundled"): sweep(name, task, "velo", "bundled", SHARES_OF_LR, seeds)}
+        for name, task in TASKS.items()
+    }
+    contenders = [("velo", "bundled"), *([("celo", celo)] if celo else [])]
+    found["beginnings"] = {
+        labelled(*each): sweep("beginnings", BEGINNINGS, *each, SHARES_OF_BEGINNINGS, seeds) for each in contenders
+    }
+    return found
+
+
+# What is made on its own, since its runs take minutes, and with how many seeds.
+PARTS_OF_RECORD = {"poolers": (compare_poolers, 1), "lengths": (compare_lengths, 2), "longer": (compare_longer, 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -321,16 +356,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--poolers", action="store_true", help="only the runs with and without poolers, one seed each")
     parser.add_argument("--lengths", action="store_true", help="only the runs of several lengths, two seeds each")
+    parser.add_argument("--longer", action="store_true", help="only those of more steps, one seed each")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if options.poolers or options.lengths:
-        name = "poolers" if options.poolers else "lengths"
-        more = compare_poolers(options.celo, 1) if options.poolers else compare_lengths(options.celo, 2)
-        write_record(FILE, json.loads(FILE.read_text(encoding="utf-8")) | {name: rounded(more, 4)})
-        return
+    for name, (compare, seeds) in PARTS_OF_RECORD.items():
+        if getattr(options, name):
+            more = compare(options.celo, seeds)
+            write_record(FILE, json.loads(FILE.read_text(encoding="utf-8")) | {name: rounded(more, 4)})
+            return
     contenders = [(rule, "bundled") for rule in RULES]
     contenders += [("celo", options.celo)] if options.celo else []
     found: dict[str, Any] = {}
