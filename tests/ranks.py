@@ -50,10 +50,11 @@ def run_on_ranks(world: int, script: str, *arguments: object, check: bool = True
         for rank in ranks:
             rank.start()
         end = time.monotonic() + TIMEOUT
-        while any(rank.exitcode is None for rank in ranks):
+        # Each is asked once a round: a wait for none, after the last one ended in between, would take all of the time.
+        while running := [rank for rank in ranks if rank.exitcode is None]:
             if any(rank.exitcode for rank in ranks) or time.monotonic() > end:
                 break
-            multiprocessing.connection.wait([x.sentinel for x in ranks if x.exitcode is None], end - time.monotonic())
+            multiprocessing.connection.wait([rank.sentinel for rank in running], end - time.monotonic())
         failed = any(rank.exitcode != 0 for rank in ranks)
         for rank in ranks:
             rank.kill()
