@@ -202,14 +202,19 @@ def compare_lengths(recipes: list[str], seeds: list[int], celo: str | None) -> N
         storing.write_record(LENGTHS_FILE, found)
 
 
+def without_rate(label: str) -> str:
+    """The row of the table in which a label is; all rates of a grid are in one."""
+    return label if label == LOWER else label.partition("=")[0]
+
+
 def table_of_lengths() -> list[str]:
     """Held-out loss of every optimizer at each length; of those with a grid the best rate."""
     found = lengths_found()
     columns = [(recipe, steps) for recipe in SETTINGS for steps in found.get(recipe, {})]
     labels = list(LEARNED)
     labels.insert(labels.index("celo") + 1, PUBLISHED)
-    labels.insert(1, LOWER)
-    of_grid = ["adamw_torch", *OTHERS]
+    labels.insert(labels.index("velo") + 1, LOWER)
+    labels += ["adamw_torch", *OTHERS]
     lines = [
         "## Shorter and longer runs",
         "",
@@ -219,14 +224,12 @@ def table_of_lengths() -> list[str]:
         "| optimizer | " + " | ".join(f"{recipe}, {steps}" for recipe, steps in columns) + " |",
         "| --- |" + " ---: |" * len(columns),
     ]
-    for label in [*labels, *of_grid]:
+    for label in labels:
         cells = []
         for recipe, steps in columns:
-            mine = [row for row in found[recipe][steps] if row["label"] == label]
-            if label in of_grid:
-                mine += [row for row in found[recipe][steps] if row["label"].startswith(f"{label}=")]
+            mine = [row for row in found[recipe][steps] if without_rate(row["label"]) == label]
             row = min(mine, key=lambda row: row["mean"], default=None)
-            rate = row["label"].partition("=")[2] if row and label in of_grid else ""
+            rate = row["label"].removeprefix(label).removeprefix("=") if row else ""
             cells.append((plus_minus(row) if row else "") + (f" ({rate})" if rate else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return [*lines, ""]

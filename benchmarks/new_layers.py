@@ -230,6 +230,11 @@ def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", n
     return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}", losses)
 
 
+def contenders(names: Sequence[str], celo: str | None) -> list[tuple[str, str]]:
+    """Rules and weights: these with embedded ones, and Celo with published ones, where there is a file of them."""
+    return [*((rule, "bundled") for rule in names), *([("celo", celo)] if celo else [])]
+
+
 def labelled(rule: str, weights: str) -> str:
     """What runs of a rule are called in the record."""
     return f"{rule}, {'embedded' if weights == 'bundled' else 'published'} weights"
@@ -283,7 +288,7 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
         return mean(f"docstrings: {rule}, {how}", [final_loss(DOCSTRINGS, seed, rule, *how) for seed in range(seeds)])
 
     found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 3e-4)}}
-    for rule, weights in [("velo", "bundled"), *([("celo", celo)] if celo else [])]:
+    for rule, weights in contenders(["velo"], celo):
         lr, new_layers = rules.get(rule).finetune_lr, rules.get(rule).lr_of_new_layers
         found[labelled(rule, weights)] = {
             "nothing": losses(rule, lr, weights, 1.0),
@@ -324,9 +329,9 @@ def sweep(name: str, task: Task, rule: str, weights: str, multipliers: Multiplie
 
 def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
     """Task -> rule -> steps -> multiplier -> held-out loss."""
-    contenders = [("velo", "bundled"), ("celo_adam", "bundled"), *([("celo", celo)] if celo else [])]
+    tasks, compared = TASKS | {"docstrings": DOCSTRINGS}, contenders(["velo", "celo_adam"], celo)
     found: dict[str, Any] = {}
-    for (name, task), (rule, weights) in itertools.product((TASKS | {"docstrings": DOCSTRINGS}).items(), contenders):
+    for (name, task), (rule, weights) in itertools.product(tasks.items(), compared):
         multipliers = DOC_TIMES[rule] if task is DOCSTRINGS else TIMES
         rows = sweep(name, task, rule, weights, multipliers, seeds)
         found.setdefault(name, {})[labelled(rule, weights)] = rows
@@ -339,9 +344,9 @@ def compare_longer(celo: str | None, seeds: int) -> dict[str, Any]:
         name: {labelled("velo", "bundled"): sweep(name, task, "velo", "bundled", SHARES_OF_LR, seeds)}
         for name, task in TASKS.items()
     }
-    contenders = [("velo", "bundled"), *([("celo", celo)] if celo else [])]
     found["beginnings"] = {
-        labelled(*each): sweep("beginnings", BEGINNINGS, *each, SHARES_OF_BEGINNINGS, seeds) for each in contenders
+        labelled(*each): sweep("beginnings", BEGINNINGS, *each, SHARES_OF_BEGINNINGS, seeds)
+        for each in contenders(["velo"], celo)
     }
     return found
 
@@ -367,12 +372,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             more = compare(options.celo, seeds)
             write_record(FILE, json.loads(FILE.read_text(encoding="utf-8")) | {name: rounded(more, 4)})
             return
-    contenders = [(rule, "bundled") for rule in RULES]
-    contenders += [("celo", options.celo)] if options.celo else []
     found: dict[str, Any] = {}
     for task in TASKS:
         rows = found[task] = {"adamw": {f"{lr:g}": row(task, options.seeds, "adamw", lr) for lr in ADAMW}}
-        for rule, weights in contenders:
+        for rule, weights in contenders(RULES, options.celo):
             known = rules.get(rule)
             whole = known.defaults["lr"] / known.finetune_lr
             multipliers = sorted({*(m for m in MULTIPLIERS if m <= whole), whole})
