@@ -15,7 +15,8 @@ from hf_lopt.given_settings import GivenSettings
 from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
-from hf_lopt.run_state import LENGTH_MULTIPLIER, RunMonitor, RunState, step_metrics
+from hf_lopt.run_monitor import RunMonitor, step_metrics
+from hf_lopt.run_state import LENGTH_MULTIPLIER, RunState
 from hf_lopt.saved_state import check_saved_state, checked_groups, with_later_settings
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.state_formats import put_back, without_cast
@@ -229,7 +230,7 @@ class LearnedOptimizer(GivenSettings):
         active = active or self._active()
         if active.params:
             self._run_state.check_ready(self._pending)
-            self._run_state.decide_multiplier()
+            active = self._active() if self._run_state.decide_multiplier() else active
         self._ranks.check(self._run_settings, self.param_groups, active.pairs, self.state)
         loss = self._pending.take()
         if active.params and self._run_state.calls_per_update > 1:
@@ -315,8 +316,7 @@ class LearnedOptimizer(GivenSettings):
         """Numbers of the last step for a logger; {} before the first. Waits for the device.
 
         ``lr_mult_mean``, ``lr_mult_min``, ``lr_mult_max`` over tensors, ``update_rms`` of the network's step over all
-        elements, ``length_multiplier``, ``nonfinite_steps`` so far. With several ranks ``update_rms`` is that of the
-        step before: it is summed over ranks in the reduction of the step that follows.
+        elements (of several ranks one step late), ``length_multiplier``, ``nonfinite_steps`` so far.
         """
         return step_metrics(self.report, self.param_groups[0]) if self._report else {}
 

@@ -9,6 +9,8 @@ the modules, which stay.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -26,6 +28,7 @@ _LARGEST_SHARE = 0.5
 _POOLER = "pooler"  # as encoders of transformers call it
 # At 1 a MiniLM learns faster (benchmarks/new_layers.py), and is overconfident in its second epoch.
 OF_POOLER = 0.5
+_SAME = 1e-6  # relative: of an lr, and of a product that was made to be it
 # Module -> name of each of its own parameters that are new -> how far.
 _noted: WeakKeyDictionary[nn.Module, dict[str, float]] = WeakKeyDictionary()
 
@@ -78,6 +81,34 @@ def set_scales(
 
     for group in groups:
         group[KEY] = tuple(map(number, group["params"]))
+
+
+def stretch(groups: Iterable[dict[str, Any]], of_loaded: float, known: Sequence[float], wanted: float) -> bool:
+    """Give new tensors another lr, where theirs, that of their group times their number, is one that they got here.
+
+    Args:
+        of_loaded: the lr of what was loaded. Poolers lie between it and that of new tensors, as in :func:`set_scales`.
+        known: lrs that new tensors may have.
+        wanted: the lr that they get.
+
+    Returns:
+        whether anything changed: numbers that somebody else chose stay.
+    """
+    moves = [
+        (of_loaded * (lr / of_loaded) ** share, of_loaded * (wanted / of_loaded) ** share)
+        for lr, share in itertools.product(known, (1.0, OF_POOLER))
+        if lr != wanted
+    ]
+
+    def moved(x: float, lr: float) -> float:
+        return next((after / lr for before, after in moves if math.isclose(x * lr, before, rel_tol=_SAME)), x)
+
+    changed = False
+    for group in groups if moves else ():
+        scales, lr = tuple(group.get(KEY, ())), float(group.get("initial_lr", group["lr"]))  # a warm-up begins at 0
+        if lr and (after := tuple(moved(x, lr) for x in scales)) != scales:
+            group[KEY], changed = after, True
+    return changed
 
 
 def model_of(params: Sequence[Tensor]) -> nn.Module | None:

@@ -3,7 +3,7 @@
 ``state_dict`` saves tensors per parameter and settings per group, and nothing for the optimizer as a whole. So these
 values stand in every parameter group, the same in all of them, and :class:`RunState` is the view that reads and writes
 them. Two things of a run are not saved: the loss that waits for the next step (:mod:`hf_lopt.pending`), and what
-:class:`RunMonitor` has already warned about.
+:mod:`hf_lopt.run_monitor` has already warned about.
 """
 
 from __future__ import annotations
@@ -172,44 +172,64 @@ class RunState:
                 )
 
     def _set_length(self, steps: int) -> None:
-        changed = steps != self.num_training_steps
+        changed, before = steps != self.num_training_steps, self.num_updates
         self.write({"num_training_steps": steps})
         if changed and self.groups[0].get(LENGTH_MULTIPLIER):
             # A run that becomes longer goes on as one that was so from the start, as its schedule does.
-            self._decide_multiplier()
+            self._decide_multiplier(before)
 
     @property
     def length_multiplier(self) -> float:
         """What lr is multiplied with because of the length of the run; while undecided, what it would be."""
-        return self.groups[0].get(LENGTH_MULTIPLIER, 1.0) or self._wanted_multiplier()
+        return self.groups[0].get(LENGTH_MULTIPLIER, 1.0) or self._wanted_multipliers(self.num_updates)[0]
 
-    def decide_multiplier(self) -> None:
-        """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none."""
-        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
-            self._decide_multiplier()
+    def decide_multiplier(self) -> bool:
+        """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none.
 
-    def _wanted_multiplier(self) -> float:
+        Returns:
+            whether new layers have another ``lr_scales`` from now on.
+        """
+        return self.groups[0].get(LENGTH_MULTIPLIER) == 0.0 and self._decide_multiplier(0)
+
+    def _wanted_multipliers(self, updates: int) -> tuple[float, float]:
+        """The multiplier in a run of so many updates; and how much more lr counts for layers that start from random
+        numbers while the others do not."""
         owner = self.owner
         # Whoever brings a network as arrays wants its steps as they are.
         if self._weights.source == "mapping" or owner._chose_lr():
-            return 1.0
+            return 1.0, 1.0
         if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
-            return 1.0
-        by_length = self._rule.length_of_run(self._weights, owner.is_fine_tuning)
-        return 1.0 if by_length is None else by_length.multiplier(self.num_updates)
+            return 1.0, 1.0
+        of_all, from_scratch = (
+            self._rule.length_multiplier(self._weights, fine_tuning, updates)
+            for fine_tuning in (owner.is_fine_tuning, False)
+        )
+        return of_all, from_scratch / of_all
 
-    def _decide_multiplier(self) -> None:
-        multiplier = self._wanted_multiplier()
+    def _decide_multiplier(self, before: int) -> bool:
+        """``before``: the updates of the run for which it was decided last; 0: never."""
+        multiplier, more = self._wanted_multipliers(self.num_updates)
         self.write({LENGTH_MULTIPLIER: multiplier})
-        if multiplier != 1.0:
+        stretched = self.stretch_new_layers(self.groups, before)
+        if multiplier != 1.0 or stretched:
             run = f"{self._rule.class_name}: in a run of {self.num_training_steps} steps"
-            notices.LOG.info("%s lr counts %.3g times (length_multiplier), since none was given", run, multiplier)
+            new = f", {multiplier * more:.3g} times for new layers" if stretched else ""
+            notices.LOG.info("%s lr counts %.3g times%s (length_multiplier), none was given", run, multiplier, new)
+        return stretched
+
+    def stretch_new_layers(self, groups: Sequence[dict[str, Any]], before: int = 0) -> bool:
+        """Give new layers of a pretrained model in ``groups`` the lr of this run, once that is decided. Whether any
+        has another then. ``before``: see :meth:`_decide_multiplier`."""
+        if not self.groups[0].get(LENGTH_MULTIPLIER):
+            return False
+        factors = [self._wanted_multipliers(updates)[1] for updates in (before, self.num_updates)]
+        return self.owner._stretch_new_layers(groups, *factors)
 
     @property
     def calls_per_update(self) -> int:
         """Calls of ``step()`` for one update: more than 1 in a run of more than ``max_training_steps``."""
         longest = self.groups[0].get("max_training_steps", 0)
-        return math.ceil(self.num_training_steps / longest) if longest else 1
+        return max(math.ceil(self.num_training_steps / longest), 1) if longest else 1
 
     @property
     def num_updates(self) -> int:
@@ -324,70 +344,3 @@ class RunState:
     def _holds(self, counters: tuple[Tensor, ...]) -> bool:
         """Whether the groups still hold these very tensors: a caller may have set others."""
         return all(self.groups[0][name] is x for name, x in zip(COUNTERS, counters, strict=True))
-
-
-class RunMonitor:
-    """Warns and raises by the counters of a run. An accelerator's are read one step late, without waiting."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.warned_horizon = False
-        self._reported: int | None = None  # skipped steps that have been warned about
-        self._host: Tensor | None = None  # counters as an accelerator last sent them
-
-    def start(self, skipped_before: Tensor) -> None:
-        """Take the steps that were skipped before this monitor's first step, 0-d, as known. Later calls do nothing."""
-        if self._reported is None:
-            self._reported = int(skipped_before)
-
-    def check(self, counters: Tensor, limit: int, horizon: int) -> None:
-        """Look at the run after a step.
-
-        Args:
-            counters: (3,) int64, the :data:`COUNTERS`.
-            limit: steps skipped in a row that are an error.
-            horizon: length of the run in updates, 0 for none.
-
-        Raises:
-            RuntimeError: when ``limit`` steps in a row have been skipped.
-        """
-        if counters.device.type == "cpu":
-            step, skipped, in_a_row = counters.tolist()
-        else:
-            if self._host is None:
-                self._host = counters.cpu().pin_memory()
-            step, skipped, in_a_row = self._host.tolist()
-            self._host.copy_(counters, non_blocking=True)
-        if skipped > (self._reported or 0):
-            self._reported = skipped
-            self._report_skipped(skipped, in_a_row, limit)
-        if horizon and step > horizon and not self.warned_horizon:
-            self.warned_horizon = True
-            notices.warn(
-                f"{self.name} has taken {step} steps, more than num_training_steps={horizon}: its schedule ended and "
-                "it goes on with the last stretch of it. Set the length of the whole run.",
-            )
-
-    def _report_skipped(self, skipped: int, in_a_row: int, limit: int) -> None:
-        if in_a_row >= limit:
-            raise RuntimeError(
-                f"{in_a_row} steps in a row had a non-finite loss, gradient or parameter and were skipped "
-                f"(max_nonfinite_steps={limit}). Nothing was changed by them: lower lr, check the data and the loss, "
-                "or raise max_nonfinite_steps."
-            )
-        notices.warn(
-            f"skipped a step with a non-finite loss, gradient or parameter ({skipped} so far, {in_a_row} in a row; an "
-            f"error follows at {limit} in a row)",
-            RuntimeWarning,
-        )
-
-
-def step_metrics(report: Mapping[str, Tensor], group: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers for a logger from what the last step reported and the first group. Waits for the device."""
-    numbers = {}
-    if "lr_mult" in report:
-        numbers = {f"lr_mult_{name}": getattr(report["lr_mult"], name)().item() for name in ("mean", "min", "max")}
-    numbers["update_rms"] = report["update_rms"].item()
-    if LENGTH_MULTIPLIER in group:
-        numbers[LENGTH_MULTIPLIER] = group[LENGTH_MULTIPLIER]
-    return numbers | {"nonfinite_steps": float(group["nonfinite_steps"])}

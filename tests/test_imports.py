@@ -71,10 +71,12 @@ ALLOWED = {
     "rank_agreement": {"settings", "step", "distributed"},
     "accumulation": {"distributed"},
     "run_state": {"accumulation", "lr_scales", "pending", "settings", "step", "rules", "distributed", "weights"},
+    "run_monitor": {"run_state"},
     "optimizer": {
         "description",
         "pending",
         "given_settings",
+        "run_monitor",
         "run_state",
         "least_sizes",
         "saved_state",

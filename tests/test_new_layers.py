@@ -1,6 +1,7 @@
 """Layers that a checkpoint lacks take the steps of training from scratch beside pretrained ones that do not."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import (
 
 import hf_cases as cases
 import hf_lopt
-from hf_lopt import pretrained
+from hf_lopt import pretrained, rules
 from hf_lopt.hf.loss_feed import unwrap
 from hf_lopt.hf.replace import Options, Replacer
 from said import said
@@ -30,6 +31,9 @@ pytestmark = pytest.mark.skipif(
 )
 STEPS = 5
 HEAD = "score.weight"
+# VeLO's lr counts 2 times in a short run of fine-tuning, and 5 times for what is trained from scratch.
+OF_SHORT, NEW_IN_SHORT = 2.0, 5.0
+SHORT = 20.0 * NEW_IN_SHORT / OF_SHORT
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +187,7 @@ def test_the_same_as_groups_of_their_own(rule, saved):
 
 
 @pytest.mark.parametrize(
-    ("rule", "lr", "scale"), [("velo", 0.05, 20.0), ("celo2", 1e-4, 10.0), ("mulo", 0.03, 10 / 3)]
+    ("rule", "lr", "scale"), [("velo", 0.05, SHORT), ("celo2", 1e-4, 10.0), ("mulo", 0.03, 10 / 3)]
 )
 def test_trainer_gives_the_head_the_rate_from_scratch(rule, lr, scale, saved, tmp_path):
     model = classifier(saved)
@@ -199,7 +203,7 @@ def test_the_run_is_that_of_two_groups(saved, tmp_path):
     by_trainer, by_hand = classifier(saved), classifier(saved)
     trainer(tmp_path, by_trainer).train()
     body = [p for n, p in by_hand.named_parameters() if n != HEAD]
-    groups = [{"params": body, "lr": 0.05}, {"params": [by_hand.score.weight], "lr": 1.0}]
+    groups = [{"params": body, "lr": 0.05}, {"params": [by_hand.score.weight], "lr": 0.05 * SHORT}]
     optimizer = hf_lopt.VeLO(groups, weights="bundled", num_training_steps=STEPS)
     args = cases.arguments(tmp_path, max_steps=STEPS, max_grad_norm=0.0, lr_scheduler_type="constant")
     Trainer(by_hand, args, train_dataset=rows(), optimizers=(optimizer, None)).train()
@@ -212,13 +216,13 @@ def test_it_is_told(saved, tmp_path, caplog):
     run = trainer(tmp_path, classifier(saved))
     with said() as texts:
         run.train()
-    assert any("lr=0.05, new layers 1" in text for text in texts)
+    assert any("lr=0.05, new layers 2.5" in text for text in texts)
     assert (
-        "new layers and their poolers, 1 tensor (score.weight), take up to 1, because they start from random"
+        "new layers and their poolers, 1 tensor (score.weight), take up to 2.5, because they start from random"
         in caplog.text
     )
-    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
-    assert "new_layers=20" in hf_lopt.hf.provenance.line(unwrap(run.optimizer))
+    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == SHORT
+    assert "new_layers=50" in hf_lopt.hf.provenance.line(unwrap(run.optimizer))
 
 
 # ---- where it is not for us to decide ------------------------------------------------------------------------------
@@ -271,14 +275,14 @@ def test_an_optimizer_that_is_passed_in(saved, tmp_path):
     optimizer = hf_lopt.VeLO(model.parameters(), weights="bundled")
     args = cases.arguments(tmp_path, max_steps=STEPS, optim="adamw_torch", optim_args=None)
     Trainer(model, args, train_dataset=rows(), optimizers=(optimizer, None)).train()
-    assert scales(model, optimizer) == {HEAD: 20.0}
+    assert scales(model, optimizer) == {HEAD: SHORT}
 
 
 def test_model_init(saved, tmp_path):
     args = cases.arguments(tmp_path, max_steps=STEPS)
     run = Trainer(args=args, model_init=lambda: classifier(saved), train_dataset=rows())
     run.train()
-    assert scales(run.model, unwrap(run.optimizer)) == {HEAD: 20.0}
+    assert scales(run.model, unwrap(run.optimizer)) == {HEAD: SHORT}
 
 
 def test_new_tensors_are_found_after_fsdp_has_replaced_them(saved):
@@ -315,8 +319,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does(source, saved, tmp_path):
     model = classifier(saved if source == "base" else checkpoint, seed=7)
     run = trainer(tmp_path / "again", model)
     run.train(resume_from_checkpoint=str(checkpoint))
-    assert scales(model, unwrap(run.optimizer)) == {HEAD: 20.0}
-    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == 20.0
+    assert scales(model, unwrap(run.optimizer)) == {HEAD: SHORT}
+    assert unwrap(run.optimizer).run_policy.summary()["new_layers"] == SHORT
     for (name, a), b in zip(whole.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-8), name
 
@@ -414,6 +418,7 @@ def test_a_pretrained_model_in_a_loop_is_fine_tuned(rule, of_loaded, of_new, sav
     assert ours.length_multiplier == pytest.approx(1.5**0.9 if rule == "velo" else 1.0)  # 100 steps
     lr = hf_lopt.LearnedOptimizer([torch.nn.Parameter(torch.ones(1))], rule, weights="bundled").defaults["lr"]
     lr *= ours.length_multiplier
+    of_new *= 3**0.9 / ours.length_multiplier if rule == "velo" else 1.0
     body = [p for n, p in by_hand.named_parameters() if n != HEAD]
     groups = [{"params": body, "lr": of_loaded * lr}, {"params": [by_hand.score.weight], "lr": of_new * lr}]
     more = {"adam_lr_mult": 1.0} if "celo2" in rule else {}
@@ -451,7 +456,7 @@ def test_a_scheduler_chooses_nothing(saved):
     optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=9, weights="bundled")
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     steps_of(model, optimizer)
-    assert set(numbers(optimizer)[0]) == {0.05, 1.0}
+    assert set(numbers(optimizer)[0]) == {0.05, 2.5}
 
 
 def test_only_the_head_is_trained(saved):
@@ -469,6 +474,89 @@ def test_a_group_that_is_added_later(saved):
     assert "lr_scales 0.05, 1" in repr(optimizer)
 
 
+def test_a_group_that_is_added_after_the_first_step(saved):
+    model = classifier(saved)
+    params = list(model.parameters())
+    optimizer = hf_lopt.VeLO(params[:4], num_training_steps=9, weights="bundled")
+    steps_of(model, optimizer)
+    optimizer.add_param_group({"params": params[4:]})
+    assert numbers(optimizer) == [(0.05,) * 4, (*(0.05,) * (len(params) - 5), 2.5)]
+
+
+# ---- the length of the run ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [9, 60, 100, 150, 200, 299, 300, 1000])
+def test_new_layers_follow_the_length_as_a_model_from_scratch_does(steps, saved, caplog):
+    caplog.set_level(logging.INFO, "hf_lopt")
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=steps, weights="bundled")
+    steps_of(model, optimizer, 1)
+    of_new, of_loaded = min(max(300 / steps, 1.0) ** 0.9, 5.0), min(max(150 / steps, 1.0) ** 0.9, 2.0)
+    assert optimizer.length_multiplier == pytest.approx(of_loaded)
+    *body, head = numbers(optimizer)[0]
+    assert set(body) == {0.05} and head * optimizer.length_multiplier == pytest.approx(of_new)
+    assert (f"lr counts {of_loaded:.3g} times, {of_new:.3g} times for new layers" in caplog.text) == (steps < 300)
+
+
+def test_published_weights_have_lengths_of_their_own(saved):
+    """Any that are not embedded: (200 / N)^0.9 from scratch, (100 / N)^0.9 in fine-tuning."""
+    model = classifier(saved)
+    weights = dataclasses.replace(rules.get("celo").load_weights("bundled"), source="a file", origin="published")
+    optimizer = hf_lopt.Celo(model.parameters(), num_training_steps=80, weights=weights)
+    steps_of(model, optimizer, 1)
+    assert numbers(optimizer)[0][-1] == pytest.approx(2**0.9)
+
+
+def test_they_follow_a_length_that_changes(saved):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=100, weights="bundled")
+    found = {}
+    for steps in (100, 1000, 50, 100):
+        optimizer.num_training_steps = steps
+        steps_of(model, optimizer, 1)
+        *body, head = numbers(optimizer)[0]
+        assert set(body) == {0.05}
+        found.setdefault(steps, []).append(head)
+    assert found[1000] == [pytest.approx(1.0)] and found[50] == [pytest.approx(2.5)]
+    assert found[100] == [pytest.approx(2**0.9)] * 2
+
+
+def test_a_checkpoint_whose_new_layers_did_not_follow_it(saved):
+    """Of an earlier version: it goes on as it was, unless the length changes."""
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=100, weights="bundled")
+    steps_of(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["lr_scales"] = (*numbers(optimizer)[0][:-1], 1.0)
+    optimizer.load_state_dict(state)
+    steps_of(model, optimizer, 1)
+    assert numbers(optimizer)[0][-1] == 1.0
+    optimizer.num_training_steps = 50
+    assert numbers(optimizer)[0][-1] == pytest.approx(2.5)
+
+
+def test_numbers_that_somebody_writes_stay(saved):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=9, weights="bundled")
+    *body, head = numbers(optimizer)[0]
+    own = [0.02, *body[1:], 0.7]
+    optimizer.param_groups[0]["lr_scales"] = own
+    steps_of(model, optimizer)
+    assert numbers(optimizer)[0] == own
+
+
+def test_poolers_stay_half_way():
+    """In the geometric sense, between what was loaded and what is new."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    group = {"params": params, "lr": 0.05, "initial_lr": 0.1}
+    new = {id(params[0]): pretrained.New("head", 1.0), id(params[1]): pretrained.New("pooler", 0.5)}
+    pretrained.set_scales([group], new, 10.0)
+    assert pretrained.stretch([group], 0.1, (1.0, 1.0), 4.0)
+    assert group["lr_scales"] == pytest.approx((40.0, 40.0**0.5, 1.0))
+    assert not pretrained.stretch([group], 0.1, (1.0, 4.0), 4.0)
+
+
 def test_a_loop_that_is_resumed(saved, tmp_path):
     whole = classifier(saved)
     optimizer = hf_lopt.VeLO(whole.parameters(), num_training_steps=9, weights="bundled")
@@ -478,7 +566,7 @@ def test_a_loop_that_is_resumed(saved, tmp_path):
     again = LlamaForSequenceClassification.from_pretrained(tmp_path)  # nothing of it is new
     other = hf_lopt.VeLO(again.parameters(), num_training_steps=9, weights="bundled")
     other.load_state_dict(state)
-    assert numbers(other) == numbers(optimizer) and set(numbers(other)[0]) == {0.05, 1.0}
+    assert numbers(other) == numbers(optimizer) and set(numbers(other)[0]) == {0.05, 2.5}
     for model, mine in ((whole, optimizer), (again, other)):
         steps_of(model, mine)
     for (name, a), b in zip(whole.named_parameters(), again.parameters(), strict=True):
@@ -492,5 +580,5 @@ def test_trainer_keeps_its_own_lr_and_a_scheduler_that_is_passed_in_stays(saved,
     args = cases.arguments(tmp_path, max_steps=STEPS, optim="adamw_torch", optim_args=None)
     with said() as texts:
         Trainer(model, args, train_dataset=rows(), optimizers=(optimizer, scheduler)).train()
-    assert optimizer.param_groups[0]["lr"] == 1.0 and set(numbers(optimizer)[0]) == {0.05, 1.0}
+    assert optimizer.param_groups[0]["lr"] == 1.0 and set(numbers(optimizer)[0]) == {0.05, 2.5}
     assert not any("should be about" in text for text in texts)

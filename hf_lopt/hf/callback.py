@@ -110,9 +110,8 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         loss_feed.forget(learned)
         if learned.run_policy is None:
             settle(learned, args, model, lr_scheduler)
-        if learned.state_was_loaded:
-            name_new_layers(learned, learned.run_policy, model)
         self._set_horizon(learned, args, state)
+        name_new_layers(learned, learned.run_policy, model)
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step
         self._facts = facts(learned)
@@ -127,6 +126,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        model: Any = None,
         **kwargs: Any,
     ) -> None:
         """The length again, before the first step: another callback may have changed it when training began."""
@@ -134,6 +134,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         self._begins = False
         if learned is not None:
             self._set_horizon(learned, args, state)
+            name_new_layers(learned, learned.run_policy, model)
             self._facts = facts(learned)
 
     def _align_steps(self, optimizer: LearnedOptimizer, state: TrainerState) -> None:
@@ -176,6 +177,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         elif before not in (0, wanted) and state.global_step == 0 and policy.horizon.value in (0, wanted):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
+        optimizer._run_state.decide_multiplier()  # at this door nothing changes it any more
         policy.horizon = Choice(wanted, reason)
         policy.length_multiplier = _length_multiplier(optimizer)
 

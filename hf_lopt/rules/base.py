@@ -126,14 +126,19 @@ class Rule:
             return self.finetune_lr, self.finetune_settings
         return weights.finetune_lr, weights.finetune_settings
 
-    def length_of_run(self, weights: weights.Weights, fine_tuning: bool) -> RunLength | None:
-        """How an lr that nobody chose follows the length of a run; None: it does not."""
+    def length_multiplier(self, weights: weights.Weights, fine_tuning: bool, updates: int) -> float:
+        """What an lr that nobody chose counts in a run of so many updates; 1 for rules that do not follow its length.
+
+        New layers of a pretrained model follow it as those of a model from scratch do, ``fine_tuning`` false.
+        """
         if self.run_length is None:
-            return None
+            return 1.0
         found, most = self.run_length, STEPS_OF_OTHERS
         if fine_tuning:
             found, most = FINETUNE_RUN_LENGTH, FINETUNE_STEPS_OF_OTHERS
-        return found if weights.origin == "bundled" else replace(found, steps=min(found.steps, most))
+        if weights.origin != "bundled":
+            found = replace(found, steps=min(found.steps, most))
+        return found.multiplier(updates)
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""
