@@ -4,6 +4,7 @@
     python -m benchmarks.new_layers --poolers [--celo FILE]    # minutes a run, more numbers in the same file
     python -m benchmarks.new_layers --lengths [--celo FILE]    # the same
     python -m benchmarks.new_layers --longer [--celo FILE]    # the same
+    python -m benchmarks.new_layers --heads [--celo FILE]    # the same
 
 Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
 predicts bytes of help texts tells what a piece of text is from; a BERT that fills in missing bytes
@@ -14,7 +15,8 @@ With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that
 docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. With ``--lengths``
 all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, up to 2.8 times as
 large; with ``--longer`` MiniLM sees the first words of docstrings only, which often do not tell, for up to nine
-epochs, and the small models take 1,000 steps, with smaller ones. One thread.
+epochs, and the small models take 1,000 steps, with smaller ones. With ``--heads`` short runs multiply the ``lr`` of
+the new head as that of all others, or as that of a model from scratch. One thread.
 """
 
 from __future__ import annotations
@@ -309,6 +311,7 @@ DOC_TIMES: Mapping[str, Multipliers] = {
     "celo_adam": {50: (1.0, 2.0, 2.8), 100: TIMES[100]},
 }
 BEGINNINGS = dataclasses.replace(DOCSTRINGS, data=functools.partial(docstrings, 10))
+HEAD_STEPS = (50, 100)
 SHARES_OF_LR: Multipliers = {1000: (0.3, 1.0)}
 SHARES_OF_BEGINNINGS: Multipliers = {256: (0.35, 0.6, 1.0), 600: (0.2, 0.35, 0.6, 1.0), 1500: (0.1, 0.2, 1.0)}
 
@@ -351,8 +354,31 @@ def compare_longer(celo: str | None, seeds: int) -> dict[str, Any]:
     return found
 
 
+def compare_heads(celo: str | None, seeds: int) -> dict[str, Any]:
+    """Task -> rule -> steps -> what multiplies the ``lr`` of the new head -> held-out loss."""
+    tasks, compared = TASKS | {"docstrings": DOCSTRINGS}, contenders(["velo", "celo_adam"], celo)
+    found: dict[str, Any] = {}
+    for (name, task), (rule, weights), steps in itertools.product(tasks.items(), compared, HEAD_STEPS):
+        known, loaded = rules.get(rule), rules.get(rule).load_weights(weights)
+        of_loaded, from_scratch = (
+            known.length_multiplier(loaded, fine_tuning, steps) for fine_tuning in (True, False)
+        )
+        lr, row = known.finetune_lr * of_loaded, {}
+        for times in (of_loaded, from_scratch):
+            new_layers, of_length = times * known.lr_of_new_layers / lr, dataclasses.replace(task, steps=steps)
+            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
+            row[f"{times:.3g}"] = mean(f"{name}: {labelled(rule, weights)}, {steps} steps, head x{times:.3g}", losses)
+        found.setdefault(name, {}).setdefault(labelled(rule, weights), {})[str(steps)] = row
+    return found
+
+
 # What is made on its own, since its runs take minutes, and with how many seeds.
-PARTS_OF_RECORD = {"poolers": (compare_poolers, 1), "lengths": (compare_lengths, 2), "longer": (compare_longer, 1)}
+PARTS_OF_RECORD = {
+    "poolers": (compare_poolers, 1),
+    "lengths": (compare_lengths, 2),
+    "longer": (compare_longer, 1),
+    "heads": (compare_heads, 2),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -362,6 +388,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--poolers", action="store_true", help="only the runs with and without poolers, one seed each")
     parser.add_argument("--lengths", action="store_true", help="only the runs of several lengths, two seeds each")
     parser.add_argument("--longer", action="store_true", help="only those of more steps, one seed each")
+    parser.add_argument(
+        "--heads", action="store_true", help="only short runs with two lrs of the head, two seeds each"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -61,4 +61,4 @@ def choice(groups: Sequence[Mapping[str, Any]], model: nn.Module | None, lr: flo
     names = {id(p): name for name, p in model.named_parameters()} if model is not None else {}
     some = ", ".join(names.get(id(p), "?") for p, _ in pairs[:_NAMED]) + (", …" if len(pairs) > _NAMED else "")
     what = f"new layers and their poolers, {len(pairs)} tensor{'s' * (len(pairs) > 1)} ({some})"
-    return Choice(largest, f"{what}, take up to {lr * largest:g}, because they start from random numbers")
+    return Choice(largest, f"{what}, take up to {lr * largest:.3g}, because they start from random numbers")
