@@ -61,6 +61,6 @@ def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
     values = torch.tensor(losses)
     found = {"loss": values.mean().item()}
     if len(losses) > 1:
-        found["two_standard_errors"] = 2 * values.std().item() / math.sqrt(len(values))
+        found["two_standard_errors"] = float(f"{2 * values.std().item() / math.sqrt(len(values)):.2g}")
     print(f"{what}: {' ± '.join(f'{x:.4f}' for x in found.values())}", flush=True)
     return found
