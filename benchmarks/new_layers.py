@@ -227,9 +227,14 @@ def final_loss(
         return model(**_pick(data, held_out)).loss.item()
 
 
+def mean_loss(what: str, task: Task, seeds: int, *how: Any) -> dict[str, float]:
+    """:func:`final_loss` of so many seeds; ``how``: its further arguments."""
+    return mean(what, [final_loss(task, seed, *how) for seed in range(seeds)])
+
+
 def row(task: str, seeds: int, rule: str, lr: float, weights: str = "bundled", new_layers: float = 1.0) -> dict:
-    losses = [final_loss(TASKS[task], seed, rule, lr, weights, new_layers) for seed in range(seeds)]
-    return mean(f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}", losses)
+    what = f"{task}: {rule} {Path(weights).name} lr {lr:g}, head x{new_layers:g}"
+    return mean_loss(what, TASKS[task], seeds, rule, lr, weights, new_layers)
 
 
 def contenders(names: Sequence[str], celo: str | None) -> list[tuple[str, str]]:
@@ -287,7 +292,7 @@ def compare_poolers(celo: str | None, seeds: int) -> dict[str, Any]:
     """Rule -> held-out loss, with nothing but the ``lr`` for fine-tuning, or more for the head and the pooler."""
 
     def losses(rule: str, *how: Any) -> dict[str, float]:
-        return mean(f"docstrings: {rule}, {how}", [final_loss(DOCSTRINGS, seed, rule, *how) for seed in range(seeds)])
+        return mean_loss(f"docstrings: {rule}, {how}", DOCSTRINGS, seeds, rule, *how)
 
     found: dict[str, Any] = {"adamw": {f"{lr:g}": losses("adamw", lr, "", 1.0) for lr in (1e-4, 3e-4)}}
     for rule, weights in contenders(["velo"], celo):
@@ -311,6 +316,7 @@ DOC_TIMES: Mapping[str, Multipliers] = {
     "celo_adam": {50: (1.0, 2.0, 2.8), 100: TIMES[100]},
 }
 BEGINNINGS = dataclasses.replace(DOCSTRINGS, data=functools.partial(docstrings, 10))
+ALL_TASKS = TASKS | {"docstrings": DOCSTRINGS}
 HEAD_STEPS = (50, 100)
 SHARES_OF_LR: Multipliers = {1000: (0.3, 1.0)}
 SHARES_OF_BEGINNINGS: Multipliers = {256: (0.35, 0.6, 1.0), 600: (0.2, 0.35, 0.6, 1.0), 1500: (0.1, 0.2, 1.0)}
@@ -324,17 +330,16 @@ def sweep(name: str, task: Task, rule: str, weights: str, multipliers: Multiplie
         of_length = dataclasses.replace(task, steps=steps)
         for times in all_times:
             lr, new_layers = times * known.finetune_lr, known.lr_of_new_layers / known.finetune_lr
-            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
             what = f"{name}: {labelled(rule, weights)}, {steps} steps, x{times:g}"
-            rows.setdefault(str(steps), {})[f"{times:g}"] = mean(what, losses)
+            loss = mean_loss(what, of_length, seeds, rule, lr, weights, new_layers)
+            rows.setdefault(str(steps), {})[f"{times:g}"] = loss
     return rows
 
 
 def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
     """Task -> rule -> steps -> multiplier -> held-out loss."""
-    tasks, compared = TASKS | {"docstrings": DOCSTRINGS}, contenders(["velo", "celo_adam"], celo)
     found: dict[str, Any] = {}
-    for (name, task), (rule, weights) in itertools.product(tasks.items(), compared):
+    for (name, task), (rule, weights) in itertools.product(ALL_TASKS.items(), contenders(["velo", "celo_adam"], celo)):
         multipliers = DOC_TIMES[rule] if task is DOCSTRINGS else TIMES
         rows = sweep(name, task, rule, weights, multipliers, seeds)
         found.setdefault(name, {})[labelled(rule, weights)] = rows
@@ -356,28 +361,28 @@ def compare_longer(celo: str | None, seeds: int) -> dict[str, Any]:
 
 def compare_heads(celo: str | None, seeds: int) -> dict[str, Any]:
     """Task -> rule -> steps -> what multiplies the ``lr`` of the new head -> held-out loss."""
-    tasks, compared = TASKS | {"docstrings": DOCSTRINGS}, contenders(["velo", "celo_adam"], celo)
+    compared = contenders(["velo", "celo_adam"], celo)
     found: dict[str, Any] = {}
-    for (name, task), (rule, weights), steps in itertools.product(tasks.items(), compared, HEAD_STEPS):
+    for (name, task), (rule, weights), steps in itertools.product(ALL_TASKS.items(), compared, HEAD_STEPS):
         known, loaded = rules.get(rule), rules.get(rule).load_weights(weights)
         of_loaded, from_scratch = (
             known.length_multiplier(loaded, fine_tuning, steps) for fine_tuning in (True, False)
         )
-        lr, row = known.finetune_lr * of_loaded, {}
+        lr, losses = known.finetune_lr * of_loaded, {}
         for times in (of_loaded, from_scratch):
             new_layers, of_length = times * known.lr_of_new_layers / lr, dataclasses.replace(task, steps=steps)
-            losses = [final_loss(of_length, seed, rule, lr, weights, new_layers) for seed in range(seeds)]
-            row[f"{times:.3g}"] = mean(f"{name}: {labelled(rule, weights)}, {steps} steps, head x{times:.3g}", losses)
-        found.setdefault(name, {}).setdefault(labelled(rule, weights), {})[str(steps)] = row
+            what = f"{name}: {labelled(rule, weights)}, {steps} steps, head x{times:.3g}"
+            losses[f"{times:.3g}"] = mean_loss(what, of_length, seeds, rule, lr, weights, new_layers)
+        found.setdefault(name, {}).setdefault(labelled(rule, weights), {})[str(steps)] = losses
     return found
 
 
-# What is made on its own, since its runs take minutes, and with how many seeds.
+# What is made on its own, since its runs take minutes: how, with how many seeds, and the words for it.
 PARTS_OF_RECORD = {
-    "poolers": (compare_poolers, 1),
-    "lengths": (compare_lengths, 2),
-    "longer": (compare_longer, 1),
-    "heads": (compare_heads, 2),
+    "poolers": (compare_poolers, 1, "the runs with and without poolers"),
+    "lengths": (compare_lengths, 2, "the runs of several lengths"),
+    "longer": (compare_longer, 1, "those of more steps"),
+    "heads": (compare_heads, 2, "short runs with two lrs of the head"),
 }
 
 
@@ -385,18 +390,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celo", help="a file of published Celo weights")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--poolers", action="store_true", help="only the runs with and without poolers, one seed each")
-    parser.add_argument("--lengths", action="store_true", help="only the runs of several lengths, two seeds each")
-    parser.add_argument("--longer", action="store_true", help="only those of more steps, one seed each")
-    parser.add_argument(
-        "--heads", action="store_true", help="only short runs with two lrs of the head, two seeds each"
-    )
+    for name, (_, seeds, words) in PARTS_OF_RECORD.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"only {words}; seeds: {seeds}")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    for name, (compare, seeds) in PARTS_OF_RECORD.items():
+    for name, (compare, seeds, _) in PARTS_OF_RECORD.items():
         if getattr(options, name):
             more = compare(options.celo, seeds)
             write_record(FILE, json.loads(FILE.read_text(encoding="utf-8")) | {name: rounded(more, 4)})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_lopt
+from benchmarks.storing import rounded
 from hf_lopt import rules
 from hf_lopt.pretrained import OF_POOLER, new_tensors, set_scales
 
@@ -61,6 +62,6 @@ def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
     values = torch.tensor(losses)
     found = {"loss": values.mean().item()}
     if len(losses) > 1:
-        found["two_standard_errors"] = float(f"{2 * values.std().item() / math.sqrt(len(values)):.2g}")
+        found["two_standard_errors"] = rounded(2 * values.std().item() / math.sqrt(len(values)), 2)
     print(f"{what}: {' ± '.join(f'{x:.4f}' for x in found.values())}", flush=True)
     return found

@@ -6,7 +6,7 @@ does not tell: ``lr=1.0`` may have been written down or left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -78,8 +78,9 @@ class GivenSettings(Optimizer):
         if is_open and all(lr_scales.KEY in other for other in others):
             model = pretrained.model_of(group["params"])
             if model is not None:
-                pretrained.set_scales([group], pretrained.new_tensors(model), *self._counts)
-                self._run_state.stretch_new_layers([group])
+                of_new, of_loaded = self._counts
+                of_new *= self._run_state.more_for_new_layers
+                pretrained.set_scales([group], pretrained.new_tensors(model), of_new, of_loaded)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""
@@ -127,10 +128,10 @@ class GivenSettings(Optimizer):
         for group in groups:
             group.update(open_ones)
 
-    def _stretch_new_layers(self, groups: Sequence[dict[str, Any]], before: float, now: float) -> bool:
+    def _stretch_new_layers(self, before: float, now: float) -> bool:
         """Have lr count ``now`` times for new layers that had it ``before`` times or once. Whether any changed."""
         of_new, (of_loaded, _) = self._rule.lr_of_new_layers, self._rule.fine_tuning(self._weights)
-        return pretrained.stretch(groups, of_loaded, (of_new, of_new * before), of_new * now)
+        return pretrained.stretch(self.param_groups, of_loaded, (of_new, of_new * before), of_new * now)
 
     def _forget_fine_tuning(self) -> None:
         """Undo what the constructor decided for a pretrained model: somebody else decides."""

@@ -76,8 +76,7 @@ def set_scales(
     mean. ``new``: by id, see :func:`new_tensors`."""
 
     def number(p: Tensor) -> float:
-        share = new[id(p)].share if id(p) in new else 0.0
-        return of_new if share == 1.0 else of_others * (of_new / of_others) ** share
+        return _between(of_others, of_new, new[id(p)].share if id(p) in new else 0.0)
 
     for group in groups:
         group[KEY] = tuple(map(number, group["params"]))
@@ -95,7 +94,7 @@ def stretch(groups: Iterable[dict[str, Any]], of_loaded: float, known: Sequence[
         whether anything changed: numbers that somebody else chose stay.
     """
     moves = [
-        (of_loaded * (lr / of_loaded) ** share, of_loaded * (wanted / of_loaded) ** share)
+        (_between(of_loaded, lr, share), _between(of_loaded, wanted, share))
         for lr, share in itertools.product(known, (1.0, OF_POOLER))
         if lr != wanted
     ]
@@ -109,6 +108,11 @@ def stretch(groups: Iterable[dict[str, Any]], of_loaded: float, known: Sequence[
         if lr and (after := tuple(moved(x, lr) for x in scales)) != scales:
             group[KEY], changed = after, True
     return changed
+
+
+def _between(of_loaded: float, of_new: float, share: float) -> float:
+    """Of a tensor that is new so far: 0 the one, 1 the other, 0.5 their geometric mean."""
+    return of_new if share == 1.0 else of_loaded * (of_new / of_loaded) ** share
 
 
 def model_of(params: Sequence[Tensor]) -> nn.Module | None:

@@ -210,20 +210,18 @@ class RunState:
         """``before``: the updates of the run for which it was decided last; 0: never."""
         multiplier, more = self._wanted_multipliers(self.num_updates)
         self.write({LENGTH_MULTIPLIER: multiplier})
-        stretched = self.stretch_new_layers(self.groups, before)
+        stretched = self.owner._stretch_new_layers(self._wanted_multipliers(before)[1], more)
         if multiplier != 1.0 or stretched:
             run = f"{self._rule.class_name}: in a run of {self.num_training_steps} steps"
             new = f", {multiplier * more:.3g} times for new layers" if stretched else ""
             notices.LOG.info("%s lr counts %.3g times%s (length_multiplier), none was given", run, multiplier, new)
         return stretched
 
-    def stretch_new_layers(self, groups: Sequence[dict[str, Any]], before: int = 0) -> bool:
-        """Give new layers of a pretrained model in ``groups`` the lr of this run, once that is decided. Whether any
-        has another then. ``before``: see :meth:`_decide_multiplier`."""
-        if not self.groups[0].get(LENGTH_MULTIPLIER):
-            return False
-        factors = [self._wanted_multipliers(updates)[1] for updates in (before, self.num_updates)]
-        return self.owner._stretch_new_layers(groups, *factors)
+    @property
+    def more_for_new_layers(self) -> float:
+        """How much more lr counts for new layers of a pretrained model; 1 while it is undecided."""
+        decided = self.groups[0].get(LENGTH_MULTIPLIER)
+        return self._wanted_multipliers(self.num_updates)[1] if decided else 1.0
 
     @property
     def calls_per_update(self) -> int:
