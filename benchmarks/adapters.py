@@ -34,6 +34,7 @@ from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
 from hf_lopt import least_sizes, rules
 from hf_lopt.meta.table import machine
+from hf_lopt.rules.base import FROM_SCRATCH
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -112,7 +113,7 @@ def compare(name: str, contenders: dict[str, tuple[str, str]], found: dict[str, 
             found[f"adamw {lr:g}"] = mean(f"{name}: adamw {lr:g}", losses)
             yield
     for contender, (rule, weights) in contenders.items():
-        multiplier = rules.get(rule).run_length.multiplier(task.steps)
+        multiplier = rules.get(rule).run_lengths[FROM_SCRATCH].multiplier(task.steps)
         rows = found.setdefault(contender, {"lr": multiplier})
         for words, sizes in FLOORS.items():
             if words not in rows:

@@ -30,6 +30,7 @@ from benchmarks.storing import rounded
 from hf_lopt import least_sizes, rules
 from hf_lopt.meta import data, evaluate, fresh_tasks, table, tasks, theta
 from hf_lopt.meta.head import head_leaves
+from hf_lopt.rules.base import FROM_SCRATCH
 from hf_lopt.weights import save
 
 
@@ -110,7 +111,7 @@ def bare(task: tasks.Task) -> dict[str, Any]:
 
 def multiplier(steps: int) -> float:
     """The lr of a run of so many steps by default."""
-    return rules.get("velo").run_length.multiplier(steps)
+    return rules.get("velo").run_lengths[FROM_SCRATCH].multiplier(steps)
 
 
 def fresh(lengths: Sequence[int], seeds: int) -> None:

@@ -16,7 +16,7 @@ docstrings of five libraries apart, and the new head alone or with the pooler ha
 all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, up to 2.8 times as
 large; with ``--longer`` MiniLM sees the first words of docstrings only, which often do not tell, for up to nine
 epochs, and the small models take 1,000 steps, with smaller ones. With ``--heads`` short runs multiply the ``lr`` of
-the new head as that of all others, or as that of a model from scratch. One thread.
+the new head as that of all others, or by more. One thread.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
 from hf_lopt.meta.table import machine
 from hf_lopt.pretrained import OF_POOLER
+from hf_lopt.rules.base import FINE_TUNING, NEW_LAYERS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -365,11 +366,9 @@ def compare_heads(celo: str | None, seeds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (name, task), (rule, weights), steps in itertools.product(ALL_TASKS.items(), compared, HEAD_STEPS):
         known, loaded = rules.get(rule), rules.get(rule).load_weights(weights)
-        of_loaded, from_scratch = (
-            known.length_multiplier(loaded, fine_tuning, steps) for fine_tuning in (True, False)
-        )
+        of_loaded, of_new = (known.length_multiplier(loaded, what, steps) for what in (FINE_TUNING, NEW_LAYERS))
         lr, losses = known.finetune_lr * of_loaded, {}
-        for times in (of_loaded, from_scratch):
+        for times in (of_loaded, of_new):
             new_layers, of_length = times * known.lr_of_new_layers / lr, dataclasses.replace(task, steps=steps)
             what = f"{name}: {labelled(rule, weights)}, {steps} steps, head x{times:.3g}"
             losses[f"{times:.3g}"] = mean_loss(what, of_length, seeds, rule, lr, weights, new_layers)

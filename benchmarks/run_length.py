@@ -6,7 +6,8 @@
     python -m benchmarks.run_length fit                           # -> the rules of a power, and run_length.md
 
 All multipliers and seeds of a task run side by side, paired: the same starts and the same batches. The loss is that on
-samples that are never trained on. Fine-tuning starts from parameters that AdamW has trained on other data, and its
+samples that are never trained on. Five of the tasks from scratch are models of transformers, one run after another
+(benchmarks/small_models.py). Fine-tuning starts from parameters that AdamW has trained on other data, and its
 multipliers count times 0.05. One thread. The recipes of this package take no part.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import small_models
 from benchmarks.meta_experiments import RESULTS
 from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
@@ -138,6 +140,16 @@ def finetuning() -> dict[str, tasks.Task]:
     return {task.name: task for task in found}
 
 
+def finals_of_model(
+    task: small_models.Task, rule: str, weights: str, steps: int, seeds: int, multipliers: Sequence[float]
+) -> Tensor:
+    """As :func:`finals`, with the optimizer itself, one run after another; ``weights``: as it takes them."""
+    losses = torch.tensor(
+        [[small_models.final_loss(task, seed, steps, rule, m, weights) for seed in range(seeds)] for m in multipliers]
+    )
+    return losses.nan_to_num(math.inf)
+
+
 def finals(
     task: tasks.Task, rule: str, leaves: Mapping[str, Tensor], steps: int, seeds: int, multipliers: Sequence[float]
 ) -> Tensor:
@@ -176,7 +188,8 @@ def sweep(
 ) -> None:
     """Run everything that the record does not have yet; ``file``: published weights."""
     record = json.loads(FILE.read_text()) if FILE.is_file() else {"runs": {}}
-    for kind, found in (("from scratch", scratch()), ("fine-tuning", finetuning())):
+    kinds = {"from scratch": scratch() | small_models.TEXTS, "fine-tuning": finetuning()}
+    for kind, found in kinds.items():
         for rule in names:
             label = rule if file is None else f"{rule}, published weights"
             leaves = theta.starting_weights(rule, "constructed") if file is None else weights_in(rule, file)
@@ -191,7 +204,10 @@ def sweep(
                         continue
                     begin = time.perf_counter()
                     scale = FINETUNE if kind == "fine-tuning" else 1.0
-                    rows = finals(task, rule, leaves, steps, seeds, [m * scale for m in missing])
+                    if isinstance(task, small_models.Task):
+                        rows = finals_of_model(task, rule, file or "bundled", steps, seeds, missing)
+                    else:
+                        rows = finals(task, rule, leaves, steps, seeds, [m * scale for m in missing])
                     for m, row in zip(missing, rows.tolist(), strict=True):
                         done[f"{m:g}"] = [x if math.isfinite(x) else None for x in row]
                     shown = {m: f"{row.mean():.3f}" for m, row in zip(missing, rows, strict=True)}

@@ -13,7 +13,6 @@ optimizer give it tensors only, and FSDP replaces them. Where there is none it c
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections import Counter
@@ -22,11 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_lopt import distributed, notices
 from hf_lopt.live_modules import models_of
-from hf_lopt.parameters import NORMS, TABLES, Parameter, describe, long_axes
+from hf_lopt.parameters import NORMS, TABLES, Parameter, adapters_in, describe, long_axes
+from hf_lopt.tensor_sizes import Size, sizes_of
 
 
 KEY = "min_param_scale"  # of settings, and of the state of a tensor
@@ -70,14 +70,6 @@ _SCALE_NAME = re.compile(r"scale|gamma|lambda|(^|_)ls\d*(_|$)")
 _ADAPTER_NAME = re.compile(r"(^|\.)lora_(?P<output>B(\.|$))?")
 
 
-@dataclass(frozen=True)
-class _Size:
-    """Of a whole tensor: root mean square, and whether all elements are the same."""
-
-    rms: float
-    constant: bool
-
-
 def decide(pairs: Iterable[tuple[Tensor, Mapping[str, Any]]], state: MutableMapping[Tensor, Any], name: str) -> None:
     """Give each tensor whose group leaves it open, and that has none, its floor: ``state[p]["min_param_scale"]``, 0-d.
 
@@ -92,7 +84,7 @@ def decide(pairs: Iterable[tuple[Tensor, Mapping[str, Any]]], state: MutableMapp
     new = [(p, g) for p, g in pairs if g.get(KEY, 0.0) is None and p.numel() and KEY not in state[p]]
     if not new:
         return
-    sizes, told = _sizes([p for p, _ in new]), Counter[Kind]()
+    sizes, told = sizes_of([p for p, _ in new]), Counter[Kind]()
     kinds = _kinds(new, sizes)
     for (p, _), size in zip(new, sizes, strict=True):
         kind = kinds[id(p)]
@@ -105,32 +97,7 @@ def decide(pairs: Iterable[tuple[Tensor, Mapping[str, Any]]], state: MutableMapp
         notices.note(f"{KEY}: {parts}", f"{KEY}: {parts}: {full}. {KEY}=0 leaves it out.")
 
 
-def _sizes(params: Sequence[Tensor]) -> list[_Size]:
-    """A collective where tensors are sharded."""
-    shards = [distributed.local(p.detach()) for p in params]
-    device = next((x.device for x in shards if x.device.type != "meta"), None)
-    if device is None:
-        return [_Size(math.inf, False)] * len(shards)
-    sums = [_sums(x, device) for x in shards]
-    groups = [s.groups() if (s := distributed.sharding_of(p)) else () for p in params]
-    whole = torch.stack(distributed.sum_over(list(zip(sums, groups, strict=True)))).tolist()
-    return [_size(total, square, p.numel()) for (total, square), p in zip(whole, params, strict=True)]
-
-
-def _sums(x: Tensor, device: torch.device) -> Tensor:
-    """(Σx, Σx²), float64."""
-    if x.device.type == "meta":
-        return torch.full((2,), math.inf, dtype=torch.float64, device=device)
-    square = torch.linalg.vector_norm(x, dtype=torch.float32).double().square()
-    return torch.stack([x.sum(dtype=torch.float32).double(), square]).to(device)
-
-
-def _size(total: float, square: float, numel: int) -> _Size:
-    mean, mean_square = total / numel, square / numel
-    return _Size(math.sqrt(mean_square), abs(mean_square - mean * mean) <= 1e-4 * mean_square)
-
-
-def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[_Size]) -> dict[int, Kind]:
+def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[Size]) -> dict[int, Kind]:
     """id of a tensor -> its kind; tensors that need none may be left out."""
     names = {
         id(p): n for _, group in pairs for p, n in zip(group["params"], group.get("param_names", ()), strict=False)
@@ -145,7 +112,7 @@ def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[_S
         return found
     by_id = {id(p): size for (p, _), size in zip(pairs, sizes, strict=True)}
     for model in reversed(models_of(p for p, _ in pairs)):  # the one that owns most of them decides
-        adapters = tuple(_adapters(model))
+        adapters = adapters_in(model)
         for parameter in describe(model):
             size = by_id.get(id(parameter.tensor))
             if size is not None:
@@ -153,17 +120,9 @@ def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[_S
     return found
 
 
-def _adapters(model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Of layers of PEFT: the beginnings of the names of their own tensors, and of those of the layer inside."""
-    for name, module in model.named_modules():
-        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
-            prefix = f"{name}." if name else ""
-            yield prefix, f"{prefix}base_layer."
-
-
-def _by_module(parameter: Parameter, size: _Size, adapters: Sequence[tuple[str, str]]) -> Kind:
-    name, p, role, leaf = parameter.name, parameter.tensor, parameter.role, parameter.leaf
-    if any(name.startswith(own) and not name.startswith(inside) for own, inside in adapters):
+def _by_module(parameter: Parameter, size: Size, adapters: set[int]) -> Kind:
+    p, role, leaf = parameter.tensor, parameter.role, parameter.leaf
+    if id(p) in adapters:
         return ADAPTER if parameter.of_rank else OF_ADAPTER
     if role == "norm":
         if "bias" in leaf:
@@ -185,7 +144,7 @@ def _bias(p: Tensor, leaf: str) -> Kind:
     return TABLE if is_table else BIAS
 
 
-def _bare(p: Tensor, size: _Size, leaf: str) -> Kind:
+def _bare(p: Tensor, size: Size, leaf: str) -> Kind:
     """The kind of a parameter of no layer that is not called a bias."""
     if _TABLE_NAME.search(leaf):
         return TABLE
@@ -194,7 +153,7 @@ def _bare(p: Tensor, size: _Size, leaf: str) -> Kind:
     return SCALE if p.numel() > 1 and (size.rms > 0 or _SCALE_NAME.search(leaf)) else GATE
 
 
-def _by_name(p: Tensor, size: _Size, name: str) -> Kind:
+def _by_name(p: Tensor, size: Size, name: str) -> Kind:
     path, _, leaf = name.rpartition(".")
     if adapter := _ADAPTER_NAME.search(name):
         return ADAPTER if adapter["output"] else OF_ADAPTER
@@ -207,7 +166,7 @@ def _by_name(p: Tensor, size: _Size, name: str) -> Kind:
     return ONE_PLUS if _NORM_NAME.search(path.rpartition(".")[2]) else _by_value(p, size)
 
 
-def _by_value(p: Tensor, size: _Size) -> Kind:
+def _by_value(p: Tensor, size: Size) -> Kind:
     """Of a vector of zeros nobody can tell whether it is a bias or a norm stored as 1 + w."""
     if long_axes(p) > 1:
         return PROJECTION

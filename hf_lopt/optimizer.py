@@ -59,7 +59,7 @@ class LearnedOptimizer(GivenSettings):
         self._attach(rule_, weights)
         self._run_state.chosen_steps = settings.get("num_training_steps", 0)
         found = {"weights_source": weights.source, "weights_sha256": weights.sha256, "weights_origin": weights.origin}
-        found |= {} if rule_.run_length is None else {LENGTH_MULTIPLIER: 0.0}
+        found |= {LENGTH_MULTIPLIER: 0.0} if rule_.run_lengths else {}
         super().__init__(params, settings | {"rule": rule_.name} | found | self._run_state.initial_values())
         self._count_as_fine_tuning(rule_, weights)
         if not isinstance(source, Weights):  # whoever loaded them before tells later

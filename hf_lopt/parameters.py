@@ -10,13 +10,15 @@ rates of a state space model. Adam suits any tensor, an orthogonalised step suit
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from hf_lopt.step.accumulators import matrix_shape, reference_axes, without_view
+from hf_lopt.step.accumulators import matrix_shape, reference_shape, without_view
 
 
 ROLES = ("matrix", "depthwise", "embedding", "table", "norm", "bias", "vector")
@@ -104,13 +106,17 @@ class Parameter:
         return self._reference_shape()[-2]
 
     @property
+    def summands(self) -> int:
+        """How many products each output of a matrix adds up: the width of its input, times the size of a kernel."""
+        return summands(self.tensor.shape, self.axis_order)
+
+    @property
     def fan_out(self) -> int:
         """Width of the output of a matrix."""
         return self._reference_shape()[-1]
 
     def _reference_shape(self) -> tuple[int, ...]:
-        shape = matrix_shape(self.tensor.shape, self.axis_order)
-        return tuple(shape[axis] for axis in reference_axes(len(shape), without_view(self.axis_order)))
+        return _matrix_as_reference(self.tensor.shape, self.axis_order)
 
 
 def describe(model: nn.Module) -> list[Parameter]:
@@ -137,6 +143,27 @@ def describe(model: nn.Module) -> list[Parameter]:
         in_layer = isinstance(owner, _LAYERS) or _is_conv1d(owner)
         one = Parameter(name, p, role, axis_order, decays, in_layer, owner, leaf)
         found.append(replace(one, of_rank=True) if _takes_rank(one, adapted) else one)
+    return found
+
+
+def summands(shape: Sequence[int], axis_order: str) -> int:
+    """See :attr:`Parameter.summands`; of a tensor with at least two axes."""
+    *rest, n_in, _ = _matrix_as_reference(shape, axis_order)
+    return n_in * (prod(rest) if without_view(axis_order) in ("torch", "torch_transposed") else 1)  # else of a stack
+
+
+def _matrix_as_reference(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
+    return reference_shape(matrix_shape(shape, axis_order), without_view(axis_order))
+
+
+def adapters_in(model: nn.Module) -> set[int]:
+    """ids of the tensors that layers of PEFT add, without those of the layers inside."""
+    found: set[int] = set()
+    for module in model.modules():
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            inside = getattr(module, "base_layer", None)
+            own = {id(p) for p in module.parameters()}
+            found |= own - ({id(p) for p in inside.parameters()} if isinstance(inside, nn.Module) else set())
     return found
 
 

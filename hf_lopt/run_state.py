@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 from hf_lopt import distributed, lr_scales, notices
 from hf_lopt.accumulation import add_gradients, set_mean_gradients
 from hf_lopt.pending import PendingLoss
-from hf_lopt.rules.base import Rule
+from hf_lopt.reach import is_here, reach_of
+from hf_lopt.rules.base import FINE_TUNING, FROM_SCRATCH, NEW_LAYERS, Rule
 from hf_lopt.settings import positive_int
 from hf_lopt.step.scheduler import means_of_equal_losses
 from hf_lopt.weights import Weights, earlier
@@ -52,6 +53,7 @@ class RunState:
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._starts_late = False
+        self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
 
     @property
     def owner(self) -> Any:
@@ -180,8 +182,12 @@ class RunState:
 
     @property
     def length_multiplier(self) -> float:
-        """What lr is multiplied with because of the length of the run; while undecided, what it would be."""
-        return self.groups[0].get(LENGTH_MULTIPLIER, 1.0) or self._wanted_multipliers(self.num_updates)[0]
+        """What lr is multiplied with because of the length of the run; while undecided, what it would be, of sharded
+        tensors without their reach, which other ranks have to be asked for."""
+        decided = self.groups[0].get(LENGTH_MULTIPLIER, 1.0)
+        if decided:
+            return decided
+        return self._wanted_multipliers(self.num_updates, ask=is_here(p for p, _ in self.owner._trainable()))[0]
 
     def decide_multiplier(self) -> bool:
         """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none.
@@ -191,20 +197,28 @@ class RunState:
         """
         return self.groups[0].get(LENGTH_MULTIPLIER) == 0.0 and self._decide_multiplier(0)
 
-    def _wanted_multipliers(self, updates: int) -> tuple[float, float]:
+    def _wanted_multipliers(self, updates: int, ask: bool = True) -> tuple[float, float]:
         """The multiplier in a run of so many updates; and how much more lr counts for layers that start from random
-        numbers while the others do not."""
-        owner = self.owner
+        numbers while the others do not. ``ask``: whether to ask for the reach, of sharded tensors a collective."""
+        owner, rule, weights = self.owner, self._rule, self._weights
         # Whoever brings a network as arrays wants its steps as they are.
-        if self._weights.source == "mapping" or owner._chose_lr():
+        if weights.source == "mapping" or owner._chose_lr():
             return 1.0, 1.0
-        if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
+        if owner.is_fine_tuning:
+            of_loaded, of_new = (rule.length_multiplier(weights, what, updates) for what in (FINE_TUNING, NEW_LAYERS))
+            return of_loaded, of_new / of_loaded
+        if any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
             return 1.0, 1.0
-        of_all, from_scratch = (
-            self._rule.length_multiplier(self._weights, fine_tuning, updates)
-            for fine_tuning in (owner.is_fine_tuning, False)
-        )
-        return of_all, from_scratch / of_all
+        found = rule.length_multiplier(weights, FROM_SCRATCH, updates)
+        if found > 1.0 and ask:
+            found = rule.length_multiplier(weights, FROM_SCRATCH, updates, self._initial_reach())
+        return found, 1.0
+
+    def _initial_reach(self) -> float:
+        """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""
+        if self._reach is None or not self.groups[0].get(LENGTH_MULTIPLIER):  # not decided: values may still change
+            self._reach = reach_of(self.owner._trainable())
+        return self._reach
 
     def _decide_multiplier(self, before: int) -> bool:
         """``before``: the updates of the run for which it was decided last; 0: never."""

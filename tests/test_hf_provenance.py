@@ -56,7 +56,7 @@ def test_card_and_state_name_optimizer_version_weights_and_multiplier(trained):
     }
 
 
-@pytest.mark.parametrize(("steps", "multiplier"), [(1, 5.0), (100, (300 / 100) ** 0.9), (1000, None)])
+@pytest.mark.parametrize(("steps", "multiplier"), [(1, 5.0), (100, (1000 / 100) ** 0.5), (1000, None)])
 def test_what_the_length_of_the_run_multiplies_is_said_beside_the_lr(tmp_path, steps, multiplier):
     """Also where another callback changes the length when training begins; ``steps`` are not taken."""
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_lopt
 from benchmarks.step import random_weights
-from hf_lopt import least_sizes, rules
+from hf_lopt import least_sizes, reach, rules
 from hf_lopt.kernels.dispatch import Operator, supports
 from hf_lopt.rules import small_fc
 from hf_lopt.step import prepared
@@ -72,7 +72,8 @@ def host_memory(monkeypatch):
         torch._C._ensureCUDADeviceGuardSet()  # lets fake tensors be indexed as real ones are
     monkeypatch.setattr(small_fc, "learned_decays", lambda decays, offsets, clip: decays)
     # The first step reads the sizes of the tensors, which have no values here.
-    monkeypatch.setattr(least_sizes, "_sizes", lambda params: [least_sizes._Size(1.0, False)] * len(params))
+    for module in (least_sizes, reach):
+        monkeypatch.setattr(module, "sizes_of", lambda params: [least_sizes.Size(1.0, False)] * len(params))
     call = Operator.__call__
 
     def call_on_device(operator, arguments):

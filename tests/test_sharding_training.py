@@ -97,7 +97,7 @@ def test_accelerate(errors):
 @pytest.mark.parametrize(
     "case",
     ["fully_shard", "celo2", "clipped", "halves", "activation checkpoints", "compiled eager", "compiled aot_eager"]
-    + ["offloaded"],
+    + ["offloaded", "multiplier"],
 )
 def test_by_hand(errors, case):
     assert errors[2, "short"][case] <= 2e-6
@@ -111,4 +111,4 @@ def test_mixed_precision(errors):
 @pytest.mark.parametrize("world", [2, 4])
 def test_tensor_parallel(errors, world):
     """Alone on two ranks; on four with FSDP2 over it."""
-    assert errors[world, "tensor_parallel"]["tensor parallel"] <= 2e-6
+    assert max(errors[world, "tensor_parallel"].values()) <= 2e-6

@@ -6,6 +6,7 @@ strings the functions of :mod:`hf_lopt.step` together. It does not loop over par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,32 +37,44 @@ class RunLength:
     """How much longer the steps of short runs are: (steps / N)^power in a run of N updates, from 1 to ``largest``.
 
     A step that is relative to the size of a tensor moves it by a share of itself, whatever the length of the run: a
-    short one ends before anything has moved far. Measured by ``python -m benchmarks.run_length``.
+    short one ends before anything has moved far. But where a model's reach is large (:mod:`hf_lopt.reach`), a small
+    share of each tensor changes already what the model does: (R / reach)^1.5 times, R being the ``reach`` from which
+    on it counts. Measured by ``python -m benchmarks.run_length``.
 
     Attributes:
         steps: runs of at least so many updates take the rule's own step size.
         power: without unit.
         largest: the largest multiplier.
+        steps_of_others: the most ``steps`` with weights that are not embedded: published Celo goes further by itself.
+        reach: of a model; from here on steps become shorter, down to the rule's own.
     """
 
     steps: float
     power: float
     largest: float
+    steps_of_others: float
+    reach: float = math.inf
 
-    def multiplier(self, updates: int) -> float:
+    def multiplier(self, updates: int, reach: float = 0.0) -> float:
         """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known."""
         if not updates:
             return 1.0
-        return min(max((self.steps / updates) ** self.power, 1.0), self.largest)
+        found = (self.steps / updates) ** self.power
+        if reach > self.reach:
+            found *= (self.reach / reach) ** _POWER_OF_REACH
+        return min(max(found, 1.0), self.largest)
 
 
-# Of all rules whose schedule is that of a horizon. At 300 steps the best multiplier is 1 on some tasks and 2.8 on
-# others, for 3 % of the loss on average; and 1.7 cost a sequence-to-sequence model a third. So it ends there.
-RUN_LENGTH = RunLength(steps=300, power=0.9, largest=5.0)
-# Of the same rules where a pretrained model is fine-tuned (benchmarks/new_layers.py).
-FINETUNE_RUN_LENGTH = RunLength(steps=150, power=0.9, largest=2.0)
-# Where both end with weights that are not embedded: published Celo goes further by itself.
-STEPS_OF_OTHERS, FINETUNE_STEPS_OF_OTHERS = 200, 100
+_POWER_OF_REACH = 1.5
+# What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon.
+FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
+RUN_LENGTHS: Mapping[str, RunLength] = {
+    FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, steps_of_others=300, reach=20.0),
+    # The tensors that a pretrained model was loaded with, and layers that its checkpoint lacks
+    # (benchmarks/new_layers.py).
+    FINE_TUNING: RunLength(steps=150, power=0.9, largest=2.0, steps_of_others=100),
+    NEW_LAYERS: RunLength(steps=300, power=0.9, largest=5.0, steps_of_others=200),
+}
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,7 @@ class Rule:
         new_layer_lr: the ``lr`` for layers of a pretrained model that its checkpoint lacks; None: that from scratch.
         needs_horizon, needs_loss: whether a step is undefined without them.
         nan_to_zero: NaN in a gradient counts as 0, as in the reference, instead of skipping the step.
-        run_length: how the step size follows the length of the run where nobody chose an lr, with embedded weights;
-            None: it does not.
+        run_lengths: how the step size follows the length of the run where nobody chose an lr; none: it does not.
     """
 
     name: str
@@ -106,7 +118,7 @@ class Rule:
     needs_horizon: bool
     needs_loss: bool
     nan_to_zero: bool = False
-    run_length: RunLength | None = None
+    run_lengths: Mapping[str, RunLength] = field(default_factory=dict)
     finetune_settings: Mapping[str, float] = field(default_factory=dict)
     new_layer_lr: float | None = None
 
@@ -126,19 +138,19 @@ class Rule:
             return self.finetune_lr, self.finetune_settings
         return weights.finetune_lr, weights.finetune_settings
 
-    def length_multiplier(self, weights: weights.Weights, fine_tuning: bool, updates: int) -> float:
+    def length_multiplier(self, weights: weights.Weights, what: str, updates: int, reach: float = 0.0) -> float:
         """What an lr that nobody chose counts in a run of so many updates; 1 for rules that do not follow its length.
 
-        New layers of a pretrained model follow it as those of a model from scratch do, ``fine_tuning`` false.
+        Args:
+            what: a key of :data:`RUN_LENGTHS`.
+            reach: of the model, before its first step.
         """
-        if self.run_length is None:
+        if what not in self.run_lengths:
             return 1.0
-        found, most = self.run_length, STEPS_OF_OTHERS
-        if fine_tuning:
-            found, most = FINETUNE_RUN_LENGTH, FINETUNE_STEPS_OF_OTHERS
+        found = self.run_lengths[what]
         if weights.origin != "bundled":
-            found = replace(found, steps=min(found.steps, most))
-        return found.multiplier(updates)
+            found = replace(found, steps=min(found.steps, found.steps_of_others))
+        return found.multiplier(updates, reach)
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_lopt.features import CLIP_GRADIENT, SHARED_INPUTS, VELO, Decays
 from hf_lopt.kernels import ops
 from hf_lopt.kernels.arguments import AdamStep
-from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
+from hf_lopt.rules.base import FROM_SCRATCH, NEW_LAYERS, RUN_LENGTHS, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta, specialize_networks
@@ -138,8 +138,13 @@ CELO_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_length=RUN_LENGTH,
+    run_lengths=RUN_LENGTHS,
 )
+
+# Adam's step is not relative: at 200 and 300 longer ones cost a deep language model up to a tenth.
+_ADAM = replace(RUN_LENGTHS[NEW_LAYERS], steps=200)
+ADAM_RUN_LENGTHS = {**RUN_LENGTHS, FROM_SCRATCH: replace(_ADAM, reach=20.0), NEW_LAYERS: _ADAM}
+
 CELO_ADAM_RULE = Rule(
     name="celo_adam",
     class_name="CeloAdam",
@@ -165,7 +170,7 @@ CELO_ADAM_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_length=replace(RUN_LENGTH, steps=200),  # at 200 and 300 longer steps cost a deep language model up to a tenth
+    run_lengths=ADAM_RUN_LENGTHS,
 )
 
 RULES = (CELO_RULE, CELO_ADAM_RULE)

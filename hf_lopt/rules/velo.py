@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_lopt.features import VELO
-from hf_lopt.rules.base import RUN_LENGTH, Rule, UpdateResult
+from hf_lopt.rules.base import RUN_LENGTHS, Rule, UpdateResult
 from hf_lopt.step import accumulators, scheduler
 from hf_lopt.step.measure import measure
 from hf_lopt.step.networks import Theta
@@ -86,7 +86,7 @@ VELO_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_length=RUN_LENGTH,
+    run_lengths=RUN_LENGTHS,
 )
 
 # The 64-unit network of the Celo paper's repository: the same rule with the bank taken as it is.
@@ -117,7 +117,7 @@ VELO_S_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_length=RUN_LENGTH,
+    run_lengths=RUN_LENGTHS,
 )
 
 RULES = (VELO_RULE, VELO_S_RULE)

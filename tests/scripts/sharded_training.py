@@ -10,6 +10,7 @@ go to FOLDER/WORLD_CASE.json. All ranks see the same rows, so that one process o
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -252,6 +253,21 @@ def with_checkpoints(model: nn.Module) -> nn.Module:
     return model
 
 
+def multiplier_error(shard: Callable[[nn.Module], nn.Module]) -> float:
+    """Of the multiplier of a short run, which takes the sizes of whole matrices, where they are large."""
+    model = llama()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(20)
+    matrices = [m.weight.double() for m in model.model.layers.modules() if isinstance(m, nn.Linear)]
+    reach = math.sqrt(sum(w.square().mean().item() * w.shape[1] ** 2 for w in matrices))
+    wanted = math.sqrt(1000 / 20) * (20 / reach) ** 1.5
+    optimizer = optimizer_of(shard(model))
+    assert 1.5 < wanted < 4.5 and optimizer.length_multiplier == 5.0  # the largest; the reach is asked for later
+    loop(model, optimizer)
+    return abs(optimizer.length_multiplier / wanted - 1)
+
+
 def short(folder: Path, whole: dict) -> dict[str, float]:
     """Ways of training by hand, against one process that trains the plain way."""
     from torch._dynamo import guards
@@ -279,6 +295,8 @@ def short(folder: Path, whole: dict) -> dict[str, float]:
     record("offloaded", sharded(llama(), offload_policy=CPUOffloadPolicy(pin_memory=False)))
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     record("bfloat16 compute", sharded(llama(), mp_policy=half))
+    if world_size() > 1:
+        found["multiplier"] = multiplier_error(sharded)
     return found
 
 
@@ -288,18 +306,20 @@ def tensor_parallel(folder: Path, whole: dict) -> dict[str, float]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    model = llama()
     plan: dict[str, Any] = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
     plan["mlp.down_proj"] = RowwiseParallel()
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh["tp"], plan)
-    if world_size() > 2:
-        sharded(model, mesh=mesh["dp"])
+
+    def shard(model: nn.Module) -> nn.Module:
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh["tp"], plan)
+        return sharded(model, mesh=mesh["dp"]) if world_size() > 2 else model
+
+    model = shard(llama())
     optimizer = optimizer_of(model)
     loop(model, optimizer)
     placements = {p.placements for p in model.parameters() if isinstance(p, DTensor)}
     assert len(placements) >= 2 and any(len(x) == (2 if world_size() > 2 else 1) for x in placements)
-    return {"tensor parallel": error(model, whole["short plain"])}
+    return {"tensor parallel": error(model, whole["short plain"]), "multiplier": multiplier_error(shard)}
 
 
 def by_accelerate(folder: Path, whole: dict) -> dict[str, float]:
