@@ -33,6 +33,8 @@ from hf_lopt import rules
 from hf_lopt.meta import data, evaluate, table, tasks, theta
 from hf_lopt.meta.particles import Particles
 from hf_lopt.meta.search import seeded
+from hf_lopt.reach import reach_of
+from hf_lopt.rules.base import FROM_SCRATCH
 
 
 STEPS = (30, 100, 300, 1000)
@@ -237,6 +239,60 @@ def _relative(runs: Mapping[str, list[float | None]]) -> dict[float, float]:
     return dict(sorted(mean.items()))
 
 
+def interpolated(runs: Mapping[float, float], m: float) -> float:
+    """The logarithm of the loss relative to that at 1, between multipliers that were run."""
+    below = max(x for x in runs if x <= m)
+    above = min((x for x in runs if x >= m), default=below)  # where m is above all of them
+    part = 0.0 if below == above else math.log(m / below) / math.log(above / below)
+    return (1 - part) * math.log(runs[below]) + part * math.log(runs[above])
+
+
+def reach_in(task: tasks.Task | small_models.Task) -> float:
+    """The reach of a task's matrices before the first step; tables and adapters do not count."""
+    if isinstance(task, small_models.Task):
+        torch.manual_seed(0)
+        model = task.model()  # which has to live: what a tensor is comes from its module
+        return reach_of((p, {}) for p in model.parameters())
+    start = task.start(1, seeded("reach", task.name))
+    names = [name for name in start if name not in ("embedding", "position")] if task.name != ADAPTERS else []
+    return reach_of((start[name][0], {"axis_order": "jax"}) for name in names)
+
+
+def kept(record: dict[str, Any]) -> list[str]:
+    """By rule and length, from scratch: the loss relative to that at 1 with what ships, and with the length alone."""
+    found, lines = scratch() | small_models.TEXTS, []
+    reaches = {name: reach_in(task) for name, task in found.items()}
+    for (rule, kind, steps), by_task in sorted(relative(record).items()):
+        name = rule.partition(",")[0]
+        if kind != "from scratch" or not rules.get(name).run_lengths or len(by_task) < 4:
+            continue
+        length = rules.get(name).run_lengths[FROM_SCRATCH]
+        length = replace(length, **length.others) if "published" in rule else length
+        cells = []
+        for words, count_reach in (("as it ships", True), ("without the reach", False)):
+            logs = torch.tensor(
+                [
+                    interpolated(runs, length.multiplier(steps, reaches[task] if count_reach else 0.0))
+                    for task, runs in by_task.items()
+                ]
+            )
+            error = 2 * logs.std().item() / math.sqrt(len(logs))
+            cells.append(f"{words} {logs.mean().exp():.3f} ± {error * logs.mean().exp():.3f}")
+        lines.append(f"- {rule}, {steps} steps, {len(by_task)} tasks: {'; '.join(cells)}")
+    told = ", ".join(f"{name} {x:.3g}" for name, x in sorted(reaches.items(), key=lambda each: each[1]))
+    return [
+        "## What ships",
+        "",
+        "The same, of the multiplier that each task gets, between those that were run; with two standard errors over",
+        "tasks, which differ much more than seeds do.",
+        "",
+        *lines,
+        "",
+        f"Reach (hf_lopt/reach.py): {told}.",
+        "",
+    ]
+
+
 def power(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """The N of multiplier 1 and the power of the least-squares line through the logarithms of (N, best multiplier)."""
     logs = [(math.log(n), math.log(m)) for n, m in points]
@@ -276,7 +332,7 @@ def fit() -> None:
         if len({n for n, _ in own}) > 1:
             start, slope = power(own)
             lines.append(f"{rule}: the best multipliers lie about ({start:,.0f} / N)^{slope:.2f}.\n")
-    lines.append(SHIPPED)
+    lines += [*kept(record), SHIPPED]
     (RESULTS / "run_length.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

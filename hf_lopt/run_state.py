@@ -209,10 +209,10 @@ class RunState:
             return of_loaded, of_new / of_loaded
         if any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
             return 1.0, 1.0
-        found = rule.length_multiplier(weights, FROM_SCRATCH, updates)
-        if found > 1.0 and ask:
-            found = rule.length_multiplier(weights, FROM_SCRATCH, updates, self._initial_reach())
-        return found, 1.0
+        least, most = (rule.length_multiplier(weights, FROM_SCRATCH, updates, reach) for reach in (math.inf, 0.0))
+        if least == most or not ask:
+            return most, 1.0
+        return rule.length_multiplier(weights, FROM_SCRATCH, updates, self._initial_reach()), 1.0
 
     def _initial_reach(self) -> float:
         """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 
@@ -95,9 +96,10 @@ def test_without_finite_values_steps_are_not_made_longer(value):
     assert rules.get("velo").run_lengths[FROM_SCRATCH].multiplier(30, math.inf) == 1.0
 
 
-def by_hand(steps: int, reach: float, published: bool = False) -> float:
-    found = math.sqrt((300 if published else 1000) / steps) * min(1.0, REACH / reach) ** 1.5
-    return min(max(found, 1.0), 5.0)
+def by_hand(steps: int, reach: float, published_celo: bool = False) -> float:
+    of_length = math.sqrt((300 if published_celo else 1000) / steps)
+    found = max(of_length, 1.0) * min(1.0, REACH / reach) ** 1.5
+    return min(max(found, 0.7 if published_celo else 1.0), 5.0)
 
 
 @pytest.mark.parametrize("rule", ["velo", "celo", "velo_s"])
@@ -124,11 +126,14 @@ def test_published_weights():
     file = golden.OUTSIDE / "weights" / "celo.theta.state"
     if not file.is_file():
         pytest.skip("the published weights of Celo are not part of the repository")
-    for sd in (0.02, 0.5):
+    found = {}
+    for sd, steps in itertools.product((0.02, 0.35, 0.9), (30, 300, 5000)):
         model = llama(sd)
-        optimizer = hf_lopt.Celo(model.parameters(), num_training_steps=30, weights=str(file))
-        wanted = by_hand(30, moved_outputs(model.model), published=True)
-        assert optimizer.length_multiplier == pytest.approx(wanted, rel=1e-6)
+        optimizer = hf_lopt.Celo(model.parameters(), num_training_steps=steps, weights=str(file))
+        wanted = by_hand(steps, moved_outputs(model.model), published_celo=True)
+        found[sd, steps] = optimizer.length_multiplier
+        assert found[sd, steps] == pytest.approx(wanted, rel=1e-6)
+    assert found[0.02, 5000] == 1.0 and 0.7 < found[0.35, 5000] < 1.0 and found[0.9, 5000] == 0.7
 
 
 def test_trainer(tmp_path, caplog):

@@ -38,42 +38,45 @@ class RunLength:
 
     A step that is relative to the size of a tensor moves it by a share of itself, whatever the length of the run: a
     short one ends before anything has moved far. But where a model's reach is large (:mod:`hf_lopt.reach`), a small
-    share of each tensor changes already what the model does: (R / reach)^1.5 times, R being the ``reach`` from which
-    on it counts. Measured by ``python -m benchmarks.run_length``.
+    share of each tensor changes already what the model does: above R, ``reach``, (R / reach)^1.5 times that. Measured
+    by ``python -m benchmarks.run_length``.
 
     Attributes:
         steps: runs of at least so many updates take the rule's own step size.
         power: without unit.
         largest: the largest multiplier.
-        steps_of_others: the most ``steps`` with weights that are not embedded: published Celo goes further by itself.
-        reach: of a model; from here on steps become shorter, down to the rule's own.
+        reach: of a model; from here on steps become shorter.
+        smallest: the smallest multiplier, of a model that reaches far.
+        others: what is different with weights that are not embedded.
     """
 
     steps: float
     power: float
     largest: float
-    steps_of_others: float
     reach: float = math.inf
+    smallest: float = 1.0
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def multiplier(self, updates: int, reach: float = 0.0) -> float:
         """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known."""
         if not updates:
             return 1.0
-        found = (self.steps / updates) ** self.power
+        found = max((self.steps / updates) ** self.power, 1.0)
         if reach > self.reach:
             found *= (self.reach / reach) ** _POWER_OF_REACH
-        return min(max(found, 1.0), self.largest)
+        return min(max(found, self.smallest), self.largest)
 
 
 _POWER_OF_REACH = 1.5
-# What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon.
+# What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon. Of the others
+# published Celo was measured: it goes further by itself.
 FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
 RUN_LENGTHS: Mapping[str, RunLength] = {
-    FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, steps_of_others=300, reach=20.0),
+    FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, reach=20.0, others={"steps": 300}),
     # The tensors that a pretrained model was loaded with, and layers that its checkpoint lacks
     # (benchmarks/new_layers.py).
-    FINE_TUNING: RunLength(steps=150, power=0.9, largest=2.0, steps_of_others=100),
-    NEW_LAYERS: RunLength(steps=300, power=0.9, largest=5.0, steps_of_others=200),
+    FINE_TUNING: RunLength(steps=150, power=0.9, largest=2.0, others={"steps": 100}),
+    NEW_LAYERS: RunLength(steps=300, power=0.9, largest=5.0, others={"steps": 200}),
 }
 
 
@@ -149,7 +152,7 @@ class Rule:
             return 1.0
         found = self.run_lengths[what]
         if weights.origin != "bundled":
-            found = replace(found, steps=min(found.steps, found.steps_of_others))
+            found = replace(found, **found.others)
         return found.multiplier(updates, reach)
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:

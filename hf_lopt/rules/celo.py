@@ -111,6 +111,10 @@ def update_adam(
     return UpdateResult({}, decision.skip, scheduler.report(tensors, decision, schedule, sums))
 
 
+# With published weights a T5 and a BART end at half their loss or less with half the step, whatever the length of the
+# run; a language model that reaches as far gains 15 % or loses 4.
+_CELO = replace(RUN_LENGTHS[FROM_SCRATCH], others={"steps": 300, "smallest": 0.7})
+
 CELO_RULE = Rule(
     name="celo",
     class_name="Celo",
@@ -138,7 +142,7 @@ CELO_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_lengths=RUN_LENGTHS,
+    run_lengths={**RUN_LENGTHS, FROM_SCRATCH: _CELO},
 )
 
 # Adam's step is not relative: at 200 and 300 longer ones cost a deep language model up to a tenth.
