@@ -40,6 +40,7 @@ from hf_lopt.rules.base import FROM_SCRATCH
 STEPS = (30, 100, 300, 1000)
 MULTIPLIERS = (0.5, 1.0, 2.0, 2.8, 4.0, 5.6, 8.0)
 FINETUNE = 0.05
+FAILED = 1e3  # the loss of a run that has failed
 FILE = RESULTS / "run_length.json"
 SHIPPED = """\
 From scratch (1000 / N)^1/2 ships, from 1 to 5, and (20 / R)^1.5 times that where a model's reach R is above 20. What
@@ -217,20 +218,19 @@ def sweep(
                         rows = finals_of_model(task, rule, file or "bundled", steps, seeds, missing)
                     else:
                         rows = finals(task, rule, leaves, steps, seeds, [m * scale for m in missing])
-                    for m, row in zip(missing, rows.tolist(), strict=True):
-                        done[f"{m:g}"] = [x if math.isfinite(x) else None for x in row]
-                    shown = {m: f"{row.mean():.3f}" for m, row in zip(missing, rows, strict=True)}
+                    means = rows.clamp_max(FAILED).log().mean(1).exp().tolist()
+                    done |= {f"{m:g}": mean for m, mean in zip(missing, means, strict=True)}
+                    shown = {m: f"{mean:.3f}" for m, mean in zip(missing, means, strict=True)}
                     print(
                         f"{time.perf_counter() - begin:5.0f} s  {label} | {kind} | {name} | {steps}  {shown}",
                         flush=True,
                     )
-                    record |= {"machine": table.machine(), "seeds": seeds, "finetune": FINETUNE}
+                    record |= {"machine": table.machine(), "finetune": FINETUNE}
                     write_record(FILE, rounded(record, 3))
 
 
 def relative(record: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, dict[float, float]]]:
-    """(rule, kind, steps) -> task -> multiplier -> geometric mean of the loss relative to that at 1; a run that failed
-    counts as a thousand times the loss."""
+    """(rule, kind, steps) -> task -> multiplier -> the loss relative to that at 1."""
     found: dict[tuple[str, str, int], dict[str, dict[float, float]]] = {}
     for key, by_task in record["runs"].items():
         rule, kind = key.split(" | ")
@@ -240,10 +240,8 @@ def relative(record: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, dic
     return found
 
 
-def _relative(runs: Mapping[str, list[float | None]]) -> dict[float, float]:
-    logs = {float(m): [math.log(x or 1e3 * runs["1"][i]) for i, x in enumerate(row)] for m, row in runs.items()}
-    mean = {m: math.exp(sum(row) / len(row) - sum(logs[1.0]) / len(row)) for m, row in logs.items()}
-    return dict(sorted(mean.items()))
+def _relative(runs: Mapping[str, float]) -> dict[float, float]:
+    return {m: runs[f"{m:g}"] / runs["1"] for m in sorted(map(float, runs))}
 
 
 def interpolated(runs: Mapping[float, float], m: float) -> float:
@@ -314,9 +312,10 @@ def fit() -> None:
     lines = [
         "# Multiplier of the step size by length of the run",
         "",
-        "Validation tasks: held-out loss at the end relative to that at multiplier 1, geometric mean over tasks; in",
-        "brackets the number of tasks of which this multiplier is the best. A run that failed counts 1,000 times.",
-        f"{record['seeds']} seeds. Multipliers of fine-tuning count times {record['finetune']:g}.",
+        "Validation tasks: held-out loss at the end relative to that at multiplier 1, geometric mean over three seeds",
+        "(one of the Llamas of width 256 and 512) and over tasks; in brackets the number of tasks of which this",
+        "multiplier is the best. What a task lacks is taken from its neighbours. A run that failed counts as a loss",
+        f"of 1,000. Multipliers of fine-tuning count times {record['finetune']:g}.",
         "`python -m benchmarks.run_length sweep RULE ...`, then `fit`; "
         + ", ".join(map(str, record["machine"].values())),
         "",
@@ -324,10 +323,10 @@ def fit() -> None:
     points: dict[str, list[tuple[int, float]]] = {}
     for (rule, kind, steps), by_task in sorted(relative(record).items()):
         best = {task: min(row, key=lambda m: row[m]) for task, row in by_task.items()}
-        common = sorted(set.intersection(*(set(row) for row in by_task.values())))
+        least, most = max(map(min, by_task.values())), min(map(max, by_task.values()))
         cells = []
-        for m in common:
-            mean = math.exp(sum(math.log(row[m]) for row in by_task.values()) / len(by_task))
+        for m in sorted({m for row in by_task.values() for m in row if least <= m <= most}):
+            mean = math.exp(sum(interpolated(row, m) for row in by_task.values()) / len(by_task))
             cells.append(
                 f"x{m:g}: {mean:.3f} ({sum(b == m for b in best.values())})" if mean < 10 else f"x{m:g}: failed"
             )
