@@ -61,7 +61,9 @@ ALLOWED = {
     "live_modules": set(),
     "lr_scales": set(),
     "pretrained": {"live_modules", "lr_scales", "parameters"},
-    "least_sizes": {"live_modules", "parameters", "distributed", "notices"},
+    "tensor_sizes": {"distributed"},
+    "least_sizes": {"live_modules", "parameters", "tensor_sizes", "distributed", "notices"},
+    "reach": {"live_modules", "parameters", "tensor_sizes", "distributed"},
     "settings": {"arguments_given", "lr_scales", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "live_modules", "lr_scales", "pretrained", "rules", "weights"},
@@ -70,7 +72,9 @@ ALLOWED = {
     "step_inputs": {"state_formats", "saved_state", "settings", "rules", "step", "distributed"},
     "rank_agreement": {"settings", "step", "distributed"},
     "accumulation": {"distributed"},
-    "run_state": {"accumulation", "lr_scales", "pending", "settings", "step", "rules", "distributed", "weights"},
+    "run_state": {
+        *("accumulation", "lr_scales", "pending", "reach", "settings", "step", "rules", "distributed", "weights"),
+    },
     "run_monitor": {"run_state"},
     "optimizer": {
         "description",
