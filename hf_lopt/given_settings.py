@@ -147,7 +147,8 @@ class GivenSettings(Optimizer):
         """What lr is multiplied with because of the length of the run, see :class:`hf_lopt.rules.base.RunLength`.
 
         1.0 where somebody chose an lr or gave the weights as arrays, and for rules and checkpoints that know no such
-        thing. Decided at the first step, and again when ``num_training_steps`` changes; before that, what it would be.
+        thing. Decided at the first step, and again when ``num_training_steps`` changes; before that, what it would be,
+        of sharded tensors without the model's reach (:mod:`hf_lopt.reach`).
         """
         return self._run_state.length_multiplier
 
