@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import warnings
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ import transformers
 from torch import nn
 from transformers import Trainer
 
+import architectures
 import golden
 import hf_cases as cases
 import hf_lopt
-from hf_lopt import rules
+from hf_lopt import reach, rules
 from hf_lopt.reach import reach_of
 from hf_lopt.rules.base import FROM_SCRATCH
+from hf_lopt.tensor_sizes import Size
 
 
 REACH = 20.0  # of the documentation: from here on steps become shorter
@@ -157,3 +160,22 @@ def test_a_t5_trains_as_with_an_lr_of_one():
     assert reach_of(own(model)) > 2 * REACH
     optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=50, weights="bundled")
     assert 1.0 <= optimizer.length_multiplier < 1.5
+
+
+@pytest.mark.parametrize("kind", architectures.ARCHITECTURES)
+def test_every_architecture_has_one(kind, monkeypatch):
+    """On meta, with elements of size 1: more than the widest layer of torch's alone, less than if every tensor were
+    one matrix with its shortest axis as output."""
+    cls = getattr(transformers, architectures.ARCHITECTURES[kind], None)
+    if cls is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    monkeypatch.setattr(reach, "sizes_of", lambda params: [Size(1.0, False)] * len(params))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = architectures.build(kind, cls)
+    widest = max(
+        (m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m.out_features > 1), default=1
+    )
+    shapes = [[n for n in p.shape if n > 1] for p in model.parameters()]
+    most = math.sqrt(sum((math.prod(shape) / min(shape)) ** 2 for shape in shapes if len(shape) > 1))
+    assert widest <= reach.reach_of(own(model)) <= most
