@@ -45,7 +45,7 @@ FILE = RESULTS / "run_length.json"
 SHIPPED = """\
 From scratch (1000 / N)^1/2 ships, from 1 to 5, and (20 / R)^1.5 times that where a model's reach R is above 20. What
 the best multiplier depends on most is how large the matrices start: a T5 of width 64, which starts at 1 / sqrt(width),
-is best at 1 in every length, and at 5.6 after 50 steps, with a lower loss, where all starting values count 0.2; a BART
+is best at 1 from 50 steps on, and at 5.6 after 50, with a lower loss, where all starting values count 0.2; a BART
 the other way round; a Llama with the standard deviation 0.02 is best at 4 with a width of 64, at 2 with 256 and at 1
 with 512; a T5 of four layers wants less than one of two. The number that tells these apart is the reach
 (hf_lopt/reach.py). Before, all had (300 / N)^0.9: on these tasks velo was at 0.70, 0.78, 0.91 and 1.00 of the loss
