@@ -6,7 +6,7 @@
     python -m benchmarks.run_length fit                           # -> the rules of a power, and run_length.md
 
 All multipliers and seeds of a task run side by side, paired: the same starts and the same batches. The loss is that on
-samples that are never trained on. Five of the tasks from scratch are models of transformers, one run after another
+samples that are never trained on. Twelve of the tasks from scratch are models of transformers, one run after another
 (benchmarks/small_models.py). Fine-tuning starts from parameters that AdamW has trained on other data, and its
 multipliers count times 0.05. One thread. The recipes of this package take no part.
 """
@@ -263,16 +263,18 @@ def reach_in(task: tasks.Task | small_models.Task) -> float:
     return reach_of((start[name][0], {"axis_order": "jax"}) for name in names)
 
 
-def kept(record: dict[str, Any]) -> list[str]:
-    """By rule and length, from scratch: the loss relative to that at 1 with what ships, and with the length alone."""
+def kept(compared: Mapping[tuple[str, str, int], Mapping[str, Mapping[float, float]]]) -> list[str]:
+    """By rule and length, from scratch: the loss relative to that at 1 with what ships, and with the length alone.
+
+    ``compared``: see :func:`relative`.
+    """
     found, lines = scratch() | small_models.TEXTS, []
     reaches = {name: reach_in(task) for name, task in found.items()}
-    for (rule, kind, steps), by_task in sorted(relative(record).items()):
+    for (rule, kind, steps), by_task in sorted(compared.items()):
         name = rule.partition(",")[0]
         if kind != "from scratch" or not rules.get(name).run_lengths or len(by_task) < 4:
             continue
-        length = rules.get(name).run_lengths[FROM_SCRATCH]
-        length = replace(length, **length.others) if "published" in rule else length
+        length = rules.get(name).run_lengths[FROM_SCRATCH].with_weights("published" not in rule)
         cells = []
         for words, count_reach in (("as it ships", True), ("without the reach", False)):
             logs = torch.tensor(
@@ -309,6 +311,7 @@ def power(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
 def fit() -> None:
     """The table of what has been swept, and the line through the best multipliers of each rule from scratch."""
     record = json.loads(FILE.read_text())
+    compared = relative(record)
     lines = [
         "# Multiplier of the step size by length of the run",
         "",
@@ -321,7 +324,7 @@ def fit() -> None:
         "",
     ]
     points: dict[str, list[tuple[int, float]]] = {}
-    for (rule, kind, steps), by_task in sorted(relative(record).items()):
+    for (rule, kind, steps), by_task in sorted(compared.items()):
         best = {task: min(row, key=lambda m: row[m]) for task, row in by_task.items()}
         least, most = max(map(min, by_task.values())), min(map(max, by_task.values()))
         cells = []
@@ -338,7 +341,7 @@ def fit() -> None:
         if len({n for n, _ in own}) > 1:
             start, slope = power(own)
             lines.append(f"{rule}: the best multipliers lie about ({start:,.0f} / N)^{slope:.2f}.\n")
-    lines += [*kept(record), SHIPPED]
+    lines += [*kept(compared), SHIPPED]
     (RESULTS / "run_length.md").write_text("\n".join(lines))
     print("\n".join(lines))
 

@@ -72,20 +72,17 @@ def mixtures(count: int, draw: torch.Generator) -> Batch:
     return x, (x[:, ::2] * x[:, 1::2] > 0).sum(1)
 
 
-def source_bytes(count: int, draw: torch.Generator) -> Batch:
-    """Blocks (count, BLOCK) of source code; numbers 1 to 256 a byte, as 0 is not to be a token of padding."""
-    return _blocks(0, count, draw)
+def source_bytes(part: int, count: int, draw: torch.Generator) -> Batch:
+    """Blocks (count, BLOCK) of source code; numbers 1 to 256 a byte, as 0 is not to be a token of padding.
 
-
-def held_out_bytes(count: int, draw: torch.Generator) -> Batch:
-    """Such blocks of which none is in :func:`source_bytes`."""
-    return _blocks(1, count, draw)
-
-
-def _blocks(part: int, count: int, draw: torch.Generator) -> Batch:
-    data = source_code()[part]
-    x = data[torch.randint(len(data), (count,), generator=draw)] + 1
+    ``part``: 0 to learn from, 1 held out.
+    """
+    x = _drawn(source_code()[part], count, draw) + 1
     return x, x
+
+
+def _drawn(data: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    return data[torch.randint(len(data), (count,), generator=draw)]
 
 
 LETTERS, WORD = 26, 10  # 0 is padding
@@ -100,19 +97,9 @@ def words() -> tuple[Tensor, Tensor]:
     return data[order[256:]], data[order[:256]]
 
 
-def sorted_words(count: int, draw: torch.Generator) -> Batch:
-    """Words (count, WORD) and their letters in order, where -100 ends them."""
-    return _sorted(0, count, draw)
-
-
-def held_out_words(count: int, draw: torch.Generator) -> Batch:
-    """Such words of which none is in :func:`sorted_words`."""
-    return _sorted(1, count, draw)
-
-
-def _sorted(part: int, count: int, draw: torch.Generator) -> Batch:
-    data = words()[part]
-    x = data[torch.randint(len(data), (count,), generator=draw)]
+def sorted_words(part: int, count: int, draw: torch.Generator) -> Batch:
+    """Words (count, WORD) and their letters in order, where -100 ends them. ``part``: see :func:`source_bytes`."""
+    x = _drawn(words()[part], count, draw)
     y = x.masked_fill(x == 0, LETTERS + 1).sort(1).values
     return x, y.masked_fill(y > LETTERS, -100)
 
@@ -291,8 +278,14 @@ TASKS = {
     "ViT": Task(vit, textures, of_logits),
     "MLP": Task(mlp, mixtures, of_logits),
 }
-_of_bytes = functools.partial(Task, batch=source_bytes, loss=of_language, held_out=held_out_bytes)
-_of_words = functools.partial(Task, batch=sorted_words, loss=of_language, held_out=held_out_words)
+
+
+def _on_texts(samples: Callable[..., Batch], model: Callable[[], nn.Module]) -> Task:
+    learned, held_out = (functools.partial(samples, part) for part in (0, 1))
+    return Task(model, learned, of_language, held_out)
+
+
+_of_bytes, _of_words = (functools.partial(_on_texts, samples) for samples in (source_bytes, sorted_words))
 TEXTS = {
     "Llama on bytes": _of_bytes(llama_on_bytes),
     "Qwen3 on bytes": _of_bytes(qwen3_on_bytes),

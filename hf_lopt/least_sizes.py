@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hf_lopt import distributed, notices
 from hf_lopt.live_modules import models_of
-from hf_lopt.parameters import NORMS, TABLES, Parameter, adapters_in, describe, long_axes
+from hf_lopt.parameters import NORMS, TABLES, Parameter, describe, long_axes
 from hf_lopt.tensor_sizes import Size, sizes_of
 
 
@@ -112,17 +112,16 @@ def _kinds(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]], sizes: Sequence[Si
         return found
     by_id = {id(p): size for (p, _), size in zip(pairs, sizes, strict=True)}
     for model in reversed(models_of(p for p, _ in pairs)):  # the one that owns most of them decides
-        adapters = adapters_in(model)
         for parameter in describe(model):
             size = by_id.get(id(parameter.tensor))
             if size is not None:
-                found[id(parameter.tensor)] = _by_module(parameter, size, adapters)
+                found[id(parameter.tensor)] = _by_module(parameter, size)
     return found
 
 
-def _by_module(parameter: Parameter, size: Size, adapters: set[int]) -> Kind:
+def _by_module(parameter: Parameter, size: Size) -> Kind:
     p, role, leaf = parameter.tensor, parameter.role, parameter.leaf
-    if id(p) in adapters:
+    if parameter.of_adapter:
         return ADAPTER if parameter.of_rank else OF_ADAPTER
     if role == "norm":
         if "bias" in leaf:

@@ -88,6 +88,7 @@ class Parameter:
         owner: the module whose attribute it is; of a tied one the table.
         leaf: the name of that attribute.
         of_rank: whether the input of a matrix is the rank of an adapter, which does not grow with the model.
+        of_adapter: whether a layer of PEFT has added it.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Parameter:
     owner: nn.Module
     leaf: str
     of_rank: bool = False
+    of_adapter: bool = False
 
     @property
     def fan_in(self) -> int:
@@ -132,7 +134,7 @@ def describe(model: nn.Module) -> list[Parameter]:
         raise ValueError(f"{type(model).__name__} has nothing to train: {why}. Pass the model that is to be trained.")
     owners = _owners(model)
     outer = tables(model, "get_input_embeddings") | tables(model, "get_output_embeddings")
-    adapted = _layers_of_adapters(model)
+    adapted, adapters = _layers_of_adapters(model), _adapters_in(model)
     found = []
     for name, p in named:
         owner, leaf = owners[id(p)]
@@ -141,7 +143,7 @@ def describe(model: nn.Module) -> list[Parameter]:
             role = "table"
         decays = role not in ("norm", "bias") and not _NO_DECAY_NAME.search(name.lower())
         in_layer = isinstance(owner, _LAYERS) or _is_conv1d(owner)
-        one = Parameter(name, p, role, axis_order, decays, in_layer, owner, leaf)
+        one = Parameter(name, p, role, axis_order, decays, in_layer, owner, leaf, of_adapter=id(p) in adapters)
         found.append(replace(one, of_rank=True) if _takes_rank(one, adapted) else one)
     return found
 
@@ -154,17 +156,6 @@ def summands(shape: Sequence[int], axis_order: str) -> int:
 
 def _matrix_as_reference(shape: Sequence[int], axis_order: str) -> tuple[int, ...]:
     return reference_shape(matrix_shape(shape, axis_order), without_view(axis_order))
-
-
-def adapters_in(model: nn.Module) -> set[int]:
-    """ids of the tensors that layers of PEFT add, without those of the layers inside."""
-    found: set[int] = set()
-    for module in model.modules():
-        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
-            inside = getattr(module, "base_layer", None)
-            own = {id(p) for p in module.parameters()}
-            found |= own - ({id(p) for p in inside.parameters()} if isinstance(inside, nn.Module) else set())
-    return found
 
 
 def long_axes(p: Tensor) -> int:
@@ -289,6 +280,17 @@ def _heads(owner: nn.Module) -> int | None:
     """How many heads an attention module has, if it says so."""
     places = (owner, getattr(owner, "config", None))
     return next((getattr(x, key) for x in places for key in _HEAD_COUNTS if hasattr(x, key)), None)
+
+
+def _adapters_in(model: nn.Module) -> set[int]:
+    """ids of the tensors that layers of PEFT add, without those of the layers inside."""
+    found: set[int] = set()
+    for module in model.modules():
+        if any(cls.__name__ == "BaseTunerLayer" for cls in type(module).__mro__):
+            inside = getattr(module, "base_layer", None)
+            own = {id(p) for p in module.parameters()}
+            found |= own - ({id(p) for p in inside.parameters()} if isinstance(inside, nn.Module) else set())
+    return found
 
 
 def _layers_of_adapters(model: nn.Module) -> dict[str, int]:

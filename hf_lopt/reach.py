@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_lopt import distributed
 from hf_lopt.live_modules import models_of
-from hf_lopt.parameters import adapters_in, describe, long_axes, summands
+from hf_lopt.parameters import describe, long_axes, summands
 from hf_lopt.tensor_sizes import sizes_of
 
 
@@ -48,9 +48,8 @@ def _matrices(pairs: Sequence[tuple[Tensor, Mapping[str, Any]]]) -> list[tuple[T
     """The matrices, and how many products an output of each adds up: as their modules say, else by their shapes."""
     known: dict[int, int] = {}
     for model in reversed(models_of(p for p, _ in pairs)):  # the one that owns most of them decides
-        adapters = adapters_in(model)
         for parameter in describe(model):
-            counts = parameter.role in _MATRICES and id(parameter.tensor) not in adapters
+            counts = parameter.role in _MATRICES and not parameter.of_adapter
             known[id(parameter.tensor)] = parameter.summands if counts else 0
     for p, group in pairs:
         known.setdefault(id(p), summands(p.shape, group.get("axis_order", "torch")) if long_axes(p) > 1 else 0)

@@ -17,7 +17,7 @@ import architectures
 import golden
 import hf_cases as cases
 import hf_lopt
-from hf_lopt import reach, rules
+from hf_lopt import rules
 from hf_lopt.reach import reach_of
 from hf_lopt.rules.base import FROM_SCRATCH
 from hf_lopt.tensor_sizes import Size
@@ -61,15 +61,15 @@ def test_of_a_transformer_it_is_that_of_its_linear_layers():
 
 
 def test_convolutions_count_their_kernel_and_depthwise_ones_nothing_else():
-    def reach(layer: nn.Module, n_in: int) -> None:
+    def check(layer: nn.Module, n_in: int) -> None:
         size = layer.weight.detach().double().square().mean().sqrt().item()
         assert reach_of(own(nn.Sequential(layer))) == pytest.approx(size * n_in, rel=1e-6)
 
-    reach(nn.Conv2d(6, 8, 3), 6 * 9)
-    reach(nn.Conv1d(6, 8, 5), 6 * 5)
-    reach(nn.ConvTranspose2d(6, 8, 3), 6 * 9)
-    reach(nn.Conv2d(6, 6, 7, groups=6), 49)
-    reach(transformers.pytorch_utils.Conv1D(8, 6), 6)  # (out, in) of the constructor; its weight is (in, out)
+    check(nn.Conv2d(6, 8, 3), 6 * 9)
+    check(nn.Conv1d(6, 8, 5), 6 * 5)
+    check(nn.ConvTranspose2d(6, 8, 3), 6 * 9)
+    check(nn.Conv2d(6, 6, 7, groups=6), 49)
+    check(transformers.pytorch_utils.Conv1D(8, 6), 6)  # (out, in) of the constructor; its weight is (in, out)
 
 
 def test_what_belongs_to_no_module_counts_by_its_shape():
@@ -169,7 +169,7 @@ def test_every_architecture_has_one(kind, monkeypatch):
     cls = getattr(transformers, architectures.ARCHITECTURES[kind], None)
     if cls is None:
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    monkeypatch.setattr(reach, "sizes_of", lambda params: [Size(1.0, False)] * len(params))
+    monkeypatch.setattr("hf_lopt.reach.sizes_of", lambda params: [Size(1.0, False)] * len(params))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = architectures.build(kind, cls)
@@ -178,4 +178,4 @@ def test_every_architecture_has_one(kind, monkeypatch):
     )
     shapes = [[n for n in p.shape if n > 1] for p in model.parameters()]
     most = math.sqrt(sum((math.prod(shape) / min(shape)) ** 2 for shape in shapes if len(shape) > 1))
-    assert widest <= reach.reach_of(own(model)) <= most
+    assert widest <= reach_of(own(model)) <= most

@@ -32,6 +32,9 @@ class UpdateResult:
     report: dict[str, Tensor | Callable[[], Tensor]] = field(default_factory=dict)
 
 
+_POWER_OF_REACH = 1.5
+
+
 @dataclass(frozen=True)
 class RunLength:
     """How much longer the steps of short runs are: (steps / N)^power in a run of N updates, from 1 to ``largest``.
@@ -57,6 +60,10 @@ class RunLength:
     smallest: float = 1.0
     others: Mapping[str, float] = field(default_factory=dict)
 
+    def with_weights(self, embedded: bool) -> RunLength:
+        """The same for embedded weights, or for others."""
+        return self if embedded else replace(self, **self.others)
+
     def multiplier(self, updates: int, reach: float = 0.0) -> float:
         """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known."""
         if not updates:
@@ -67,7 +74,6 @@ class RunLength:
         return min(max(found, self.smallest), self.largest)
 
 
-_POWER_OF_REACH = 1.5
 # What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon. Of the others
 # published Celo was measured: it goes further by itself.
 FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
@@ -150,10 +156,7 @@ class Rule:
         """
         if what not in self.run_lengths:
             return 1.0
-        found = self.run_lengths[what]
-        if weights.origin != "bundled":
-            found = replace(found, **found.others)
-        return found.multiplier(updates, reach)
+        return self.run_lengths[what].with_weights(weights.origin == "bundled").multiplier(updates, reach)
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""

@@ -111,9 +111,10 @@ def update_adam(
     return UpdateResult({}, decision.skip, scheduler.report(tensors, decision, schedule, sums))
 
 
+_SCRATCH = RUN_LENGTHS[FROM_SCRATCH]
 # With published weights a T5 and a BART end at half their loss or less with half the step, whatever the length of the
 # run; a language model that reaches as far gains 15 % or loses 4.
-_CELO = replace(RUN_LENGTHS[FROM_SCRATCH], others={"steps": 300, "smallest": 0.7})
+_CELO = replace(_SCRATCH, others={**_SCRATCH.others, "smallest": 0.7})
 
 CELO_RULE = Rule(
     name="celo",
@@ -147,7 +148,7 @@ CELO_RULE = Rule(
 
 # Adam's step is not relative: at 200 and 300 longer ones cost a deep language model up to a tenth.
 _ADAM = replace(RUN_LENGTHS[NEW_LAYERS], steps=200)
-ADAM_RUN_LENGTHS = {**RUN_LENGTHS, FROM_SCRATCH: replace(_ADAM, reach=20.0), NEW_LAYERS: _ADAM}
+_ADAM_LENGTHS = {FROM_SCRATCH: replace(_ADAM, reach=_SCRATCH.reach), NEW_LAYERS: _ADAM}
 
 CELO_ADAM_RULE = Rule(
     name="celo_adam",
@@ -174,7 +175,7 @@ CELO_ADAM_RULE = Rule(
     finetune_lr=0.05,
     needs_horizon=True,
     needs_loss=True,
-    run_lengths=ADAM_RUN_LENGTHS,
+    run_lengths={**RUN_LENGTHS, **_ADAM_LENGTHS},
 )
 
 RULES = (CELO_RULE, CELO_ADAM_RULE)
