@@ -152,6 +152,20 @@ class GivenSettings(Optimizer):
         """
         return self._run_state.length_multiplier
 
+    @property
+    def num_epochs(self) -> float:
+        """How often the run sees each sample; 0.0: not known.
+
+        A pretrained model that sees its samples more than three times takes shorter steps, see
+        :class:`hf_lopt.rules.base.RunLength`. Trainer's callback sets it. It counts when ``length_multiplier`` is
+        decided: set it before the first step, or before ``num_training_steps`` changes.
+        """
+        return self._run_state.num_epochs
+
+    @num_epochs.setter
+    def num_epochs(self, value: float) -> None:
+        self._run_state.num_epochs = value
+
     def explicit_in_group(self, index: int) -> frozenset[str]:
         """Names of the settings that the group of this index brought with it."""
         return self._given_groups[index][0] if index < len(self._given_groups) else frozenset()

@@ -23,7 +23,7 @@ from hf_lopt.accumulation import add_gradients, set_mean_gradients
 from hf_lopt.pending import PendingLoss
 from hf_lopt.reach import is_here, reach_of
 from hf_lopt.rules.base import FINE_TUNING, FROM_SCRATCH, NEW_LAYERS, Rule
-from hf_lopt.settings import positive_int
+from hf_lopt.settings import number_of_epochs, positive_int
 from hf_lopt.step.scheduler import means_of_equal_losses
 from hf_lopt.weights import Weights, earlier
 
@@ -53,6 +53,7 @@ class RunState:
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._starts_late = False
+        self._num_epochs = 0.0
         self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
 
     @property
@@ -162,6 +163,15 @@ class RunState:
         self.chosen_steps = positive_int("num_training_steps", value)
         self._set_length(self.chosen_steps)
 
+    @property
+    def num_epochs(self) -> float:
+        """How often the run sees each sample; 0: not known. It counts when the multiplier is decided."""
+        return self._num_epochs
+
+    @num_epochs.setter
+    def num_epochs(self, value: float) -> None:
+        self._num_epochs = number_of_epochs(value)
+
     def _keep_chosen_steps(self) -> None:
         """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
         saved, chosen = self.num_training_steps, self.chosen_steps
@@ -204,15 +214,17 @@ class RunState:
         # Whoever brings a network as arrays wants its steps as they are.
         if weights.source == "mapping" or owner._chose_lr():
             return 1.0, 1.0
-        if owner.is_fine_tuning:
-            of_loaded, of_new = (rule.length_multiplier(weights, what, updates) for what in (FINE_TUNING, NEW_LAYERS))
-            return of_loaded, of_new / of_loaded
-        if any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
+        if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
             return 1.0, 1.0
-        least, most = (rule.length_multiplier(weights, FROM_SCRATCH, updates, reach) for reach in (math.inf, 0.0))
-        if least == most or not ask:
-            return most, 1.0
-        return rule.length_multiplier(weights, FROM_SCRATCH, updates, self._initial_reach()), 1.0
+        whats = (FINE_TUNING, NEW_LAYERS) if owner.is_fine_tuning else (FROM_SCRATCH,)
+
+        def multipliers(reach: float) -> list[float]:
+            return [rule.length_multiplier(weights, what, updates, reach, self.num_epochs) for what in whats]
+
+        found = multipliers(0.0)
+        if ask and found != multipliers(math.inf):
+            found = multipliers(self._initial_reach())
+        return found[0], found[-1] / found[0]
 
     def _initial_reach(self) -> float:
         """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""
@@ -226,10 +238,15 @@ class RunState:
         self.write({LENGTH_MULTIPLIER: multiplier})
         stretched = self.owner._stretch_new_layers(self._wanted_multipliers(before)[1], more)
         if multiplier != 1.0 or stretched:
-            run = f"{self._rule.class_name}: in a run of {self.num_training_steps} steps"
+            run = f"{self._rule.class_name}: in {self.length_in_words(multiplier)}"
             new = f", {multiplier * more:.3g} times for new layers" if stretched else ""
             notices.LOG.info("%s lr counts %.3g times%s (length_multiplier), none was given", run, multiplier, new)
         return stretched
+
+    def length_in_words(self, multiplier: float) -> str:
+        """What a length multiplier is due to."""
+        epochs = f", {self.num_epochs:.3g} epochs," if multiplier < 1.0 and self.num_epochs else ""
+        return f"a run of {self.num_training_steps} steps{epochs}"
 
     @property
     def more_for_new_layers(self) -> float:

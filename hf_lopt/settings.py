@@ -52,6 +52,13 @@ def positive_int(name: str, value: Any) -> int:
     return number
 
 
+def number_of_epochs(value: Any) -> float:
+    """``value`` as a float of at least 0; ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_rate(value):
+        raise ValueError(f"num_epochs must be a number >= 0, and 0 where it is not known, got {value!r:.40}")
+    return float(value)
+
+
 def complete_settings(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
     """The rule's defaults and what was ``given`` instead, checked. A horizon that is not set becomes 0.
 

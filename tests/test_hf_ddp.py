@@ -64,6 +64,11 @@ def test_one_rank_speaks(ranks):
     assert [rank["warned"] for rank in ranks] == [1.0, 1.0]
 
 
+def test_the_ranks_count_the_same_epochs(ranks):
+    """12 updates of 2 and of 3 an epoch are 6 and 4 epochs."""
+    assert [rank["epochs"] for rank in ranks] == [{"told": 4.0, "uneven": 5.0}] * 2
+
+
 def test_fsdp1_is_refused(ranks):
     for rank in ranks:
         assert "FSDP1 (TrainingArguments" in rank["refusal"] and "DistributedDataParallel" in rank["refusal"]

@@ -265,3 +265,97 @@ def test_fine_tuning_is_one_at_all_doors(loaded, tmp_path):
         resumed.load_state_dict(copy.deepcopy(state))
         resumed.num_training_steps = steps
         assert resumed.length_multiplier == pytest.approx(wanted)
+
+
+# ---- epochs ---------------------------------------------------------------------------------------------------------
+
+
+def far_reaching(folder):
+    """The tiny llama, saved with matrices that reach five times as far as counts as far."""
+    model = cases.tiny_llama()
+    for p in model.model.layers.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=2.0)
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def by_hand_of_epochs(steps, epochs, model, published=False):
+    """Of the constants in the documentation; the matrices of the model are its linear layers."""
+    layers = (m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
+    reach = math.hypot(*(m.weight.detach().square().mean().sqrt().item() * m.in_features for m in layers))
+    assert reach > 100
+    often = max(min(4 / epochs, 1.0), (20 / reach) ** 1.5) if epochs else 1.0
+    return min(max(max(((100 if published else 150) / steps) ** 0.9, 1.0) * often, 0.1), 2.0)
+
+
+@transformers_5
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("rule", FOLLOWING)
+@pytest.mark.parametrize("epochs", [0, 1, 4, 5, 8.5, 1000])
+def test_fine_tuning_in_many_epochs(rule, epochs, published, tmp_path):
+    model = far_reaching(tmp_path / "model")
+    spec = weights_of(rule, published, tmp_path)
+    wanted = pytest.approx(by_hand_of_epochs(300, epochs, model), rel=1e-6)
+    optimizer = hf_lopt.LearnedOptimizer(model.parameters(), rule, num_training_steps=300, weights=spec)
+    optimizer.num_epochs = epochs
+    assert optimizer.length_multiplier == wanted
+    one_step(model, optimizer)
+    optimizer.num_epochs = 2.0  # decided
+    assert optimizer.length_multiplier == wanted
+    again = hf_lopt.LearnedOptimizer(model.parameters(), rule, num_training_steps=300, weights=spec)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.length_multiplier == wanted
+
+
+@transformers_5
+def test_epochs_count_neither_from_scratch_nor_in_small_models_nor_beside_an_lr(loaded, tmp_path):
+    scratch = cases.tiny_llama()
+    for model, lr in ((scratch, {}), (loaded(), {}), (far_reaching(tmp_path / "far"), {"lr": 0.05})):
+        optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=1000, weights="bundled", **lr)
+        optimizer.num_epochs = 50
+        one_step(model, optimizer)
+        assert optimizer.length_multiplier == 1.0
+
+
+@transformers_5
+@pytest.mark.parametrize("arguments", [{"num_train_epochs": 50}, {"max_steps": 120}])
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_trainer_knows_the_epochs(arguments, accumulated, tmp_path, caplog):
+    """Nine samples are three batches, three updates or two."""
+    caplog.set_level(logging.INFO, "hf_lopt")
+    model = far_reaching(tmp_path / "model")
+    options = {"max_steps": -1, "per_device_train_batch_size": 3, "gradient_accumulation_steps": accumulated}
+    args = cases.arguments(tmp_path / "run", **options | arguments, optim_args="weights=bundled")
+    in_epoch = (3, 2)[accumulated - 1]
+    steps = arguments.get("max_steps", 50 * in_epoch)
+    epochs = steps / in_epoch
+    wanted = by_hand_of_epochs(steps, epochs, model)
+    assert wanted < 1.0
+    trainer = cases.Trainer(model, args, train_dataset=cases.byte_rows(9))
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert optimizer.num_epochs == pytest.approx(epochs)
+    assert optimizer.length_multiplier == pytest.approx(wanted, rel=1e-6)
+    assert f"{epochs:.3g} epochs" in caplog.text
+
+
+@transformers_5
+def test_trainer_with_samples_that_nobody_has_counted(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(cases.byte_rows(9))
+
+    args = cases.arguments(tmp_path / "run", max_steps=20, optim_args="weights=bundled")
+    trainer = cases.Trainer(far_reaching(tmp_path / "model"), args, train_dataset=Stream())
+    trainer.train()
+    assert trainer.optimizer.optimizer.num_epochs == 0.0
+    assert trainer.optimizer.optimizer.length_multiplier == 2.0
+
+
+@pytest.mark.parametrize("value", [-1, math.inf, math.nan, True, "3", None, 1e39])
+def test_epochs_that_are_no_number(value):
+    optimizer, _ = make("velo", 100)
+    with pytest.raises(ValueError, match=r"num_epochs must be a number >= 0, and 0 where it is not known, got"):
+        optimizer.num_epochs = value
+    assert optimizer.num_epochs == 0.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_lopt import notices, pretrained
+from hf_lopt import distributed, notices, pretrained
 from hf_lopt.description import weights_name
 from hf_lopt.given_settings import warn_once
 from hf_lopt.hf import limits, loss_feed
@@ -26,9 +28,25 @@ _ADVICE = "Give the run its length: max_steps, or optim_args='num_training_steps
 
 def _length_multiplier(optimizer: LearnedOptimizer) -> Choice[float]:
     """What the lr counts because of the length of the run, with the words for it."""
-    value, steps = optimizer.length_multiplier, optimizer.num_training_steps
-    said = f"in a run of {steps} steps lr counts {value:.3g} times (length_multiplier); an lr that you set stays"
+    value = optimizer.length_multiplier
+    run = optimizer._run_state.length_in_words(value)
+    said = f"in {run} lr counts {value:.3g} times (length_multiplier); an lr that you set stays"
     return Choice(value, "" if value == 1.0 else said)
+
+
+def epochs_of(steps: int, args: TrainingArguments, loader: Any) -> float:
+    """How often a run of so many steps sees each sample; 0 where the loader does not know how many there are.
+
+    A collective: loaders of several ranks may differ by a batch, and the step must not.
+    """
+    try:
+        batches = len(loader)
+    except TypeError:  # there is none, or it is over an iterable dataset
+        batches = 0
+    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
+    epochs = torch.tensor([steps / steps_per_epoch if batches else 0.0], dtype=torch.float64)
+    (total,) = distributed.sum_over([(epochs, distributed.world_groups(()))])
+    return total.item() / distributed.world_size()
 
 
 def _warn(state: TrainerState, text: str) -> None:
@@ -98,6 +116,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         model: Any = None,
         lr_scheduler: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Runs after a checkpoint's optimizer state has been loaded and before the first step."""
@@ -110,7 +129,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         loss_feed.forget(learned)
         if learned.run_policy is None:
             settle(learned, args, model, lr_scheduler)
-        self._set_horizon(learned, args, state)
+        self._set_horizon(learned, args, state, train_dataloader)
         name_new_layers(learned, learned.run_policy, model)
         self._align_steps(learned, state)
         self._begins, self._first_step = True, state.global_step
@@ -127,13 +146,14 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         optimizer: Any = None,
         model: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """The length again, before the first step: another callback may have changed it when training began."""
         learned = loss_feed.unwrap(optimizer) if self._begins else None
         self._begins = False
         if learned is not None:
-            self._set_horizon(learned, args, state)
+            self._set_horizon(learned, args, state, train_dataloader)
             name_new_layers(learned, learned.run_policy, model)
             self._facts = facts(learned)
 
@@ -163,8 +183,10 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
             optimizer.reset_state()
             optimizer.steps_done = global_step // optimizer._run_state.calls_per_update
 
-    def _set_horizon(self, optimizer: LearnedOptimizer, args: TrainingArguments, state: TrainerState) -> None:
-        """The run's length, or the one of optim_args: a checkpoint's is of the run that wrote it."""
+    def _set_horizon(
+        self, optimizer: LearnedOptimizer, args: TrainingArguments, state: TrainerState, loader: Any
+    ) -> None:
+        """The run's length, or the one of optim_args: a checkpoint's is of the run that wrote it; and its epochs."""
         policy = optimizer.run_policy
         if not optimizer.rule.needs_horizon or state.max_steps <= 0:  # a run without steps needs none
             return
@@ -176,6 +198,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
                 wanted, reason = explicit, "num_training_steps of optim_args"
         elif before not in (0, wanted) and state.global_step == 0 and policy.horizon.value in (0, wanted):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
+        optimizer.num_epochs = epochs_of(state.max_steps, args, loader)
         optimizer.num_training_steps = wanted
         optimizer._run_state.decide_multiplier()  # at this door nothing changes it any more
         policy.horizon = Choice(wanted, reason)

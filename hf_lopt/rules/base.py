@@ -33,6 +33,7 @@ class UpdateResult:
 
 
 _POWER_OF_REACH = 1.5
+_POWER_OF_EPOCHS = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,17 @@ class RunLength:
     share of each tensor changes already what the model does: above R, ``reach``, (R / reach)^1.5 times that. Measured
     by ``python -m benchmarks.run_length``.
 
+    A pretrained model that reaches far needs that only once it sees the same samples again and again, and then learns
+    them by heart: its steps are as much shorter as the epochs ask for, E / epochs above E, ``epochs``, but not more
+    than (R / reach)^1.5. Measured by ``python -m benchmarks.epochs``.
+
     Attributes:
         steps: runs of at least so many updates take the rule's own step size.
         power: without unit.
         largest: the largest multiplier.
         reach: of a model; from here on steps become shorter.
         smallest: the smallest multiplier, of a model that reaches far.
+        epochs: from here on steps become shorter; 0: the reach counts whatever the epochs.
         others: what is different with weights that are not embedded.
     """
 
@@ -58,31 +64,38 @@ class RunLength:
     largest: float
     reach: float = math.inf
     smallest: float = 1.0
+    epochs: float = 0.0
     others: Mapping[str, float] = field(default_factory=dict)
 
     def with_weights(self, embedded: bool) -> RunLength:
         """The same for embedded weights, or for others."""
         return self if embedded else replace(self, **self.others)
 
-    def multiplier(self, updates: int, reach: float = 0.0) -> float:
-        """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known."""
+    def multiplier(self, updates: int, reach: float = 0.0, epochs: float = 0.0) -> float:
+        """The multiplier for a run of so many updates; 1 for 0, a run whose length is not known.
+
+        Args:
+            epochs: how often it sees each sample; 0: not known.
+        """
         if not updates:
             return 1.0
         found = max((self.steps / updates) ** self.power, 1.0)
         if reach > self.reach:
-            found *= (self.reach / reach) ** _POWER_OF_REACH
+            of_epochs = (self.epochs / max(epochs, self.epochs)) ** _POWER_OF_EPOCHS if self.epochs else 0.0
+            found *= max((self.reach / reach) ** _POWER_OF_REACH, of_epochs)
         return min(max(found, self.smallest), self.largest)
 
 
 # What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon. Of the others
 # published Celo was measured: it goes further by itself.
 FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
+_OFTEN_SEEN: Mapping[str, float] = {"reach": 20.0, "smallest": 0.1, "epochs": 4.0}
 RUN_LENGTHS: Mapping[str, RunLength] = {
     FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, reach=20.0, others={"steps": 300}),
     # The tensors that a pretrained model was loaded with, and layers that its checkpoint lacks
     # (benchmarks/new_layers.py).
-    FINE_TUNING: RunLength(steps=150, power=0.9, largest=2.0, others={"steps": 100}),
-    NEW_LAYERS: RunLength(steps=300, power=0.9, largest=5.0, others={"steps": 200}),
+    FINE_TUNING: RunLength(150, 0.9, largest=2.0, **_OFTEN_SEEN, others={"steps": 100}),
+    NEW_LAYERS: RunLength(300, 0.9, largest=5.0, **_OFTEN_SEEN, others={"steps": 200}),
 }
 
 
@@ -147,16 +160,19 @@ class Rule:
             return self.finetune_lr, self.finetune_settings
         return weights.finetune_lr, weights.finetune_settings
 
-    def length_multiplier(self, weights: weights.Weights, what: str, updates: int, reach: float = 0.0) -> float:
+    def length_multiplier(
+        self, weights: weights.Weights, what: str, updates: int, reach: float = 0.0, epochs: float = 0.0
+    ) -> float:
         """What an lr that nobody chose counts in a run of so many updates; 1 for rules that do not follow its length.
 
         Args:
             what: a key of :data:`RUN_LENGTHS`.
             reach: of the model, before its first step.
+            epochs: how often the run sees each sample; 0: not known.
         """
         if what not in self.run_lengths:
             return 1.0
-        return self.run_lengths[what].with_weights(weights.origin == "bundled").multiplier(updates, reach)
+        return self.run_lengths[what].with_weights(weights.origin == "bundled").multiplier(updates, reach, epochs)
 
     def load_weights(self, spec: Any = "auto", **settings: Any) -> weights.Weights:
         """The weights that ``spec`` names; see :func:`hf_lopt.weights.load`."""

@@ -148,7 +148,7 @@ CELO_RULE = Rule(
 
 # Adam's step is not relative: at 200 and 300 longer ones cost a deep language model up to a tenth.
 _ADAM = replace(RUN_LENGTHS[NEW_LAYERS], steps=200)
-_ADAM_LENGTHS = {FROM_SCRATCH: replace(_ADAM, reach=_SCRATCH.reach), NEW_LAYERS: _ADAM}
+_ADAM_LENGTHS = {FROM_SCRATCH: replace(_SCRATCH, steps=200, power=0.9, others={}), NEW_LAYERS: _ADAM}
 
 CELO_ADAM_RULE = Rule(
     name="celo_adam",

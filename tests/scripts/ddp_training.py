@@ -21,6 +21,7 @@ from transformers import Trainer  # noqa: E402
 
 import hf_cases as cases  # noqa: E402
 from hf_lopt.hf import loss_feed  # noqa: E402
+from hf_lopt.hf.callback import epochs_of  # noqa: E402
 
 
 # 19 rows in batches of two on two ranks: five batches a rank, so that windows of two leave a short one.
@@ -151,6 +152,15 @@ def warned(folder):
     return over_ranks(sum("velo: lr=1" in str(w.message) for w in caught))
 
 
+def epochs(folder):
+    """What the optimizer is told of a run of 12 updates, three an epoch; and where one rank has a batch more."""
+    args = cases.arguments(folder, max_steps=12, gradient_accumulation_steps=2, **GLOO)
+    trainer = Trainer(cases.tiny_llama(), args, train_dataset=cases.byte_rows(ROWS))
+    trainer.train()
+    uneven = epochs_of(12, args, range(4 + 2 * dist.get_rank()))
+    return {"told": loss_feed.unwrap(trainer.optimizer).num_epochs, "uneven": uneven}
+
+
 def main(folder):
     results = {
         "token_mean": losses(folder, global_token_mean),
@@ -158,6 +168,7 @@ def main(folder):
         "mean_of_means": losses(folder, mean_of_all_means, model=WithoutLossArguments),
         "resuming": None if cases.NO_RESUMING_ON_CPU_RANKS else resuming(folder),
         "warned": warned(folder),
+        "epochs": epochs(folder),
     }
     AcceleratorState._reset_state()
     GradientState._reset_state()
