@@ -20,6 +20,7 @@ import functools
 import io
 import json
 import keyword
+import math
 import random
 import re
 import sys
@@ -40,6 +41,7 @@ from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
 from hf_lopt.meta.table import machine
+from hf_lopt.rules.base import FINE_TUNING, RUN_LENGTHS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -273,6 +275,19 @@ def keep(name: str, rule: str, times: str, losses: Sequence[float]) -> None:
     write_record(FILE, record)
 
 
+def relative_loss(label: str) -> tuple[float, int]:
+    """Loss at the measured multiplier nearest to what ships, over that at 1: geometric mean over runs that see their
+    samples more often than counts as often; and how many runs."""
+    often, logs = RUN_LENGTHS[FINE_TUNING].epochs, []
+    for name, losses in stored()["held_out_loss"].items():
+        epochs = float(name.split(" epochs")[0].split()[-1])
+        found = {float(times): each for times, each in losses.get(label, {}).items()}
+        if epochs > often and 1.0 in found:
+            nearest = min(found, key=lambda times: abs(math.log(times * epochs / often)))
+            logs.append(math.log(sum(found[nearest]) / sum(found[1.0])))
+    return math.exp(sum(logs) / len(logs)), len(logs)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--celo", help="a file of published Celo weights")
@@ -291,6 +306,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 losses = [final_loss(run, rule, weights, times, seed) for seed in range(seeds)]
                 mean(f"{named(run)}: {label}, x{times:g}", losses)
                 keep(named(run), label, f"{times:g}", losses)
+    print(
+        "loss of velo in many epochs, over that at 1: {:.3f}, {} runs".format(
+            *relative_loss(labelled("velo", "bundled"))
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ class UpdateResult:
 
 
 _POWER_OF_REACH = 1.5
-_POWER_OF_EPOCHS = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class RunLength:
             return 1.0
         found = max((self.steps / updates) ** self.power, 1.0)
         if reach > self.reach:
-            of_epochs = (self.epochs / max(epochs, self.epochs)) ** _POWER_OF_EPOCHS if self.epochs else 0.0
+            of_epochs = self.epochs / max(epochs, self.epochs) if self.epochs else 0.0
             found *= max((self.reach / reach) ** _POWER_OF_REACH, of_epochs)
         return min(max(found, self.smallest), self.largest)
 
@@ -89,13 +88,13 @@ class RunLength:
 # What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon. Of the others
 # published Celo was measured: it goes further by itself.
 FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
-_OFTEN_SEEN: Mapping[str, float] = {"reach": 20.0, "smallest": 0.1, "epochs": 4.0}
+_PRETRAINED = RunLength(steps=150, power=0.9, largest=2.0, reach=20.0, smallest=0.1, epochs=4.0, others={"steps": 100})
 RUN_LENGTHS: Mapping[str, RunLength] = {
     FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, reach=20.0, others={"steps": 300}),
     # The tensors that a pretrained model was loaded with, and layers that its checkpoint lacks
     # (benchmarks/new_layers.py).
-    FINE_TUNING: RunLength(150, 0.9, largest=2.0, **_OFTEN_SEEN, others={"steps": 100}),
-    NEW_LAYERS: RunLength(300, 0.9, largest=5.0, **_OFTEN_SEEN, others={"steps": 200}),
+    FINE_TUNING: _PRETRAINED,
+    NEW_LAYERS: replace(_PRETRAINED, steps=300, largest=5.0, others={"steps": 200}),
 }
 
 
