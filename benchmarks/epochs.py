@@ -181,14 +181,14 @@ def named(run: Run) -> str:
     return f"{run.task}, {run.layers} layers, {run.steps} steps, {epochs}"
 
 
-HALF, PAIR, THREE = (0.5,), (1.0, 0.5), (1.0, 0.5, 0.25)
+PAIR, THREE = (1.0, 0.5), (1.0, 0.5, 0.25)
 PARTY, HEADLINE, BEGINNINGS, TOKENS_KIND = TASKS
 RUNS = (
     # up to four epochs
     Run(PARTY, 6, 970, {"velo": THREE}),
     Run(HEADLINE, 6, 671, {"velo": THREE, PUBLISHED: PAIR}),
     Run(HEADLINE, 6, 75, {"velo": PAIR}, at_most=600),
-    Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=600),
+    Run(HEADLINE, 6, 150, {"velo": PAIR, PUBLISHED: PAIR}, at_most=600),
     Run(BEGINNINGS, 6, 256, {"velo": (1.0, 0.75, 0.6)}, seeds=3),
     Run(BEGINNINGS, 6, 514, {"velo": THREE, PUBLISHED: PAIR}),
     Run(BEGINNINGS, 1, 514, {"velo": PAIR}),
@@ -199,16 +199,16 @@ RUNS = (
     Run(TOKENS_KIND, 6, 256, {"velo": (1.0, 0.75, 0.6)}),
     Run(TOKENS_KIND, 6, 385, {"velo": THREE}),
     # eight and more
-    Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=300),
-    Run(HEADLINE, 6, 300, {"velo": THREE}, at_most=600),
-    Run(BEGINNINGS, 6, 150, {"velo": PAIR}, at_most=300),
+    Run(HEADLINE, 6, 150, {"velo": THREE}, at_most=300),
+    Run(HEADLINE, 6, 300, {"velo": (*THREE, 0.125)}, at_most=600),
+    Run(BEGINNINGS, 6, 150, {"velo": THREE}, at_most=300),
     Run(BEGINNINGS, 6, 300, {"velo": THREE, PUBLISHED: PAIR, "celo_adam": PAIR}, at_most=600),
-    Run(BEGINNINGS, 1, 300, {"velo": PAIR}, at_most=600),
-    Run(BEGINNINGS, 2, 300, {"velo": PAIR}, at_most=600),
-    Run(BEGINNINGS, 6, 300, {"velo": THREE}, at_most=300),
+    Run(BEGINNINGS, 1, 300, {"velo": THREE}, at_most=600),
+    Run(BEGINNINGS, 2, 300, {"velo": THREE}, at_most=600),
+    Run(BEGINNINGS, 6, 300, {"velo": (*THREE, 0.125, 0.0625)}, at_most=300),
     Run(BEGINNINGS, 2, 1500, {"velo": PAIR}),
     Run(BEGINNINGS, 4, 1500, {"velo": PAIR}),
-    Run(TOKENS_KIND, 6, 150, {"velo": PAIR}, at_most=300),
+    Run(TOKENS_KIND, 6, 150, {"velo": THREE}, at_most=300),
 )
 
 
