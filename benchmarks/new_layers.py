@@ -3,7 +3,7 @@
     python -m benchmarks.new_layers [--celo FILE]    # -> benchmarks/results/new_layers.json
     python -m benchmarks.new_layers --poolers [--celo FILE]    # minutes a run, more numbers in the same file
     python -m benchmarks.new_layers --lengths [--celo FILE]    # the same
-    python -m benchmarks.new_layers --longer [--celo FILE]    # the same
+    python -m benchmarks.new_layers --longer    # the same
     python -m benchmarks.new_layers --heads [--celo FILE]    # the same
 
 Three small models of transformers learn one task, are saved, and are loaded with a head for another: a Llama that
@@ -14,9 +14,8 @@ of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--cel
 With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
 docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. With ``--lengths``
 all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, up to 2.8 times as
-large; with ``--longer`` MiniLM sees the first words of docstrings only, which often do not tell, for up to nine
-epochs, and the small models take 1,000 steps, with smaller ones. With ``--heads`` short runs multiply the ``lr`` of
-the new head as that of all others, or by more. One thread.
+large; with ``--longer`` the small models take 1,000 steps, with smaller ones, too. With ``--heads`` short runs multiply
+the ``lr`` of the new head as that of all others, or by more. One thread.
 """
 
 from __future__ import annotations
@@ -316,11 +315,9 @@ DOC_TIMES: Mapping[str, Multipliers] = {
     "celo": {50: TIMES[50], 100: TIMES[100]},
     "celo_adam": {50: (1.0, 2.0, 2.8), 100: TIMES[100]},
 }
-BEGINNINGS = dataclasses.replace(DOCSTRINGS, data=functools.partial(docstrings, 10))
 ALL_TASKS = TASKS | {"docstrings": DOCSTRINGS}
 HEAD_STEPS = (50, 100)
 SHARES_OF_LR: Multipliers = {1000: (0.3, 1.0)}
-SHARES_OF_BEGINNINGS: Multipliers = {256: (0.35, 0.6, 1.0), 600: (0.2, 0.35, 0.6, 1.0), 1500: (0.1, 0.2, 1.0)}
 
 
 def sweep(name: str, task: Task, rule: str, weights: str, multipliers: Multipliers, seeds: int) -> dict[str, Any]:
@@ -348,16 +345,11 @@ def compare_lengths(celo: str | None, seeds: int) -> dict[str, Any]:
 
 
 def compare_longer(celo: str | None, seeds: int) -> dict[str, Any]:
-    """The same for runs of many epochs."""
-    found = {
+    """The same for the small models in many epochs, with velo alone."""
+    return {
         name: {labelled("velo", "bundled"): sweep(name, task, "velo", "bundled", SHARES_OF_LR, seeds)}
         for name, task in TASKS.items()
     }
-    found["beginnings"] = {
-        labelled(*each): sweep("beginnings", BEGINNINGS, *each, SHARES_OF_BEGINNINGS, seeds)
-        for each in contenders(["velo"], celo)
-    }
-    return found
 
 
 def compare_heads(celo: str | None, seeds: int) -> dict[str, Any]:
