@@ -14,7 +14,7 @@ of the multipliers, of which the last is the rule's ``lr`` from scratch. ``--cel
 With ``--poolers`` the MiniLM of the recipes, whose checkpoint has a pooler that its own training did not use, tells
 docstrings of five libraries apart, and the new head alone or with the pooler has a larger ``lr``. With ``--lengths``
 all four tasks are trained for 50 to 300 steps with all of the ``lr``, that of the new head too, up to 2.8 times as
-large; with ``--longer`` the small models take 1,000 steps, with smaller ones, too. With ``--heads`` short runs multiply
+large; with ``--longer`` the small models take 1,000 steps, with smaller ones. With ``--heads`` short runs multiply
 the ``lr`` of the new head as that of all others, or by more. One thread.
 """
 
