@@ -144,7 +144,8 @@ class GivenSettings(Optimizer):
 
     @property
     def length_multiplier(self) -> float:
-        """What lr is multiplied with because of the length of the run, see :class:`hf_lopt.rules.base.RunLength`.
+        """What lr is multiplied with because of the length of the run and its epochs, see
+        :class:`hf_lopt.rules.base.RunLength`.
 
         1.0 where somebody chose an lr or gave the weights as arrays, and for rules and checkpoints that know no such
         thing. Decided at the first step, and again when ``num_training_steps`` changes; before that, what it would be,
@@ -156,9 +157,10 @@ class GivenSettings(Optimizer):
     def num_epochs(self) -> float:
         """How often the run sees each sample; 0.0: not known.
 
-        A pretrained model that sees its samples more than three times takes shorter steps, see
+        A pretrained model that sees its samples more than four times takes shorter steps, see
         :class:`hf_lopt.rules.base.RunLength`. Trainer's callback sets it. It counts when ``length_multiplier`` is
-        decided: set it before the first step, or before ``num_training_steps`` changes.
+        decided: set it before the first step, or before ``num_training_steps`` changes. What is no number >= 0 is a
+        ValueError.
         """
         return self._run_state.num_epochs
 
