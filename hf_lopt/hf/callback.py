@@ -59,7 +59,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
 
     When training begins it settles what is not settled yet (:mod:`hf_lopt.hf.group_settings`), sets
     ``num_training_steps`` from ``state.max_steps``, unless ``optim_args`` give one, and ``num_epochs``, and tells what
-    was chosen. When it ends it says so if the run was much shorter than that, or longer. With every row of logs it adds
+    was chosen. When it ends it says so if the run was much shorter than that, or longer. To every row of logs it adds
     ``lopt/lr_mult_mean``, ``lopt/lr_mult_min``, ``lopt/lr_mult_max`` and ``lopt/update_rms``;
     ``lopt/nonfinite_steps`` once there are any; and in the first row what does not change:
     ``lopt/length_multiplier``, where the rule has one, and ``lopt/weights``, a text, which goes to trackers only if
