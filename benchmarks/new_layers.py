@@ -65,6 +65,7 @@ MULTIPLIERS = (1.0, 3.0, 10.0)  # and the one that leads to the lr from scratch
 ADAMW = (1e-4, 3e-4, 1e-3, 3e-3)
 RULES = ("velo", "celo", "small_fc_lopt", "celo2")
 KINDS = (tokenize.COMMENT, tokenize.STRING, tokenize.NUMBER, tokenize.OP, tokenize.NAME)  # 0 is none of them
+CLASSES_OF_TOKENS = len(KINDS) + 2  # none of them, and keywords
 
 
 @dataclass(frozen=True)
@@ -109,19 +110,25 @@ def origins() -> dict[str, Tensor]:
     }
 
 
+def with_kinds(name: str) -> tuple[str, Tensor]:
+    """Source code in ASCII, and the kind of token of each character, (N,) int64; keywords are a kind."""
+    text = source(name).encode("ascii", "replace").decode()
+    starts = [0, *(i + 1 for i, x in enumerate(text) if x == "\n")]
+    of = torch.zeros(len(text), dtype=torch.int64)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type in KINDS:
+            (a, b), (c, d) = token.start, token.end
+            kind = len(KINDS) + 1 if keyword.iskeyword(token.string) else KINDS.index(token.type) + 1
+            of[starts[a - 1] + b : starts[c - 1] + d] = kind
+    return text, of
+
+
 @functools.cache
 def kinds() -> dict[str, Tensor]:
-    """Blocks of bytes, and for each byte the kind of token that it belongs to; keywords are a kind."""
+    """Blocks of bytes, and for each byte the kind of token that it belongs to."""
     ids, labels = [], []
     for name in SOURCES:
-        text = source(name).encode("ascii", "replace").decode()
-        starts = [0, *(i + 1 for i, x in enumerate(text) if x == "\n")]
-        of = torch.zeros(len(text), dtype=torch.int64)
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
-            if token.type in KINDS:
-                (a, b), (c, d) = token.start, token.end
-                kind = len(KINDS) + 1 if keyword.iskeyword(token.string) else KINDS.index(token.type) + 1
-                of[starts[a - 1] + b : starts[c - 1] + d] = kind
+        text, of = with_kinds(name)
         ids.append(blocks(text))
         labels.append(of[: len(of) // BLOCK * BLOCK].view(-1, BLOCK))
     return {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
@@ -176,7 +183,7 @@ def saved_vit() -> str:
     )
     model, data = transformers.ViTForImageClassification(config), _digits(low=True)
     count = len(data["labels"])
-    _pretrain(model, (_pick(data, torch.randint(count, (BATCH,))) for _ in range(600)))
+    _pretrain(model, (pick(data, torch.randint(count, (BATCH,))) for _ in range(600)))
     model.vit.save_pretrained(_folder() / "vit")
     return str(_folder() / "vit")
 
@@ -186,7 +193,7 @@ def _pretrain(model: nn.Module, batches: Any) -> None:
     train(model, batches, lambda x: model(**x).loss, len(batches), "adamw", 3e-3)
 
 
-def _pick(data: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
+def pick(data: dict[str, Tensor], chosen: Tensor) -> dict[str, Tensor]:
     return {key: x[chosen] for key, x in data.items()}
 
 
@@ -197,7 +204,7 @@ TASKS = {
         origins,
     ),
     "kind of token of each byte": Task(
-        lambda path: transformers.BertForTokenClassification.from_pretrained(path, num_labels=len(KINDS) + 2),
+        lambda path: transformers.BertForTokenClassification.from_pretrained(path, num_labels=CLASSES_OF_TOKENS),
         saved_bert,
         kinds,
     ),
@@ -218,13 +225,13 @@ def final_loss(
     model, draw = task.load(path), torch.Generator().manual_seed(seed)
     order = torch.randperm(len(data["labels"]), generator=torch.Generator().manual_seed(0))
     known, held_out = order[HELD_OUT:], order[:HELD_OUT]
-    batches = [_pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(task.steps)]
+    batches = [pick(data, known[torch.randint(len(known), (BATCH,), generator=draw)]) for _ in range(task.steps)]
     model.train()
     settings = {} if rule == "adamw" else dict(rules.get(rule).finetune_settings)
     train(model, batches, lambda x: model(**x).loss, task.steps, rule, lr, weights, new_layers, poolers, **settings)
     model.eval()
     with torch.no_grad():
-        return model(**_pick(data, held_out)).loss.item()
+        return model(**pick(data, held_out)).loss.item()
 
 
 def mean_loss(what: str, task: Task, seeds: int, *how: Any) -> dict[str, float]:
@@ -267,6 +274,14 @@ def docstrings_of(library: str) -> Iterator[str]:
                 yield text[:300].replace(library, "it")
 
 
+def tokenized(rows: Sequence[tuple[str, int]], length: int) -> dict[str, Tensor]:
+    """The first ``length`` tokens of texts, as MiniLM takes them, and the classes of the texts."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
+    options = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
+    tokens = tokenizer([text for text, _ in rows], **options)
+    return dict(tokens) | {"labels": torch.tensor([label for _, label in rows])}
+
+
 @functools.cache
 def docstrings(length: int = LENGTH) -> dict[str, Tensor]:
     """The first ``length`` tokens of docstrings, and the library of each."""
@@ -275,10 +290,7 @@ def docstrings(length: int = LENGTH) -> dict[str, Tensor]:
         for i, library in enumerate(LIBRARIES)
         for text in itertools.islice(docstrings_of(library), PER_LIBRARY)
     ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_dir())
-    options = {"truncation": True, "max_length": length, "padding": "max_length", "return_tensors": "pt"}
-    tokens = tokenizer([text for text, _ in found], **options)
-    return dict(tokens) | {"labels": torch.tensor([i for _, i in found])}
+    return tokenized(found, length)
 
 
 def with_five_classes(path: str) -> nn.Module:
