@@ -7,8 +7,9 @@ party of a sentence from the speeches of two conventions; the third of 170 days 
 which of five libraries a docstring belongs to, of which it sees the first ten tokens; and of what kind the tokens of
 source code are. The first two can be told in part only. The training samples are all that there are, or the first of
 them. All multipliers of a task have the same starts and batches. They count times the ``lr`` for fine-tuning, and
-times that of the new head. Of the vocabulary only the rows that a task uses are trained. Numbers are held-out losses.
-A run takes half a minute to ten minutes on one thread; what is in the record is not run again.
+times that of the new head, where it has none of its own; with LoRA (rank 8, queries and values) times that from
+scratch in a run of so many steps. Of the vocabulary only the rows that a task uses are trained. Numbers are held-out
+losses. A run takes half a minute to ten minutes on one thread; what is in the record is not run again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor, nn
@@ -48,7 +50,7 @@ from benchmarks.small_runs import mean, train
 from benchmarks.storing import rounded, write_record
 from hf_lopt import rules
 from hf_lopt.meta.table import machine
-from hf_lopt.rules.base import FINE_TUNING, RUN_LENGTHS
+from hf_lopt.rules.base import ADAPTERS, FINE_TUNING, FROM_SCRATCH, NEW_LAYERS, RUN_LENGTHS
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -153,23 +155,36 @@ class Run:
     """Trainings that differ in the multiplier.
 
     Attributes:
-        times: rule, or :data:`PUBLISHED`, -> what multiplies the lr.
+        times: rule, or :data:`PUBLISHED`, -> what multiplies the lr; two numbers: of what was loaded, and of the head.
         at_most: how many training samples; 0: all.
+        lora: whether adapters are trained, and the head.
     """
 
     task: str
     layers: int
     steps: int
-    times: Mapping[str, Sequence[float]]
+    times: Mapping[str, Sequence[float | tuple[float, float]]]
     at_most: int = 0
     seeds: int = 1
+    lora: bool = False
 
 
 def named(run: Run) -> str:
     """What a run is called in the record, the epochs with it."""
     samples = samples_of(run)
     epochs = f"{run.steps * BATCH / samples:.3g} epochs of {samples} samples"
-    return f"{run.task}, {run.layers} layers, {run.steps} steps, {epochs}"
+    return f"{run.task}, {run.layers} layers, {'LoRA, ' if run.lora else ''}{run.steps} steps, {epochs}"
+
+
+def in_words(times: float | tuple[float, float]) -> str:
+    """What a multiplier is called in the record."""
+    return f"{times[0]:g}, head {times[1]:g}" if isinstance(times, tuple) else f"{times:g}"
+
+
+def of_loaded_and_new(words: str) -> tuple[float, float]:
+    """Both multipliers of :func:`in_words`."""
+    numbers = [float(part) for part in words.split(", head ")]
+    return numbers[0], numbers[-1]
 
 
 PAIR, THREE = (1.0, 0.5), (1.0, 0.5, 0.25)
@@ -231,7 +246,14 @@ def samples_of(run: Run) -> int:
     return min(found, run.at_most) if run.at_most else found
 
 
-def final_loss(run: Run, rule: str, weights: str, times: float, seed: int) -> float:
+def with_lora(model: nn.Module, classes: str) -> nn.Module:
+    """Adapters of rank 8 on queries and values; the head is trained, too. ``classes``: peft's name for the task."""
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type=classes)
+    )
+
+
+def final_loss(run: Run, rule: str, weights: str, times: float | tuple[float, float], seed: int) -> float:
     """Held-out loss after the steps of the run."""
     task, known, samples = TASKS[run.task], rules.get(rule), samples_of(run)
     torch.manual_seed(seed)
@@ -239,7 +261,12 @@ def final_loss(run: Run, rule: str, weights: str, times: float, seed: int) -> fl
     data, draw = with_used_rows(model, task.data()), torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(samples, generator=draw) for _ in range(run.steps * BATCH // samples + 1)])
     batches = [batch_of(data, order[i * BATCH : (i + 1) * BATCH]) for i in range(run.steps)]
-    lr, more = known.finetune_lr * times, known.lr_of_new_layers / known.finetune_lr
+    of_loaded, of_new = of_loaded_and_new(in_words(times))
+    lr, more = known.finetune_lr * of_loaded, known.lr_of_new_layers / known.finetune_lr * of_new / of_loaded
+    if run.lora:
+        model = with_lora(model, "SEQ_CLS" if task.model is SEQUENCES else "TOKEN_CLS")
+        length = known.run_lengths[FROM_SCRATCH].with_weights(weights == "bundled")
+        lr, more = length.multiplier(run.steps) * of_loaded, 1.0
     model.train()
     train(model, batches, lambda x: model(**x).loss, run.steps, rule, lr, weights, more)
     model.eval()
@@ -266,17 +293,25 @@ def keep(name: str, rule: str, times: str, losses: Sequence[float]) -> None:
     write_record(FILE, record)
 
 
-def relative_loss(label: str) -> tuple[float, int]:
-    """Loss at the measured multiplier nearest to what ships, over that at 1: geometric mean over runs that see their
+def relative_loss(label: str, lora: bool) -> tuple[float, int]:
+    """Loss at the measured multipliers nearest to what ships, over that at 1: geometric mean over runs that see their
     samples more often than counts as often; and how many runs."""
-    often, logs = RUN_LENGTHS[FINE_TUNING].epochs, []
+    logs = []
     for name, losses in stored()["held_out_loss"].items():
         epochs = float(name.split(" epochs")[0].split()[-1])
-        found = {float(times): each for times, each in losses.get(label, {}).items()}
-        if epochs > often and 1.0 in found:
-            nearest = min(found, key=lambda times: abs(math.log(times * epochs / often)))
-            logs.append(math.log(sum(found[nearest]) / sum(found[1.0])))
+        found, whole = losses.get(label, {}), (1.0, 1.0)
+        kinds = (ADAPTERS, ADAPTERS) if lora else (FINE_TUNING, NEW_LAYERS)
+        # Of a run that is long and of a model that reaches far, as all here do.
+        ships = tuple(RUN_LENGTHS[kind].multiplier(10**9, math.inf, epochs) for kind in kinds)
+        if ships != whole and in_words(1.0) in found and lora == ("LoRA" in name):
+            nearest = min(found, key=lambda words: distance(of_loaded_and_new(words), ships))
+            logs.append(math.log(sum(found[nearest]) / sum(found[in_words(1.0)])))
     return math.exp(sum(logs) / len(logs)), len(logs)
+
+
+def distance(a: Sequence[float], b: Sequence[float]) -> float:
+    """How far multipliers are from others."""
+    return math.dist([math.log(x) for x in a], [math.log(x) for x in b])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -293,12 +328,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             label = labelled(rule, weights)
             known = stored().get("held_out_loss", {}).get(named(run), {}).get(label, {})
             of_rule = run.times.get(rule if weights == "bundled" else PUBLISHED, ())
-            for times in (x for x in of_rule if f"{x:g}" not in known):
+            for times in (x for x in of_rule if in_words(x) not in known):
                 losses = [final_loss(run, rule, weights, times, seed) for seed in range(run.seeds)]
-                mean(f"{named(run)}: {label}, x{times:g}", losses)
-                keep(named(run), label, f"{times:g}", losses)
-    relative, runs = relative_loss(labelled("velo", "bundled"))
-    print(f"loss of velo in many epochs, over that at 1: {relative:.3f}, {runs} runs")
+                mean(f"{named(run)}: {label}, x{in_words(times)}", losses)
+                keep(named(run), label, in_words(times), losses)
+    for what, lora in (("fine-tuning", False), ("LoRA", True)):
+        relative, runs = relative_loss(labelled("velo", "bundled"), lora)
+        print(f"loss of velo in many epochs of {what}, over that at 1: {relative:.3f}, {runs} runs")
 
 
 if __name__ == "__main__":

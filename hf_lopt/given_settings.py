@@ -76,11 +76,11 @@ class GivenSettings(Optimizer):
         self._given_groups.append((names, group["lr"]))
         is_open = self._counts and not names & {"lr", lr_scales.KEY}
         if is_open and all(lr_scales.KEY in other for other in others):
-            model = pretrained.model_of(group["params"])
-            if model is not None:
+            known = pretrained.new_among(group["params"], [p for other in others for p in other["params"]])
+            if known is not None:
                 of_new, of_loaded = self._counts
                 of_new *= self._run_state.more_for_new_layers
-                pretrained.set_scales([group], pretrained.new_tensors(model), of_new, of_loaded)
+                pretrained.set_scales([group], known, of_new, of_loaded)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state dict, and note whether it had state. See ``torch.optim.Optimizer.load_state_dict``."""

@@ -42,6 +42,11 @@ def has_adapters(model: nn.Module | None) -> bool:
     return any(getattr(m, "peft_config", None) or getattr(m, "_hf_peft_config_loaded", False) for m in modules)
 
 
+def trains_adapters(params: Iterable[Tensor]) -> bool:
+    """Whether the model that owns most of ``params`` has adapters."""
+    return has_adapters(next(iter(models_of(params)), None))
+
+
 def pretrained_name(model: nn.Module | None) -> str | None:
     """The checkpoint that ``model`` was loaded from; None for training from scratch, and of adapters.
 

@@ -126,6 +126,19 @@ def model_of(params: Sequence[Tensor]) -> nn.Module | None:
     return None if pretrained_name(model) is None else model
 
 
+def new_among(params: Sequence[Tensor], others: Sequence[Tensor]) -> Mapping[int, New] | None:
+    """The new tensors of the pretrained model that ``params`` are of; None where they are of none.
+
+    A head alone has no marks: there ``others`` of the same model tell.
+    """
+    model = model_of(params)
+    if model is not None:
+        return new_tensors(model)
+    model = model_of([*others, *params])
+    new = {} if model is None else new_tensors(model)
+    return new if new and all(id(p) in new for p in params) else None
+
+
 def _loaded_models(model: nn.Module) -> Iterator[nn.Module]:
     """The outermost modules that were loaded by name and have marks."""
     if getattr(getattr(model, "config", None), "_name_or_path", None):

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_lopt import distributed, lr_scales, notices
+from hf_lopt import distributed, notices
 from hf_lopt.accumulation import add_gradients, set_mean_gradients
+from hf_lopt.length_multiplier import LengthMultiplier
 from hf_lopt.pending import PendingLoss
-from hf_lopt.reach import is_here, reach_of
-from hf_lopt.rules.base import FINE_TUNING, FROM_SCRATCH, NEW_LAYERS, Rule
+from hf_lopt.reach import is_here
+from hf_lopt.rules.base import Rule
 from hf_lopt.settings import number_of_epochs, positive_int
 from hf_lopt.step.scheduler import means_of_equal_losses
 from hf_lopt.weights import Weights, earlier
@@ -32,6 +33,8 @@ from hf_lopt.weights import Weights, earlier
 COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 # What lr is multiplied with because of the length of the run; 0: not decided yet.
 LENGTH_MULTIPLIER = "length_multiplier"
+# In fine-tuning, how many times that it is for layers that start from random numbers; there once it is decided.
+MORE_FOR_NEW_LAYERS = "more_for_new_layers"
 
 
 class RunState:
@@ -53,8 +56,7 @@ class RunState:
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
         self._starts_late = False
-        self._num_epochs = 0.0
-        self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
+        self._length = LengthMultiplier(owner)
 
     @property
     def owner(self) -> Any:
@@ -166,11 +168,11 @@ class RunState:
     @property
     def num_epochs(self) -> float:
         """How often the run sees each sample; 0: not known. It counts when the multiplier is decided."""
-        return self._num_epochs
+        return self._length.epochs
 
     @num_epochs.setter
     def num_epochs(self, value: float) -> None:
-        self._num_epochs = number_of_epochs(value)
+        self._length.epochs = number_of_epochs(value)
 
     def _keep_chosen_steps(self) -> None:
         """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
@@ -208,35 +210,17 @@ class RunState:
         return self.groups[0].get(LENGTH_MULTIPLIER) == 0.0 and self._decide_multiplier(0)
 
     def _wanted_multipliers(self, updates: int, ask: bool = True) -> tuple[float, float]:
-        """The multiplier in a run of so many updates; and how much more lr counts for layers that start from random
-        numbers while the others do not. ``ask``: whether to ask for the reach, of sharded tensors a collective."""
-        owner, rule, weights = self.owner, self._rule, self._weights
-        # Whoever brings a network as arrays wants its steps as they are.
-        if weights.source == "mapping" or owner._chose_lr():
-            return 1.0, 1.0
-        if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in self.groups):  # somebody's choice
-            return 1.0, 1.0
-        whats = (FINE_TUNING, NEW_LAYERS) if owner.is_fine_tuning else (FROM_SCRATCH,)
-
-        def multipliers(reach: float) -> list[float]:
-            return [rule.length_multiplier(weights, what, updates, reach, self.num_epochs) for what in whats]
-
-        found = multipliers(0.0)
-        if ask and found != multipliers(math.inf):
-            found = multipliers(self._initial_reach())
-        return found[0], found[-1] / found[0]
-
-    def _initial_reach(self) -> float:
-        """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""
-        if self._reach is None or not self.groups[0].get(LENGTH_MULTIPLIER):  # not decided: values may still change
-            self._reach = reach_of(self.owner._trainable())
-        return self._reach
+        """See :meth:`hf_lopt.length_multiplier.LengthMultiplier.wanted`."""
+        return self._length.wanted(updates, bool(self.groups[0].get(LENGTH_MULTIPLIER)), ask)
 
     def _decide_multiplier(self, before: int) -> bool:
         """``before``: the updates of the run for which it was decided last; 0: never."""
+        had = self.groups[0].get(MORE_FOR_NEW_LAYERS) or self._wanted_multipliers(before)[1]  # of an old checkpoint
         multiplier, more = self._wanted_multipliers(self.num_updates)
         self.write({LENGTH_MULTIPLIER: multiplier})
-        stretched = self.owner._stretch_new_layers(self._wanted_multipliers(before)[1], more)
+        if self.owner.is_fine_tuning:
+            self.write({MORE_FOR_NEW_LAYERS: more})
+        stretched = self.owner._stretch_new_layers(had, more)
         if multiplier != 1.0 or stretched:
             run = f"{self._rule.class_name}: in {self.length_in_words(multiplier)}"
             new = f", {multiplier * more:.3g} times for new layers" if stretched else ""
@@ -245,14 +229,16 @@ class RunState:
 
     def length_in_words(self, multiplier: float) -> str:
         """What a length multiplier is due to."""
-        epochs = f", {self.num_epochs:.3g} epochs," if multiplier < 1.0 and self.num_epochs else ""
+        shorter = multiplier < 1.0 or self._length.for_epochs
+        epochs = f", {self.num_epochs:.3g} epochs," if shorter and self.num_epochs else ""
         return f"a run of {self.num_training_steps} steps{epochs}"
 
     @property
     def more_for_new_layers(self) -> float:
         """How much more lr counts for new layers of a pretrained model; 1 while it is undecided."""
-        decided = self.groups[0].get(LENGTH_MULTIPLIER)
-        return self._wanted_multipliers(self.num_updates)[1] if decided else 1.0
+        if not self.groups[0].get(LENGTH_MULTIPLIER):
+            return 1.0
+        return self.groups[0].get(MORE_FOR_NEW_LAYERS) or self._wanted_multipliers(self.num_updates)[1]
 
     @property
     def calls_per_update(self) -> int:

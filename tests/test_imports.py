@@ -64,6 +64,7 @@ ALLOWED = {
     "tensor_sizes": {"distributed"},
     "least_sizes": {"live_modules", "parameters", "tensor_sizes", "distributed", "notices"},
     "reach": {"live_modules", "parameters", "tensor_sizes", "distributed"},
+    "length_multiplier": {"live_modules", "lr_scales", "reach", "rules"},
     "settings": {"arguments_given", "lr_scales", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "live_modules", "lr_scales", "pretrained", "rules", "weights"},
@@ -73,7 +74,8 @@ ALLOWED = {
     "rank_agreement": {"settings", "step", "distributed"},
     "accumulation": {"distributed"},
     "run_state": {
-        *("accumulation", "lr_scales", "pending", "reach", "settings", "step", "rules", "distributed", "weights"),
+        *("accumulation", "length_multiplier", "pending", "reach", "settings", "step", "rules", "distributed"),
+        "weights",
     },
     "run_monitor": {"run_state"},
     "optimizer": {

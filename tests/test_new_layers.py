@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import logging
+import math
 
 import pytest
 import torch
@@ -555,6 +556,114 @@ def test_poolers_stay_half_way():
     assert pretrained.stretch([group], 0.1, (1.0, 1.0), 4.0)
     assert group["lr_scales"] == pytest.approx((40.0, 40.0**0.5, 1.0))
     assert not pretrained.stretch([group], 0.1, (1.0, 4.0), 4.0)
+
+
+# ---- epochs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def far(tmp_path_factory):
+    """A folder with a model whose matrices reach five times as far as counts as far, and its reach."""
+    folder, model = tmp_path_factory.mktemp("far") / "model", cases.tiny_llama()
+    torch.manual_seed(0)
+    layers = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    for p in layers:
+        torch.nn.init.normal_(p, std=2.0)
+    model.save_pretrained(folder)
+    return folder, math.hypot(*(p.detach().square().mean().sqrt().item() * p.shape[1] for p in layers))
+
+
+def of_epochs(steps, epochs, reach, new):
+    """What lr counts, by the constants in the documentation."""
+    often, least = min(4 / epochs, 1.0), (20 / reach) ** 1.5
+    short = max((300 if new else 150) / steps, 1.0) ** 0.9
+    return min(max(short * max(often**2 if new else often, least), 0.1), 5.0 if new else 2.0)
+
+
+def head_and_body(optimizer):
+    """What lr counts for new layers, and the common number of the others."""
+    *body, head = numbers(optimizer)[0]
+    assert len(set(body)) == 1
+    return head * optimizer.length_multiplier, body[0]
+
+
+@pytest.mark.parametrize("steps", [50, 200, 300, 1000])
+@pytest.mark.parametrize("epochs", [1, 4, 5, 7.5, 16, 1000])
+def test_new_layers_fall_faster_in_many_epochs(steps, epochs, far, caplog):
+    caplog.set_level(logging.INFO, "hf_lopt")
+    folder, reach = far
+    model = classifier(folder)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=steps, weights="bundled")
+    optimizer.num_epochs = epochs
+    steps_of(model, optimizer, 1)
+    loaded, new = (of_epochs(steps, epochs, reach, of_new) for of_new in (False, True))
+    assert optimizer.length_multiplier == pytest.approx(loaded, rel=1e-5)
+    assert head_and_body(optimizer) == (pytest.approx(new, rel=1e-5), 0.05)
+    assert (f"lr counts {loaded:.3g} times, {new:.3g} times for new layers" in caplog.text) == (new != loaded)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_resumed_run_of_other_length_and_epochs(kept, far, tmp_path):
+    """Its new layers have the lr of one that was so from the start. Earlier versions kept no number of theirs: there
+    it is found where the epochs are still the same."""
+    folder, reach = far
+    model = classifier(folder)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=200, weights="bundled")
+    optimizer.num_epochs = 6
+    steps_of(model, optimizer)
+    model.save_pretrained(tmp_path)
+    state = copy.deepcopy(optimizer.state_dict())
+    again = LlamaForSequenceClassification.from_pretrained(tmp_path)  # nothing of it is new
+    resumed = hf_lopt.VeLO(again.parameters(), num_training_steps=200, weights="bundled")
+    if not kept:
+        del state["param_groups"][0]["more_for_new_layers"]
+    resumed.load_state_dict(state)
+    epochs = 12 if kept else 6
+    resumed.num_epochs = epochs
+    resumed.num_training_steps = 400
+    steps_of(again, resumed)
+    # The reach is that of the matrices as they are now, a few steps on.
+    loaded, new = (of_epochs(400, epochs, reach, of_new) for of_new in (False, True))
+    assert resumed.length_multiplier == pytest.approx(loaded, rel=1e-2)
+    assert head_and_body(resumed) == (pytest.approx(new, rel=1e-2), 0.05)
+
+
+@pytest.mark.parametrize("first", [4, -1])
+def test_a_group_that_is_added_in_many_epochs(first, far):
+    """A head alone, too, which nothing marks as a part of a pretrained model."""
+    folder, _ = far
+    model = classifier(folder)
+    params = list(model.parameters())
+    reach = hf_lopt.reach.reach_of([(p, {}) for p in params[:first]])
+    assert reach > 100 if first < 0 else reach > 20
+    optimizer = hf_lopt.VeLO(params[:first], num_training_steps=300, weights="bundled")
+    optimizer.num_epochs = 8
+    steps_of(model, optimizer, 1)
+    optimizer.add_param_group({"params": params[first:]})
+    *body, head = numbers(optimizer)[1]
+    assert set(body) <= {0.05}
+    assert head * optimizer.length_multiplier == pytest.approx(of_epochs(300, 8, reach, new=True), rel=1e-5)
+
+
+def test_a_group_of_something_else_that_is_added(saved):
+    model, other = classifier(saved), torch.nn.Linear(3, 3)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=9, weights="bundled")
+    optimizer.add_param_group({"params": other.parameters()})
+    assert optimizer.param_groups[1].get("lr_scales") is None
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "2"])
+def test_a_checkpoint_whose_number_of_new_layers_is_none(value, saved):
+    model = classifier(saved)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=9, weights="bundled")
+    steps_of(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["more_for_new_layers"] = value
+    with pytest.raises(ValueError, match="more_for_new_layers must be a finite number >= 0"):
+        optimizer.load_state_dict(state)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def test_a_loop_that_is_resumed(saved, tmp_path):

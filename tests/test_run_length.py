@@ -359,3 +359,44 @@ def test_epochs_that_are_no_number(value):
     with pytest.raises(ValueError, match=r"num_epochs must be a number >= 0, and 0 where it is not known, got"):
         optimizer.num_epochs = value
     assert optimizer.num_epochs == 0.0
+
+
+def with_adapters():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(cases.tiny_llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+
+
+def by_hand_of_adapters(steps, epochs, published=False):
+    """That from scratch, and 4 / epochs of it, a tenth at the least."""
+    return by_hand(steps, "velo", published) * (min(max(4 / epochs, 0.1), 1.0) if epochs else 1.0)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("steps", [30, 300, 2000])
+@pytest.mark.parametrize("epochs", [0, 1, 4, 5, 8.5, 1000])
+def test_adapters_in_many_epochs(epochs, steps, published, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "hf_lopt")
+    model, spec = with_adapters(), weights_of("velo", published, tmp_path)
+    wanted = pytest.approx(by_hand_of_adapters(steps, epochs, published), rel=1e-6)
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=steps, weights=spec)
+    optimizer.num_epochs = epochs
+    assert optimizer.length_multiplier == wanted  # before it is decided, too
+    one_step(model, optimizer)
+    assert optimizer.length_multiplier == wanted
+    assert (f"{epochs:.3g} epochs, lr counts" in caplog.text) == (epochs > 4)
+    again = hf_lopt.VeLO(model.parameters(), num_training_steps=steps, weights=spec)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.length_multiplier == wanted
+
+
+def test_trainer_counts_the_epochs_of_adapters(tmp_path, caplog):
+    """Nine samples are three updates."""
+    caplog.set_level(logging.INFO, "hf_lopt")
+    for settings, wanted in (({}, by_hand_of_adapters(60, 20)), ({"learning_rate": 1.0}, 1.0)):
+        options = {"max_steps": -1, "num_train_epochs": 20, "per_device_train_batch_size": 3}
+        args = cases.arguments(tmp_path, **options | settings, optim_args="weights=bundled")
+        trainer = cases.Trainer(with_adapters(), args, train_dataset=cases.byte_rows(9))
+        trainer.train()
+        assert trainer.optimizer.optimizer.length_multiplier == pytest.approx(wanted, rel=1e-6)
+    assert "in a run of 60 steps, 20 epochs, lr counts 0.816 times" in caplog.text

@@ -45,8 +45,8 @@ class RunLength:
     by ``python -m benchmarks.run_length``.
 
     A pretrained model that reaches far needs that only once it sees the same samples again and again, and then learns
-    them by heart: its steps are as much shorter as the epochs ask for, E / epochs above E, ``epochs``, but not more
-    than (R / reach)^1.5. Measured by ``python -m benchmarks.epochs``.
+    them by heart: its steps are as much shorter as the epochs ask for, (E / epochs)^power_of_epochs above E,
+    ``epochs``, but not more than (R / reach)^1.5. Measured by ``python -m benchmarks.epochs``.
 
     Attributes:
         steps: runs of at least so many updates take the rule's own step size.
@@ -55,6 +55,7 @@ class RunLength:
         reach: of a model; from here on steps become shorter.
         smallest: the smallest multiplier, of a model that reaches far.
         epochs: from here on steps become shorter; 0: the reach counts whatever the epochs.
+        power_of_epochs: without unit.
         others: what is different with weights that are not embedded.
     """
 
@@ -64,6 +65,7 @@ class RunLength:
     reach: float = math.inf
     smallest: float = 1.0
     epochs: float = 0.0
+    power_of_epochs: float = 1.0
     others: Mapping[str, float] = field(default_factory=dict)
 
     def with_weights(self, embedded: bool) -> RunLength:
@@ -80,21 +82,23 @@ class RunLength:
             return 1.0
         found = max((self.steps / updates) ** self.power, 1.0)
         if reach > self.reach:
-            of_epochs = self.epochs / max(epochs, self.epochs) if self.epochs else 0.0
+            of_epochs = (self.epochs / max(epochs, self.epochs)) ** self.power_of_epochs if self.epochs else 0.0
             found *= max((self.reach / reach) ** _POWER_OF_REACH, of_epochs)
         return min(max(found, self.smallest), self.largest)
 
 
 # What trains, and how its steps follow the length, of all rules whose schedule is that of a horizon. Of the others
 # published Celo was measured: it goes further by itself.
-FROM_SCRATCH, FINE_TUNING, NEW_LAYERS = "from scratch", "fine-tuning", "new layers"
+FROM_SCRATCH, FINE_TUNING, NEW_LAYERS, ADAPTERS = "from scratch", "fine-tuning", "new layers", "adapters"
 _PRETRAINED = RunLength(steps=150, power=0.9, largest=2.0, reach=20.0, smallest=0.1, epochs=4.0, others={"steps": 100})
 RUN_LENGTHS: Mapping[str, RunLength] = {
     FROM_SCRATCH: RunLength(steps=1000, power=0.5, largest=5.0, reach=20.0, others={"steps": 300}),
     # The tensors that a pretrained model was loaded with, and layers that its checkpoint lacks
     # (benchmarks/new_layers.py).
     FINE_TUNING: _PRETRAINED,
-    NEW_LAYERS: replace(_PRETRAINED, steps=300, largest=5.0, others={"steps": 200}),
+    NEW_LAYERS: replace(_PRETRAINED, steps=300, largest=5.0, power_of_epochs=2.0, others={"steps": 200}),
+    # Times that from scratch, of a model that is taken to reach far: they have no reach of their own.
+    ADAPTERS: RunLength(steps=0, power=1.0, largest=1.0, reach=0.0, smallest=0.1, epochs=4.0),
 }
 
 

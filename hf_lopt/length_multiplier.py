@@ -1,0 +1,67 @@
+"""What an lr that nobody chose counts, by the length of the run and by how often it sees its samples.
+
+The numbers are those of the rule (:class:`hf_lopt.rules.base.RunLength`); here is which of them a model takes, and
+what has to be known about it. :class:`hf_lopt.run_state.RunState` says when, and keeps what was decided.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+from weakref import ref
+
+from torch.optim import Optimizer
+
+from hf_lopt import lr_scales
+from hf_lopt.live_modules import trains_adapters
+from hf_lopt.reach import reach_of
+from hf_lopt.rules.base import ADAPTERS, FINE_TUNING, FROM_SCRATCH, NEW_LAYERS
+
+
+class LengthMultiplier:
+    """The multipliers that an optimizer wants, which it holds weakly.
+
+    Attributes:
+        epochs: how often the run sees each sample; 0: not known.
+        for_epochs: whether the last multipliers that were asked for are smaller for the epochs.
+    """
+
+    def __init__(self, owner: Optimizer):
+        self._owner = ref(owner)
+        self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
+        self.epochs, self.for_epochs = 0.0, False
+
+    def wanted(self, updates: int, decided: bool, ask: bool = True) -> tuple[float, float]:
+        """The multiplier in a run of so many updates; and how much more lr counts for layers that start from random
+        numbers while the others do not.
+
+        Args:
+            decided: whether the optimizer has one already; until then the values of its model may still change.
+            ask: whether to ask for the reach, of sharded tensors a collective.
+        """
+        owner: Any = self._owner()
+        # Whoever brings a network as arrays wants its steps as they are.
+        if owner._weights.source == "mapping" or owner._chose_lr():
+            return 1.0, 1.0
+        if not owner.is_fine_tuning and any(lr_scales.KEY in group for group in owner.param_groups):  # somebody's
+            return 1.0, 1.0
+        kinds = (FINE_TUNING, NEW_LAYERS) if owner.is_fine_tuning else (FROM_SCRATCH,)
+
+        def multipliers(reach: float, epochs: float, *kinds: str) -> list[float]:
+            rule, weights = owner._rule, owner._weights
+            return [rule.length_multiplier(weights, kind, updates, reach, epochs) for kind in kinds]
+
+        reach = 0.0
+        if ask and multipliers(0.0, self.epochs, *kinds) != multipliers(math.inf, self.epochs, *kinds):
+            reach = self._initial_reach(decided)
+        found, (of_adapters,) = multipliers(reach, self.epochs, *kinds), multipliers(math.inf, self.epochs, ADAPTERS)
+        if owner.is_fine_tuning or (of_adapters != 1.0 and not trains_adapters(p for p, _ in owner._trainable())):
+            of_adapters = 1.0
+        self.for_epochs = of_adapters != 1.0 or found != multipliers(reach, 0.0, *kinds)
+        return found[0] * of_adapters, found[-1] / found[0]
+
+    def _initial_reach(self, decided: bool) -> float:
+        """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""
+        if self._reach is None or not decided:
+            self._reach = reach_of(self._owner()._trainable())
+        return self._reach
