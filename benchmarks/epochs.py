@@ -187,7 +187,8 @@ def of_loaded_and_new(words: str) -> tuple[float, float]:
     return numbers[0], numbers[-1]
 
 
-PAIR, THREE = (1.0, 0.5), (1.0, 0.5, 0.25)
+PAIR, THREE, FOUR = (1.0, 0.5), (1.0, 0.5, 0.25), (1.0, 0.7, 0.5, 0.25)
+HEADS = ((0.5, 0.25), (0.5, 0.125))
 PARTY, HEADLINE, BEGINNINGS, TOKENS_KIND = TASKS
 RUNS = (
     # up to four epochs
@@ -204,17 +205,35 @@ RUNS = (
     Run(BEGINNINGS, 6, 150, {"velo": PAIR}, at_most=600),
     Run(TOKENS_KIND, 6, 256, {"velo": (1.0, 0.75, 0.6)}),
     Run(TOKENS_KIND, 6, 385, {"velo": THREE}),
-    # eight and more
-    Run(HEADLINE, 6, 150, {"velo": THREE}, at_most=300),
-    Run(HEADLINE, 6, 300, {"velo": (*THREE, 0.125)}, at_most=600),
-    Run(BEGINNINGS, 6, 150, {"velo": THREE}, at_most=300),
-    Run(BEGINNINGS, 6, 300, {"velo": THREE, PUBLISHED: PAIR, "celo_adam": PAIR}, at_most=600),
-    Run(BEGINNINGS, 1, 300, {"velo": THREE}, at_most=600),
-    Run(BEGINNINGS, 2, 300, {"velo": THREE}, at_most=600),
-    Run(BEGINNINGS, 6, 300, {"velo": (*THREE, 0.125, 0.0625)}, at_most=300),
-    Run(BEGINNINGS, 2, 1500, {"velo": PAIR}),
+    # more
+    Run(HEADLINE, 6, 225, {"velo": (0.67, (0.67, 0.3))}, at_most=600),
+    Run(BEGINNINGS, 6, 225, {"velo": (1.0, (1.0, 0.3), 0.67, (0.67, 0.3))}, at_most=600),
+    Run(HEADLINE, 6, 150, {"velo": (*THREE, *HEADS)}, at_most=300),
+    Run(HEADLINE, 6, 300, {"velo": (*THREE, 0.125, (0.5, 0.25), (0.5, 0.1))}, at_most=600),
+    Run(BEGINNINGS, 6, 150, {"velo": (*THREE, *HEADS)}, at_most=300),
+    Run(
+        BEGINNINGS,
+        6,
+        300,
+        {"velo": (*THREE, (0.5, 0.25), (0.5, 0.1)), PUBLISHED: PAIR, "celo_adam": PAIR},
+        at_most=600,
+    ),
+    Run(BEGINNINGS, 1, 300, {"velo": (*THREE, HEADS[1])}, at_most=600),
+    Run(BEGINNINGS, 2, 300, {"velo": (*THREE, HEADS[1])}, at_most=600),
+    Run(BEGINNINGS, 6, 300, {"velo": (*THREE, 0.125, 0.0625, (0.25, 0.1))}, at_most=300),
+    Run(BEGINNINGS, 2, 1500, {"velo": (*PAIR, (0.46, 0.1))}),
     Run(BEGINNINGS, 4, 1500, {"velo": PAIR}),
-    Run(TOKENS_KIND, 6, 150, {"velo": THREE}, at_most=300),
+    Run(TOKENS_KIND, 6, 150, {"velo": (*THREE, (0.5, 0.25), (0.5, 0.1))}, at_most=300),
+    # LoRA
+    Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=600, lora=True),
+    Run(BEGINNINGS, 6, 150, {"velo": PAIR}, at_most=600, lora=True),
+    Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=300, lora=True),
+    Run(HEADLINE, 6, 300, {"velo": FOUR}, at_most=600, lora=True),
+    Run(HEADLINE, 6, 300, {"velo": THREE}, at_most=300, lora=True),
+    Run(BEGINNINGS, 6, 300, {"velo": FOUR, PUBLISHED: PAIR}, at_most=600, lora=True),
+    Run(BEGINNINGS, 6, 300, {"velo": THREE}, at_most=300, lora=True),
+    Run(TOKENS_KIND, 6, 150, {"velo": THREE}, at_most=300, lora=True),
+    Run(TOKENS_KIND, 6, 300, {"velo": FOUR[:3]}, at_most=600, lora=True),
 )
 
 

@@ -58,10 +58,10 @@ def train(
 
 
 def mean(what: str, losses: Sequence[float]) -> dict[str, float]:
-    """The mean over seeds and, of several, two standard errors of it; printed, too."""
+    """The mean over seeds and, of several, two standard errors of it, ``two_se``; printed, too."""
     values = torch.tensor(losses)
     found = {"loss": values.mean().item()}
     if len(losses) > 1:
-        found["two_standard_errors"] = rounded(2 * values.std().item() / math.sqrt(len(values)), 2)
+        found["two_se"] = rounded(2 * values.std().item() / math.sqrt(len(values)), 2)
     print(f"{what}: {' ± '.join(f'{x:.4f}' for x in found.values())}", flush=True)
     return found

@@ -254,6 +254,12 @@ def sum_over(items: Sequence[tuple[Tensor, tuple[dist.ProcessGroup, ...]]]) -> l
     return out
 
 
+def mean_over_ranks(value: float) -> float:
+    """The mean of a number over all ranks. A collective."""
+    (total,) = sum_over([(torch.tensor([value], dtype=torch.float64), world_groups(()))])
+    return total.item() / world_size()
+
+
 def device_of(group: dist.ProcessGroup, home: torch.device) -> torch.device:
     if home.type == "cpu" and "gloo" not in str(dist.get_backend_config(group)):
         return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())

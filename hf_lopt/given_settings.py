@@ -157,10 +157,10 @@ class GivenSettings(Optimizer):
     def num_epochs(self) -> float:
         """How often the run sees each sample; 0.0: not known.
 
-        A pretrained model that sees its samples more than four times takes shorter steps, see
-        :class:`hf_lopt.rules.base.RunLength`. Trainer's callback sets it. It counts when ``length_multiplier`` is
-        decided: set it before the first step, or before ``num_training_steps`` changes. What is no number >= 0 is a
-        ValueError.
+        A pretrained model that sees its samples more than four times takes shorter steps, and so do adapters, see
+        :class:`hf_lopt.rules.base.RunLength`. Trainer's callback sets it; in a loop of Accelerate or Lightning it
+        follows from the loader. It counts when ``length_multiplier`` is decided: set it before the first step, or
+        before ``num_training_steps`` changes. What is no number >= 0 is a ValueError.
         """
         return self._run_state.num_epochs
 

@@ -12,7 +12,7 @@ from weakref import ref
 
 from torch.optim import Optimizer
 
-from hf_lopt import lr_scales
+from hf_lopt import distributed, lr_scales
 from hf_lopt.live_modules import trains_adapters
 from hf_lopt.reach import reach_of
 from hf_lopt.rules.base import ADAPTERS, FINE_TUNING, FROM_SCRATCH, NEW_LAYERS
@@ -22,20 +22,31 @@ class LengthMultiplier:
     """The multipliers that an optimizer wants, which it holds weakly.
 
     Attributes:
-        epochs: how often the run sees each sample; 0: not known.
+        epochs: how often the run sees each sample, as somebody said it; 0: nobody has.
+        steps_per_epoch: as the loader of a training loop lets it be told; 0: not known.
         for_epochs: whether the last multipliers that were asked for are smaller for the epochs.
     """
 
     def __init__(self, owner: Optimizer):
         self._owner = ref(owner)
         self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
-        self.epochs, self.for_epochs = 0.0, False
+        self.epochs, self.steps_per_epoch, self.for_epochs = 0.0, 0.0, False
 
-    def wanted(self, updates: int, decided: bool, ask: bool = True) -> tuple[float, float]:
+    def epochs_in(self, steps: int) -> float:
+        """How often a run of so many steps sees each sample; 0: not known."""
+        return self.epochs or (steps / self.steps_per_epoch if self.steps_per_epoch else 0.0)
+
+    def agree(self) -> None:
+        """Have all ranks count the same: their loaders may differ by a batch. A collective."""
+        if self.steps_per_epoch:
+            self.steps_per_epoch = distributed.mean_over_ranks(self.steps_per_epoch)
+
+    def wanted(self, updates: int, epochs: float, decided: bool, ask: bool = True) -> tuple[float, float]:
         """The multiplier in a run of so many updates; and how much more lr counts for layers that start from random
         numbers while the others do not.
 
         Args:
+            epochs: in which it sees each sample so often; 0: not known.
             decided: whether the optimizer has one already; until then the values of its model may still change.
             ask: whether to ask for the reach, of sharded tensors a collective.
         """
@@ -52,9 +63,9 @@ class LengthMultiplier:
             return [rule.length_multiplier(weights, kind, updates, reach, epochs) for kind in kinds]
 
         reach = 0.0
-        if ask and multipliers(0.0, self.epochs, *kinds) != multipliers(math.inf, self.epochs, *kinds):
+        if ask and multipliers(0.0, epochs, *kinds) != multipliers(math.inf, epochs, *kinds):
             reach = self._initial_reach(decided)
-        found, (of_adapters,) = multipliers(reach, self.epochs, *kinds), multipliers(math.inf, self.epochs, ADAPTERS)
+        found, (of_adapters,) = multipliers(reach, epochs, *kinds), multipliers(math.inf, epochs, ADAPTERS)
         if owner.is_fine_tuning or (of_adapters != 1.0 and not trains_adapters(p for p, _ in owner._trainable())):
             of_adapters = 1.0
         self.for_epochs = of_adapters != 1.0 or found != multipliers(reach, 0.0, *kinds)

@@ -168,11 +168,19 @@ class RunState:
     @property
     def num_epochs(self) -> float:
         """How often the run sees each sample; 0: not known. It counts when the multiplier is decided."""
-        return self._length.epochs
+        return self._length.epochs_in(self.num_training_steps)
 
     @num_epochs.setter
     def num_epochs(self, value: float) -> None:
         self._length.epochs = number_of_epochs(value)
+
+    def observe_steps_per_epoch(self, count: float) -> None:
+        """Note after how many steps the training loop begins anew; it tells the epochs, where nobody has said them.
+
+        No more than that once the multiplier is decided.
+        """
+        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
+            self._length.steps_per_epoch = count
 
     def _keep_chosen_steps(self) -> None:
         """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
@@ -207,11 +215,15 @@ class RunState:
         Returns:
             whether new layers have another ``lr_scales`` from now on.
         """
-        return self.groups[0].get(LENGTH_MULTIPLIER) == 0.0 and self._decide_multiplier(0)
+        if self.groups[0].get(LENGTH_MULTIPLIER) != 0.0:
+            return False
+        self._length.agree()
+        return self._decide_multiplier(0)
 
     def _wanted_multipliers(self, updates: int, ask: bool = True) -> tuple[float, float]:
         """See :meth:`hf_lopt.length_multiplier.LengthMultiplier.wanted`."""
-        return self._length.wanted(updates, bool(self.groups[0].get(LENGTH_MULTIPLIER)), ask)
+        decided = bool(self.groups[0].get(LENGTH_MULTIPLIER))
+        return self._length.wanted(updates, self.num_epochs, decided, ask)
 
     def _decide_multiplier(self, before: int) -> bool:
         """``before``: the updates of the run for which it was decided last; 0: never."""

@@ -67,6 +67,8 @@ def test_one_rank_speaks(ranks):
 def test_the_ranks_count_the_same_epochs(ranks):
     """12 updates of 2 and of 3 an epoch are 6 and 4 epochs."""
     assert [rank["epochs"] for rank in ranks] == [{"told": 4.0, "uneven": 5.0}] * 2
+    # 45 steps of 4.5 an epoch.
+    assert [rank["epochs_of_raw_loop"] for rank in ranks] == [{"batches": n, "epochs": 10.0} for n in (5, 4)]
 
 
 def test_fsdp1_is_refused(ranks):

@@ -64,7 +64,7 @@ ALLOWED = {
     "tensor_sizes": {"distributed"},
     "least_sizes": {"live_modules", "parameters", "tensor_sizes", "distributed", "notices"},
     "reach": {"live_modules", "parameters", "tensor_sizes", "distributed"},
-    "length_multiplier": {"live_modules", "lr_scales", "reach", "rules"},
+    "length_multiplier": {"live_modules", "lr_scales", "reach", "rules", "distributed"},
     "settings": {"arguments_given", "lr_scales", "step", "rules", "distributed"},
     "pending": set(),
     "given_settings": {"arguments_given", "live_modules", "lr_scales", "pretrained", "rules", "weights"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -44,9 +43,7 @@ def epochs_of(steps: int, args: TrainingArguments, loader: Any) -> float:
     except TypeError:  # there is none, or it is over an iterable dataset
         batches = 0
     steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    epochs = torch.tensor([steps / steps_per_epoch if batches else 0.0], dtype=torch.float64)
-    (total,) = distributed.sum_over([(epochs, distributed.world_groups(()))])
-    return total.item() / distributed.world_size()
+    return distributed.mean_over_ranks(steps / steps_per_epoch if batches else 0.0)
 
 
 def _warn(state: TrainerState, text: str) -> None:

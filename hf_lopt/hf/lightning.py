@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -26,6 +27,12 @@ _in_fabric: WeakSet[LearnedOptimizer] = WeakSet()
 _micro_batch = itertools.count(1)
 
 
+def _steps_per_epoch(trainer: Any, accumulated: int) -> float:
+    """0.0 where the loader does not know how many batches it has."""
+    batches = trainer.num_training_batches
+    return float(math.ceil(batches / accumulated)) if math.isfinite(batches) else 0.0
+
+
 def _wrap_trainer_backward(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def backward(self: Any, closure_loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -35,6 +42,9 @@ def _wrap_trainer_backward(original: Callable[..., Any]) -> Callable[..., Any]:
         steps = module.trainer.accumulate_grad_batches if automatic else 1
         parts, micro_batch = parts_of(closure_loss), next(_micro_batch)
         loss = closure_loss.detach() * steps
+        if module is not None:
+            for optimizer in optimizers:
+                optimizer._run_state.observe_steps_per_epoch(_steps_per_epoch(module.trainer, steps))
 
         def feed(optimizer: LearnedOptimizer, afresh: bool) -> None:
             if automatic:

@@ -7,6 +7,7 @@ it, because Trainer builds its Accelerator itself. So methods are wrapped, on th
 to record its argument for the optimizers whose gradients it changes (:mod:`hf_lopt.feed`), ``Accelerator.accumulate``
 to tell micro-batches apart, and ``AcceleratedOptimizer.step`` and ``zero_grad`` to end a window of accumulation. And
 what a learned optimizer has beside the methods of torch is reached through an ``AcceleratedOptimizer`` around it.
+``step`` also tells after how many steps the loader that the loop is in begins anew.
 
 For a plain loop the value is the loss. With ``accumulate()`` it is the mean over the micro-batches of the window, also
 of a short last one; in a loop that has ``gradient_accumulation_steps`` but not ``accumulate()``, the sum divided by
@@ -18,9 +19,13 @@ have precedence over all of this.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
+
+from torch.optim import Optimizer
 
 from hf_lopt.feed import deliver, parts_of, unwrap
 from hf_lopt.hf import limits
@@ -83,12 +88,26 @@ def wrap_accumulate(original: Callable[..., Any]) -> Callable[..., Any]:
     return accumulate
 
 
+def _steps_per_epoch(state: Any) -> float:
+    """Of the loader that the loop is in; 0.0 where it is in none, or one that does not know its length."""
+    loader = state.active_dataloader
+    try:
+        batches = len(loader)
+    except TypeError:
+        return 0.0
+    # Of an epoch that a resumed loop is in the middle of, the batches that it has left out.
+    batches += getattr(getattr(loader, "batch_sampler", None), "skip_batches", 0)
+    return float(math.ceil(batches / state.num_steps))
+
+
 def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
     """``AcceleratedOptimizer.step`` that ends the learned optimizer's window together with Accelerate's."""
 
     @functools.wraps(original)
     def step(self: Any, closure: Any = None, **loss: Any) -> Any:
         optimizer = unwrap(self)
+        if optimizer is not None and optimizer not in _scaled_by_trainer:
+            optimizer._run_state.observe_steps_per_epoch(_steps_per_epoch(self.gradient_state))
         if optimizer is not None and set(loss) == {"loss"} and closure is None:
             closure, loss = loss["loss"], {}
         if loss:  # as without this wrapper
@@ -158,6 +177,7 @@ def patch_optimizer(module: Any) -> None:
     cls = module.AcceleratedOptimizer
     wrap_once(cls, "step", wrap_step)
     wrap_once(cls, "zero_grad", wrap_zero_grad)
-    for name in vars(LearnedOptimizer):
+    ours = LearnedOptimizer.__mro__[: LearnedOptimizer.__mro__.index(Optimizer)]
+    for name in itertools.chain.from_iterable(map(vars, ours)):
         if not name.startswith("_") and not any(name in vars(base) for base in cls.__mro__):
             setattr(cls, name, _OfTheOptimizer(name))

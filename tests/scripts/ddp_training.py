@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from accelerate.utils import DataLoaderConfiguration  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import Trainer  # noqa: E402
 
@@ -84,6 +85,20 @@ def raw_loop():
                 window = []
             optimizer.zero_grad()
     return {"seen": seen, "recomputed": expected}
+
+
+def epochs_of_raw_loop():
+    """What the optimizer knows in an Accelerate loop of 45 steps: one rank has five batches, the other four."""
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(even_batches=False))
+    model = cases.tiny_llama()
+    learned = cases.velo(model.parameters(), num_training_steps=45)
+    loader = DataLoader(cases.byte_rows(18), batch_size=2)
+    model, optimizer, loader = accelerator.prepare(model, learned, loader)
+    for _, batch in zip(range(2), loader, strict=False):
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"batches": len(loader), "epochs": learned.num_epochs}
 
 
 def fingerprint(trainer):
@@ -173,6 +188,9 @@ def main(folder):
     AcceleratorState._reset_state()
     GradientState._reset_state()
     results["raw_loop"] = raw_loop()
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    results["epochs_of_raw_loop"] = epochs_of_raw_loop()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     results["refusal"] = trainer_refusal(folder)
