@@ -217,7 +217,7 @@ def test_it_is_told(saved, tmp_path, caplog):
     run = trainer(tmp_path, classifier(saved))
     with said() as texts:
         run.train()
-    assert any("lr=0.05, new layers 2.5" in text for text in texts)
+    assert any("lr=0.05, new layers 2.5, length_multiplier=2, constant" in text for text in texts)
     assert (
         "new layers and their poolers, 1 tensor (score.weight), take up to 2.5, because they start from random"
         in caplog.text

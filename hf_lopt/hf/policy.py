@@ -227,6 +227,8 @@ def in_short(policy: RunPolicy) -> list[str]:
         others.insert(0, f"lr={lr.value:g}" + (" hardly moves" if "hardly move" in lr.reason else ""))
     if policy.new_layers.reason:
         others.insert(1, f"new layers {policy.lr.value * policy.new_layers.value:.3g}")
+    if policy.length_multiplier.reason:
+        others.append(f"length_multiplier={policy.length_multiplier.value:.3g}")
     others += [f"{policy.schedule.value} schedule"] if policy.schedule.reason else []
     others += [f"weight_decay={policy.weight_decay.value:g}"] if policy.weight_decay.reason else []
     return [f"optim={policy.rule}: {', '.join(others)}"] if others else []
