@@ -159,8 +159,8 @@ class GivenSettings(Optimizer):
 
         A pretrained model that sees its samples more than four times takes shorter steps, and so do adapters, see
         :class:`hf_lopt.rules.base.RunLength`. Trainer's callback sets it; in a loop of Accelerate or Lightning it
-        follows from the loader. It counts when ``length_multiplier`` is decided: set it before the first step, or
-        before ``num_training_steps`` changes. What is no number >= 0 is a ValueError.
+        follows from the loader. Checkpoints keep it; where their ``num_training_steps`` changes, it changes alike,
+        unless somebody has set it. What is no number >= 0 is a ValueError.
         """
         return self._run_state.num_epochs
 

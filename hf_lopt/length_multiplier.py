@@ -22,19 +22,14 @@ class LengthMultiplier:
     """The multipliers that an optimizer wants, which it holds weakly.
 
     Attributes:
-        epochs: how often the run sees each sample, as somebody said it; 0: nobody has.
-        steps_per_epoch: as the loader of a training loop lets it be told; 0: not known.
+        steps_per_epoch: of the training loop, before the multiplier is decided; 0: not known.
         for_epochs: whether the last multipliers that were asked for are smaller for the epochs.
     """
 
     def __init__(self, owner: Optimizer):
         self._owner = ref(owner)
         self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
-        self.epochs, self.steps_per_epoch, self.for_epochs = 0.0, 0.0, False
-
-    def epochs_in(self, steps: int) -> float:
-        """How often a run of so many steps sees each sample; 0: not known."""
-        return self.epochs or (steps / self.steps_per_epoch if self.steps_per_epoch else 0.0)
+        self.steps_per_epoch, self.for_epochs = 0.0, False
 
     def agree(self) -> None:
         """Have all ranks count the same: their loaders may differ by a batch. A collective."""

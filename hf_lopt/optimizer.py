@@ -16,7 +16,7 @@ from hf_lopt.pending import PendingLoss
 from hf_lopt.rank_agreement import RankAgreement, selection
 from hf_lopt.rules.base import Rule
 from hf_lopt.run_monitor import RunMonitor, step_metrics
-from hf_lopt.run_state import LENGTH_MULTIPLIER, RunState
+from hf_lopt.run_state import LENGTH_MULTIPLIER, Chosen, RunState
 from hf_lopt.saved_state import check_saved_state, checked_groups, with_later_settings
 from hf_lopt.settings import check_parameter, check_settings, complete_settings
 from hf_lopt.state_formats import put_back, without_cast
@@ -57,7 +57,7 @@ class LearnedOptimizer(GivenSettings):
         source = settings.pop("weights")
         weights = rule_.load_weights(source, **settings)
         self._attach(rule_, weights)
-        self._run_state.chosen_steps = settings.get("num_training_steps", 0)
+        self._run_state.chosen = Chosen(settings.get("num_training_steps", 0))
         found = {"weights_source": weights.source, "weights_sha256": weights.sha256, "weights_origin": weights.origin}
         found |= {LENGTH_MULTIPLIER: 0.0} if rule_.run_lengths else {}
         super().__init__(params, settings | {"rule": rule_.name} | found | self._run_state.initial_values())
@@ -89,14 +89,14 @@ class LearnedOptimizer(GivenSettings):
         owner._monitor, owner._prepared = RunMonitor(self._rule.class_name), None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_rule": self._rule.name, "_weights": self._weights, "_chosen_steps": self._run_state.chosen_steps}
+        own = {"_rule": self._rule.name, "_weights": self._weights, "_chosen": self._run_state.chosen}
         return super().__getstate__() | own | {"_chose_lr": self._chose_lr(), "is_fine_tuning": self.is_fine_tuning}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         if "_rule" in state:
             self._attach(rules.get(state.pop("_rule")), state.pop("_weights"))
-            self._run_state.chosen_steps = state.pop("_chosen_steps", 0)
+            self._run_state.chosen = state.pop("_chosen", Chosen())
             self.lr_is_chosen = state.pop("_chose_lr", None)
         super().__setstate__(state)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -33,8 +33,17 @@ from hf_lopt.weights import Weights, earlier
 COUNTERS = ("step", "nonfinite_steps", "nonfinite_in_a_row")
 # What lr is multiplied with because of the length of the run; 0: not decided yet.
 LENGTH_MULTIPLIER = "length_multiplier"
+# How often the run sees each sample, as somebody said it or as it was when the multiplier was decided; there if known.
+NUM_EPOCHS = "num_epochs"
 # In fine-tuning, how many times that it is for layers that start from random numbers; there once it is decided.
 MORE_FOR_NEW_LAYERS = "more_for_new_layers"
+
+
+class Chosen(NamedTuple):
+    """What somebody set of the length of the run, 0 what nobody has: a checkpoint has it, too."""
+
+    steps: int = 0
+    epochs: float = 0.0
 
 
 class RunState:
@@ -51,7 +60,7 @@ class RunState:
     def __init__(self, owner: Optimizer, rule: Rule, weights: Weights):
         self._owner = ref(owner)
         self._rule, self._weights = rule, weights
-        self.chosen_steps = 0  # num_training_steps as somebody set it, 0 if nobody has: a checkpoint has one too
+        self.chosen = Chosen()
         self._tensor_names = tuple(rule.init_run(weights.theta))
         # All counters in one tensor (3,), and views of its elements.
         self._counters: tuple[Tensor, tuple[Tensor, ...]] | None = None
@@ -162,29 +171,42 @@ class RunState:
 
     @num_training_steps.setter
     def num_training_steps(self, value: int) -> None:
-        self.chosen_steps = positive_int("num_training_steps", value)
-        self._set_length(self.chosen_steps)
+        self.chosen = self.chosen._replace(steps=positive_int("num_training_steps", value))
+        self._set_length(self.chosen.steps)
 
     @property
     def num_epochs(self) -> float:
-        """How often the run sees each sample; 0: not known. It counts when the multiplier is decided."""
-        return self._length.epochs_in(self.num_training_steps)
+        """How often the run sees each sample; 0: not known."""
+        said, a_pass = self.groups[0].get(NUM_EPOCHS, 0.0), self._length.steps_per_epoch
+        return said or (self.num_training_steps / a_pass if a_pass else 0.0)
 
     @num_epochs.setter
     def num_epochs(self, value: float) -> None:
-        self._length.epochs = number_of_epochs(value)
+        self.chosen = self.chosen._replace(epochs=number_of_epochs(value))
+        self._set_epochs(self.chosen.epochs)
+
+    def _set_epochs(self, value: float) -> None:
+        before = self.num_epochs
+        self.write({NUM_EPOCHS: value})
+        if value and self.is_decided and not math.isclose(value, before, rel_tol=1e-6):
+            self._decide_multiplier(self.num_updates)
 
     def observe_steps_per_epoch(self, count: float) -> None:
-        """Note after how many steps the training loop begins anew; it tells the epochs, where nobody has said them.
+        """Note how many steps a pass of the training loop takes: it tells the epochs, where nobody has said them.
 
-        No more than that once the multiplier is decided.
+        Nothing changes once the multiplier is decided.
         """
-        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
+        if not self.is_decided:
             self._length.steps_per_epoch = count
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether there is a multiplier: from the first step on."""
+        return bool(self.groups[0].get(LENGTH_MULTIPLIER))
+
     def _keep_chosen_steps(self) -> None:
-        """After a checkpoint has been loaded: a length that somebody set counts more than the checkpoint's."""
-        saved, chosen = self.num_training_steps, self.chosen_steps
+        """After a checkpoint has been loaded: what somebody set of the length counts more than the checkpoint's."""
+        saved, chosen = self.num_training_steps, self.chosen.steps
         if chosen and saved != chosen:
             self._set_length(chosen)
             if saved:
@@ -192,12 +214,16 @@ class RunState:
                     f"the checkpoint is of a run with num_training_steps={saved}; this {self._rule.class_name} was "
                     f"set to {chosen} and keeps that: its schedule goes on as one of {chosen} steps.",
                 )
+        if self.chosen.epochs:
+            self._set_epochs(self.chosen.epochs)
 
     def _set_length(self, steps: int) -> None:
-        changed, before = steps != self.num_training_steps, self.num_updates
+        old, before = self.num_training_steps, self.num_updates
         self.write({"num_training_steps": steps})
-        if changed and self.groups[0].get(LENGTH_MULTIPLIER):
+        if old != steps and self.is_decided:
             # A run that becomes longer goes on as one that was so from the start, as its schedule does.
+            if old and not self.chosen.epochs and NUM_EPOCHS in self.groups[0]:
+                self.write({NUM_EPOCHS: self.num_epochs * steps / old})
             self._decide_multiplier(before)
 
     @property
@@ -218,12 +244,13 @@ class RunState:
         if self.groups[0].get(LENGTH_MULTIPLIER) != 0.0:
             return False
         self._length.agree()
+        if self.num_epochs:
+            self.write({NUM_EPOCHS: self.num_epochs})
         return self._decide_multiplier(0)
 
     def _wanted_multipliers(self, updates: int, ask: bool = True) -> tuple[float, float]:
         """See :meth:`hf_lopt.length_multiplier.LengthMultiplier.wanted`."""
-        decided = bool(self.groups[0].get(LENGTH_MULTIPLIER))
-        return self._length.wanted(updates, self.num_epochs, decided, ask)
+        return self._length.wanted(updates, self.num_epochs, self.is_decided, ask)
 
     def _decide_multiplier(self, before: int) -> bool:
         """``before``: the updates of the run for which it was decided last; 0: never."""
@@ -248,7 +275,7 @@ class RunState:
     @property
     def more_for_new_layers(self) -> float:
         """How much more lr counts for new layers of a pretrained model; 1 while it is undecided."""
-        if not self.groups[0].get(LENGTH_MULTIPLIER):
+        if not self.is_decided:
             return 1.0
         return self.groups[0].get(MORE_FOR_NEW_LAYERS) or self._wanted_multipliers(self.num_updates)[1]
 

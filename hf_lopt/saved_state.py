@@ -185,10 +185,10 @@ def _group_differences(
         yield f"{name}: {text}"
     if rule.needs_horizon and not _is_count(theirs.get("num_training_steps", 0)):
         yield f"{name}: num_training_steps must be a whole number >= 0, got {theirs['num_training_steps']!r:.40}"
-    for key in ("length_multiplier", "more_for_new_layers"):
-        multiplier = theirs.get(key, 1.0)  # old checkpoints have none
-        if not isinstance(multiplier, (int, float)) or not (math.isfinite(multiplier) and multiplier >= 0.0):
-            yield f"{name}: {key} must be a finite number >= 0, got {multiplier!r}"
+    for key in ("length_multiplier", "more_for_new_layers", "num_epochs"):
+        number = theirs.get(key, 1.0)  # old checkpoints have none
+        if not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0.0):
+            yield f"{name}: {key} must be a finite number >= 0, got {number!r}"
     for key, wanted in run_values.items():
         if key in theirs:
             yield from _run_differences(f"{name}, {key}", wanted, theirs[key], key in _GATHERED)

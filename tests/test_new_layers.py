@@ -617,10 +617,11 @@ def test_a_resumed_run_of_other_length_and_epochs(kept, far, tmp_path):
     resumed = hf_lopt.VeLO(again.parameters(), num_training_steps=200, weights="bundled")
     if not kept:
         del state["param_groups"][0]["more_for_new_layers"]
+        del state["param_groups"][0]["num_epochs"]
+        resumed.num_epochs = 6
     resumed.load_state_dict(state)
-    epochs = 12 if kept else 6
-    resumed.num_epochs = epochs
     resumed.num_training_steps = 400
+    epochs = 12 if kept else 6
     steps_of(again, resumed)
     # The reach is that of the matrices as they are now, a few steps on.
     loaded, new = (of_epochs(400, epochs, reach, of_new) for of_new in (False, True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -301,11 +302,73 @@ def test_fine_tuning_in_many_epochs(rule, epochs, published, tmp_path):
     optimizer.num_epochs = epochs
     assert optimizer.length_multiplier == wanted
     one_step(model, optimizer)
-    optimizer.num_epochs = 2.0  # decided
-    assert optimizer.length_multiplier == wanted
     again = hf_lopt.LearnedOptimizer(model.parameters(), rule, num_training_steps=300, weights=spec)
     again.load_state_dict(optimizer.state_dict())
     assert again.length_multiplier == wanted
+
+
+@pytest.mark.parametrize("how", ["in the run", "resumed", "said before loading", "said after loading", "pickled"])
+def test_the_epochs_of_a_run_that_becomes_longer(how, tmp_path):
+    """Those of a checkpoint grow with the length; those that somebody has said stay."""
+    model = with_adapters()
+    optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=300, weights="bundled")
+    optimizer.num_epochs = 8
+    if how == "pickled":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+        assert optimizer.num_epochs == 8
+        for group in optimizer.param_groups:  # no longer the model's own
+            group["params"] = [p for p in model.parameters() if p.requires_grad]
+    one_step(model, optimizer)
+    assert optimizer.length_multiplier == pytest.approx(by_hand_of_adapters(300, 8))
+    if how == "in the run":
+        optimizer.num_epochs = 20
+        assert optimizer.length_multiplier == pytest.approx(by_hand_of_adapters(300, 20))
+    elif how != "pickled":
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = hf_lopt.VeLO(model.parameters(), num_training_steps=600, weights="bundled")
+        if how == "said before loading":
+            optimizer.num_epochs = 12
+        with pytest.warns(UserWarning, match="num_training_steps=300"):
+            optimizer.load_state_dict(saved)
+        if how == "said after loading":
+            optimizer.num_epochs = 12
+    optimizer.num_training_steps = 600
+    epochs = {"in the run": 20, "resumed": 16, "pickled": 8}.get(how, 12)
+    assert optimizer.num_epochs == epochs
+    assert optimizer.length_multiplier == pytest.approx(by_hand_of_adapters(600, epochs))
+    one_step(model, optimizer)
+    assert optimizer.length_multiplier == pytest.approx(by_hand_of_adapters(600, epochs))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("epochs", [20, 40])
+def test_a_trainer_that_resumes_for_longer(kept, epochs, tmp_path):
+    """Nine samples are three updates. A checkpoint from before, which knows no epochs, keeps its multiplier."""
+
+    def trainer(epochs):
+        options = {"max_steps": -1, "num_train_epochs": epochs, "per_device_train_batch_size": 3}
+        options |= {"save_strategy": "steps", "save_steps": 30}
+        args = cases.arguments(tmp_path, **options, optim_args="weights=bundled")
+        return cases.Trainer(with_adapters(), args, train_dataset=cases.byte_rows(9))
+
+    first = trainer(20)
+    first.train()
+    folder = tmp_path / "checkpoint-30"
+    whole = by_hand_of_adapters(60, 20)
+    if not kept:
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        for group in state["param_groups"]:
+            del group["num_epochs"]
+            group["length_multiplier"] = by_hand(60)
+        torch.save(state, folder / "optimizer.pt")
+        whole = by_hand(60)
+    resumed = trainer(epochs)
+    resumed.train(resume_from_checkpoint=str(folder))
+    found = resumed.optimizer.optimizer.length_multiplier
+    if epochs == 20:
+        assert found == whole  # to the bit
+    else:
+        assert found == pytest.approx(by_hand_of_adapters(120, 40 if kept else 0), rel=1e-6)
 
 
 @transformers_5
