@@ -191,13 +191,13 @@ class RunState:
         if value and self.is_decided and not math.isclose(value, before, rel_tol=1e-6):
             self._decide_multiplier(self.num_updates)
 
-    def observe_steps_per_epoch(self, count: float) -> None:
+    def observe_epoch(self, steps: Callable[[], float]) -> None:
         """Note how many steps a pass of the training loop takes: it tells the epochs, where nobody has said them.
 
-        Nothing changes once the multiplier is decided.
+        ``steps`` is asked until the multiplier is decided, and of rules that have none never.
         """
-        if not self.is_decided:
-            self._length.steps_per_epoch = count
+        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
+            self._length.steps_per_epoch = steps()
 
     @property
     def is_decided(self) -> bool:

@@ -44,7 +44,7 @@ def _wrap_trainer_backward(original: Callable[..., Any]) -> Callable[..., Any]:
         loss = closure_loss.detach() * steps
         if module is not None:
             for optimizer in optimizers:
-                optimizer._run_state.observe_steps_per_epoch(_steps_per_epoch(module.trainer, steps))
+                optimizer._run_state.observe_epoch(lambda: _steps_per_epoch(module.trainer, steps))
 
         def feed(optimizer: LearnedOptimizer, afresh: bool) -> None:
             if automatic:

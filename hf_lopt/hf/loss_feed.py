@@ -107,7 +107,7 @@ def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(self: Any, closure: Any = None, **loss: Any) -> Any:
         optimizer = unwrap(self)
         if optimizer is not None and optimizer not in _scaled_by_trainer:
-            optimizer._run_state.observe_steps_per_epoch(_steps_per_epoch(self.gradient_state))
+            optimizer._run_state.observe_epoch(lambda: _steps_per_epoch(self.gradient_state))
         if optimizer is not None and set(loss) == {"loss"} and closure is None:
             closure, loss = loss["loss"], {}
         if loss:  # as without this wrapper
