@@ -227,12 +227,12 @@ RUNS = (
     # LoRA
     Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=600, lora=True),
     Run(BEGINNINGS, 6, 150, {"velo": PAIR}, at_most=600, lora=True),
-    Run(HEADLINE, 6, 150, {"velo": PAIR}, at_most=300, lora=True),
+    Run(HEADLINE, 6, 150, {"velo": FOUR[:3]}, at_most=300, lora=True),
     Run(HEADLINE, 6, 300, {"velo": FOUR}, at_most=600, lora=True),
     Run(HEADLINE, 6, 300, {"velo": THREE}, at_most=300, lora=True),
     Run(BEGINNINGS, 6, 300, {"velo": FOUR, PUBLISHED: PAIR}, at_most=600, lora=True),
-    Run(BEGINNINGS, 6, 300, {"velo": THREE}, at_most=300, lora=True),
-    Run(TOKENS_KIND, 6, 150, {"velo": THREE}, at_most=300, lora=True),
+    Run(BEGINNINGS, 6, 300, {"velo": (*THREE, 0.35)}, at_most=300, lora=True),
+    Run(TOKENS_KIND, 6, 150, {"velo": FOUR}, at_most=300, lora=True),
     Run(TOKENS_KIND, 6, 300, {"velo": FOUR[:3]}, at_most=600, lora=True),
 )
 
