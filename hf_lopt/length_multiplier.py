@@ -7,7 +7,7 @@ what has to be known about it. :class:`hf_lopt.run_state.RunState` says when, an
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch.optim import Optimizer
@@ -18,18 +18,26 @@ from hf_lopt.reach import reach_of
 from hf_lopt.rules.base import ADAPTERS, FINE_TUNING, FROM_SCRATCH, NEW_LAYERS
 
 
+class Chosen(NamedTuple):
+    """What somebody set of the length of the run, 0 what nobody has: a checkpoint has it, too."""
+
+    steps: int = 0
+    epochs: float = 0.0
+
+
 class LengthMultiplier:
     """The multipliers that an optimizer wants, which it holds weakly.
 
     Attributes:
         steps_per_epoch: of the training loop, before the multiplier is decided; 0: not known.
         for_epochs: whether the last multipliers that were asked for are smaller for the epochs.
+        lacks_epochs: whether the multiplier is of a changed length whose epochs were not known then.
     """
 
     def __init__(self, owner: Optimizer):
         self._owner = ref(owner)
         self._reach: float | None = None  # of the model before its first step, see hf_lopt.reach; None: not asked yet
-        self.steps_per_epoch, self.for_epochs = 0.0, False
+        self.steps_per_epoch, self.for_epochs, self.lacks_epochs = 0.0, False, False
 
     def agree(self) -> None:
         """Have all ranks count the same: their loaders may differ by a batch. A collective."""

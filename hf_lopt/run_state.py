@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from hf_lopt import distributed, notices
 from hf_lopt.accumulation import add_gradients, set_mean_gradients
-from hf_lopt.length_multiplier import LengthMultiplier
+from hf_lopt.length_multiplier import Chosen, LengthMultiplier
 from hf_lopt.pending import PendingLoss
 from hf_lopt.reach import is_here
 from hf_lopt.rules.base import Rule
@@ -37,13 +37,6 @@ LENGTH_MULTIPLIER = "length_multiplier"
 NUM_EPOCHS = "num_epochs"
 # In fine-tuning, how many times that it is for layers that start from random numbers; there once it is decided.
 MORE_FOR_NEW_LAYERS = "more_for_new_layers"
-
-
-class Chosen(NamedTuple):
-    """What somebody set of the length of the run, 0 what nobody has: a checkpoint has it, too."""
-
-    steps: int = 0
-    epochs: float = 0.0
 
 
 class RunState:
@@ -196,8 +189,13 @@ class RunState:
 
         ``steps`` is asked until the multiplier is decided, and of rules that have none never.
         """
-        if self.groups[0].get(LENGTH_MULTIPLIER) == 0.0:
+        if self.awaits_epochs:
             self._length.steps_per_epoch = steps()
+
+    @property
+    def awaits_epochs(self) -> bool:
+        """Whether the epochs, once they are known, still decide about the multiplier."""
+        return self.groups[0].get(LENGTH_MULTIPLIER) == 0.0 or self._length.lacks_epochs
 
     @property
     def is_decided(self) -> bool:
@@ -236,17 +234,18 @@ class RunState:
         return self._wanted_multipliers(self.num_updates, ask=is_here(p for p, _ in self.owner._trainable()))[0]
 
     def decide_multiplier(self) -> bool:
-        """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none.
+        """Decide the multiplier before the first step; a checkpoint keeps the one it has, or has none. Once more where
+        the length changed before the epochs were known.
 
         Returns:
             whether new layers have another ``lr_scales`` from now on.
         """
-        if self.groups[0].get(LENGTH_MULTIPLIER) != 0.0:
+        if not self.awaits_epochs or (self._length.lacks_epochs and not self.num_epochs):
             return False
         self._length.agree()
         if self.num_epochs:
             self.write({NUM_EPOCHS: self.num_epochs})
-        return self._decide_multiplier(0)
+        return self._decide_multiplier(self.num_updates if self.is_decided else 0)
 
     def _wanted_multipliers(self, updates: int, ask: bool = True) -> tuple[float, float]:
         """See :meth:`hf_lopt.length_multiplier.LengthMultiplier.wanted`."""
@@ -254,6 +253,7 @@ class RunState:
 
     def _decide_multiplier(self, before: int) -> bool:
         """``before``: the updates of the run for which it was decided last; 0: never."""
+        self._length.lacks_epochs = bool(before) and not self.num_epochs
         had = self.groups[0].get(MORE_FOR_NEW_LAYERS) or self._wanted_multipliers(before)[1]  # of an old checkpoint
         multiplier, more = self._wanted_multipliers(self.num_updates)
         self.write({LENGTH_MULTIPLIER: multiplier})

@@ -833,6 +833,33 @@ def test_what_accelerate_knows_of_the_epochs(how):
     assert learned.length_multiplier == pytest.approx(by_hand(steps, epochs or 1), rel=1e-6)
 
 
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("steps", [100, 200])
+def test_an_accelerate_loop_that_is_resumed(knows, steps):
+    """For longer: at the epochs of that length. Where the checkpoint lacks its epochs, the loop tells them again."""
+
+    def loop(steps, state=None):
+        accelerator = Accelerator(cpu=True)
+        model, learned = adapted(steps)
+        if state is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of two lengths
+                learned.load_state_dict(state)
+        model, optimizer, loader = accelerator.prepare(model, learned, DataLoader(torch.cat(batches()), batch_size=2))
+        for x in loader:
+            accelerator.backward(model(x))
+            optimizer.step()
+            optimizer.zero_grad()
+        return learned
+
+    state = copy.deepcopy(loop(100).state_dict())
+    if not knows:  # formats that keep what a new optimizer has, too
+        del state["param_groups"][0]["num_epochs"]
+    resumed = loop(steps, state)
+    assert resumed.length_multiplier == pytest.approx(by_hand(steps, steps / 5), rel=1e-6)
+    assert resumed.num_epochs == (steps / 5 if knows or steps == 200 else 0)
+
+
 def test_a_script_in_which_velo_takes_the_place_of_adamw_knows_the_epochs():
     options = Options(optim_args="weights=bundled")
     options.add("AdamW=velo")

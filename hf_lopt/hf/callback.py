@@ -197,7 +197,7 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
         epochs = epochs_of(state.max_steps, args, loader)
-        if optimizer.num_epochs or not optimizer._run_state.is_decided:  # older checkpoints keep what they have
+        if optimizer.num_epochs or optimizer._run_state.awaits_epochs:  # older checkpoints keep what they have
             optimizer.num_epochs = epochs
         optimizer._run_state.decide_multiplier()  # at this door nothing changes it any more
         policy.horizon = Choice(wanted, reason)
