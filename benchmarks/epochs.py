@@ -171,9 +171,13 @@ class Run:
 
 def named(run: Run) -> str:
     """What a run is called in the record, the epochs with it."""
-    samples = samples_of(run)
-    epochs = f"{run.steps * BATCH / samples:.3g} epochs of {samples} samples"
+    epochs = f"{epochs_of(run):.3g} epochs of {samples_of(run)} samples"
     return f"{run.task}, {run.layers} layers, {'LoRA, ' if run.lora else ''}{run.steps} steps, {epochs}"
+
+
+def epochs_of(run: Run) -> float:
+    """How often it sees each sample."""
+    return run.steps * BATCH / samples_of(run)
 
 
 def in_words(times: float | tuple[float, float]) -> str:
@@ -280,7 +284,7 @@ def final_loss(run: Run, rule: str, weights: str, times: float | tuple[float, fl
     data, draw = with_used_rows(model, task.data()), torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(samples, generator=draw) for _ in range(run.steps * BATCH // samples + 1)])
     batches = [batch_of(data, order[i * BATCH : (i + 1) * BATCH]) for i in range(run.steps)]
-    of_loaded, of_new = of_loaded_and_new(in_words(times))
+    of_loaded, of_new = times if isinstance(times, tuple) else (times, times)
     lr, more = known.finetune_lr * of_loaded, known.lr_of_new_layers / known.finetune_lr * of_new / of_loaded
     if run.lora:
         model = with_lora(model, "SEQ_CLS" if task.model is SEQUENCES else "TOKEN_CLS")
@@ -315,14 +319,12 @@ def keep(name: str, rule: str, times: str, losses: Sequence[float]) -> None:
 def relative_loss(label: str, lora: bool) -> tuple[float, int]:
     """Loss at the measured multipliers nearest to what ships, over that at 1: geometric mean over runs that see their
     samples more often than counts as often; and how many runs."""
-    logs = []
-    for name, losses in stored()["held_out_loss"].items():
-        epochs = float(name.split(" epochs")[0].split()[-1])
-        found, whole = losses.get(label, {}), (1.0, 1.0)
-        kinds = (ADAPTERS, ADAPTERS) if lora else (FINE_TUNING, NEW_LAYERS)
+    logs, known, kinds = [], stored()["held_out_loss"], (ADAPTERS, ADAPTERS) if lora else (FINE_TUNING, NEW_LAYERS)
+    for run in (run for run in RUNS if run.lora == lora):
+        found = known.get(named(run), {}).get(label, {})
         # Of a run that is long and of a model that reaches far, as all here do.
-        ships = tuple(RUN_LENGTHS[kind].multiplier(10**9, math.inf, epochs) for kind in kinds)
-        if ships != whole and in_words(1.0) in found and lora == ("LoRA" in name):
+        ships = tuple(RUN_LENGTHS[kind].multiplier(10**9, math.inf, epochs_of(run)) for kind in kinds)
+        if ships != (1.0, 1.0) and in_words(1.0) in found:
             nearest = min(found, key=lambda words: distance(of_loaded_and_new(words), ships))
             logs.append(math.log(sum(found[nearest]) / sum(found[in_words(1.0)])))
     return math.exp(sum(logs) / len(logs)), len(logs)

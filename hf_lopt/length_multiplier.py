@@ -61,18 +61,23 @@ class LengthMultiplier:
             return 1.0, 1.0
         kinds = (FINE_TUNING, NEW_LAYERS) if owner.is_fine_tuning else (FROM_SCRATCH,)
 
-        def multipliers(reach: float, epochs: float, *kinds: str) -> list[float]:
-            rule, weights = owner._rule, owner._weights
-            return [rule.length_multiplier(weights, kind, updates, reach, epochs) for kind in kinds]
+        def multipliers(reach: float, epochs: float) -> list[float]:
+            return [owner._rule.length_multiplier(owner._weights, kind, updates, reach, epochs) for kind in kinds]
 
         reach = 0.0
-        if ask and multipliers(0.0, epochs, *kinds) != multipliers(math.inf, epochs, *kinds):
+        if ask and multipliers(0.0, epochs) != multipliers(math.inf, epochs):
             reach = self._initial_reach(decided)
-        found, (of_adapters,) = multipliers(reach, epochs, *kinds), multipliers(math.inf, epochs, ADAPTERS)
-        if owner.is_fine_tuning or (of_adapters != 1.0 and not trains_adapters(p for p, _ in owner._trainable())):
-            of_adapters = 1.0
-        self.for_epochs = of_adapters != 1.0 or found != multipliers(reach, 0.0, *kinds)
+        found, of_adapters = multipliers(reach, epochs), self._of_adapters(updates, epochs)
+        self.for_epochs = of_adapters != 1.0 or found != multipliers(reach, 0.0)
         return found[0] * of_adapters, found[-1] / found[0]
+
+    def _of_adapters(self, updates: int, epochs: float) -> float:
+        """What the step from scratch counts of adapters; 1 where none are trained."""
+        owner: Any = self._owner()
+        found = owner._rule.length_multiplier(owner._weights, ADAPTERS, updates, math.inf, epochs)
+        if found == 1.0 or owner.is_fine_tuning:  # before the search for the model
+            return 1.0
+        return found if trains_adapters(p for p, _ in owner._trainable()) else 1.0
 
     def _initial_reach(self, decided: bool) -> float:
         """Of a run that was resumed, and whose length changes, the reach of its matrices as they are."""

@@ -153,7 +153,7 @@ class RunState:
             owner._inputs.use(weights.theta)
             for values in (owner.defaults, *self.groups):
                 values |= {"weights_source": weights.source, "weights_sha256": weights.sha256}
-        self._keep_chosen_steps()
+        self._keep_chosen()
 
     # ---- length -----------------------------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class RunState:
         """Whether there is a multiplier: from the first step on."""
         return bool(self.groups[0].get(LENGTH_MULTIPLIER))
 
-    def _keep_chosen_steps(self) -> None:
+    def _keep_chosen(self) -> None:
         """After a checkpoint has been loaded: what somebody set of the length counts more than the checkpoint's."""
         saved, chosen = self.num_training_steps, self.chosen.steps
         if chosen and saved != chosen:

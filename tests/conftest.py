@@ -27,3 +27,13 @@ def _settings_of_launchers_end_with_a_test():
     for name in [name for name in os.environ if name.startswith(names) and name not in before]:
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate keeps its configuration in process-wide singletons."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

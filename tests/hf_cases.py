@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,26 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def far_reaching_llama() -> LlamaForCausalLM:
+    """The tiny llama with matrices that reach five times as far as counts as far."""
+    model = tiny_llama()
+    torch.manual_seed(0)
+    for layer in _linear_layers(model):
+        torch.nn.init.normal_(layer.weight, std=2.0)
+    return model
+
+
+def reach_by_hand(model: LlamaForCausalLM) -> float:
+    """Of its linear layers."""
+    return math.hypot(
+        *(x.weight.detach().square().mean().sqrt().item() * x.in_features for x in _linear_layers(model))
+    )
+
+
+def _linear_layers(model: LlamaForCausalLM) -> list[torch.nn.Linear]:
+    return [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
 
 
 def byte_rows(n: int, length: int = 12, seed: int = 0) -> list[dict[str, torch.Tensor]]:

@@ -19,12 +19,7 @@ import hf_lopt
 from hf_lopt.hf import loss_feed
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its configuration in process-wide singletons."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def approx(value):

@@ -564,13 +564,9 @@ def test_poolers_stay_half_way():
 @pytest.fixture(scope="module")
 def far(tmp_path_factory):
     """A folder with a model whose matrices reach five times as far as counts as far, and its reach."""
-    folder, model = tmp_path_factory.mktemp("far") / "model", cases.tiny_llama()
-    torch.manual_seed(0)
-    layers = [m.weight for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    for p in layers:
-        torch.nn.init.normal_(p, std=2.0)
+    folder, model = tmp_path_factory.mktemp("far") / "model", cases.far_reaching_llama()
     model.save_pretrained(folder)
-    return folder, math.hypot(*(p.detach().square().mean().sqrt().item() * p.shape[1] for p in layers))
+    return folder, cases.reach_by_hand(model)
 
 
 def of_epochs(steps, epochs, reach, new):

@@ -272,19 +272,15 @@ def test_fine_tuning_is_one_at_all_doors(loaded, tmp_path):
 
 
 def far_reaching(folder):
-    """The tiny llama, saved with matrices that reach five times as far as counts as far."""
-    model = cases.tiny_llama()
-    for p in model.model.layers.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=2.0)
+    """A pretrained model that reaches far."""
+    model = cases.far_reaching_llama()
     model.save_pretrained(folder)
     return type(model).from_pretrained(folder)
 
 
 def by_hand_of_epochs(steps, epochs, model, published=False):
     """Of the constants in the documentation; the matrices of the model are its linear layers."""
-    layers = (m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear))
-    reach = math.hypot(*(m.weight.detach().square().mean().sqrt().item() * m.in_features for m in layers))
+    reach = cases.reach_by_hand(model)
     assert reach > 100
     often = max(min(4 / epochs, 1.0), (20 / reach) ** 1.5) if epochs else 1.0
     return min(max(max(((100 if published else 150) / steps) ** 0.9, 1.0) * often, 0.1), 2.0)

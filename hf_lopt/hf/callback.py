@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -13,6 +12,7 @@ from hf_lopt.description import weights_name
 from hf_lopt.given_settings import warn_once
 from hf_lopt.hf import limits, loss_feed
 from hf_lopt.hf.arguments import read_optim_args, wants_layers
+from hf_lopt.hf.epochs import batches_in, steps_per_epoch
 from hf_lopt.hf.group_settings import name_new_layers, settle
 from hf_lopt.hf.layers import LayerLog
 from hf_lopt.hf.policy import Choice, in_short, told
@@ -38,12 +38,8 @@ def epochs_of(steps: int, args: TrainingArguments, loader: Any) -> float:
 
     A collective: loaders of several ranks may differ by a batch, and the step must not.
     """
-    try:
-        batches = len(loader)
-    except TypeError:  # there is none, or it is over an iterable dataset
-        batches = 0
-    steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    return distributed.mean_over_ranks(steps / steps_per_epoch if batches else 0.0)
+    in_one = steps_per_epoch(batches_in(loader), args.gradient_accumulation_steps)
+    return distributed.mean_over_ranks(steps / in_one if in_one else 0.0)
 
 
 def _warn(state: TrainerState, text: str) -> None:
@@ -196,9 +192,8 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         elif before not in (0, wanted) and state.global_step == 0 and policy.horizon.value in (0, wanted):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
-        epochs = epochs_of(state.max_steps, args, loader)
         if optimizer.num_epochs or optimizer._run_state.awaits_epochs:  # older checkpoints keep what they have
-            optimizer.num_epochs = epochs
+            optimizer.num_epochs = epochs_of(state.max_steps, args, loader)
         optimizer._run_state.decide_multiplier()  # at this door nothing changes it any more
         policy.horizon = Choice(wanted, reason)
         policy.length_multiplier = _length_multiplier(optimizer)

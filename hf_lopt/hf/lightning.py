@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
 
 from hf_lopt.feed import deliver, parts_of, unwrap
+from hf_lopt.hf.epochs import steps_per_epoch
 from hf_lopt.hf.run_end import wrap_on_train_end
 from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
@@ -25,12 +25,6 @@ from hf_lopt.optimizer import LearnedOptimizer
 
 _in_fabric: WeakSet[LearnedOptimizer] = WeakSet()
 _micro_batch = itertools.count(1)
-
-
-def _steps_per_epoch(trainer: Any, accumulated: int) -> float:
-    """0.0 where the loader does not know how many batches it has."""
-    batches = trainer.num_training_batches
-    return float(math.ceil(batches / accumulated)) if math.isfinite(batches) else 0.0
 
 
 def _wrap_trainer_backward(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +38,7 @@ def _wrap_trainer_backward(original: Callable[..., Any]) -> Callable[..., Any]:
         loss = closure_loss.detach() * steps
         if module is not None:
             for optimizer in optimizers:
-                optimizer._run_state.observe_epoch(lambda: _steps_per_epoch(module.trainer, steps))
+                optimizer._run_state.observe_epoch(lambda: steps_per_epoch(module.trainer.num_training_batches, steps))
 
         def feed(optimizer: LearnedOptimizer, afresh: bool) -> None:
             if automatic:

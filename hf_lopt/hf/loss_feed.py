@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -29,6 +28,7 @@ from torch.optim import Optimizer
 
 from hf_lopt.feed import deliver, parts_of, unwrap
 from hf_lopt.hf import limits
+from hf_lopt.hf.epochs import batches_in, steps_per_epoch
 from hf_lopt.hf.run_end import wrap_end_training
 from hf_lopt.hf.wrapping import wrap_once
 from hf_lopt.optimizer import LearnedOptimizer
@@ -91,13 +91,9 @@ def wrap_accumulate(original: Callable[..., Any]) -> Callable[..., Any]:
 def _steps_per_epoch(state: Any) -> float:
     """Of the loader that the loop is in; 0.0 where it is in none, or one that does not know its length."""
     loader = state.active_dataloader
-    try:
-        batches = len(loader)
-    except TypeError:
-        return 0.0
     # Of an epoch that a resumed loop is in the middle of, the batches that it has left out.
-    batches += getattr(getattr(loader, "batch_sampler", None), "skip_batches", 0)
-    return float(math.ceil(batches / state.num_steps))
+    left_out = getattr(getattr(loader, "batch_sampler", None), "skip_batches", 0)
+    return steps_per_epoch(batches_in(loader) + left_out, state.num_steps)
 
 
 def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +102,7 @@ def wrap_step(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def step(self: Any, closure: Any = None, **loss: Any) -> Any:
         optimizer = unwrap(self)
-        if optimizer is not None and optimizer not in _scaled_by_trainer:
+        if optimizer is not None:
             optimizer._run_state.observe_epoch(lambda: _steps_per_epoch(self.gradient_state))
         if optimizer is not None and set(loss) == {"loss"} and closure is None:
             closure, loss = loss["loss"], {}
