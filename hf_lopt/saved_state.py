@@ -41,6 +41,9 @@ _OWN_FLOOR = "min_param_scale"
 _GATHERED = (_GRADIENT_SUM, "accumulated_loss")
 # Settings that rules have not always had: an older state dict lacks them, and leaves them as they are.
 _LATER = frozenset(("precision", *STORAGE))
+# What a new optimizer does not have yet: of sharded tensors torch hands it to the rank that reads the file, and the
+# others must not decide otherwise.
+_OF_ONE_RANK = frozenset(("more_for_new_layers", "num_epochs"))
 _WAY_OUT = (
     "Nothing was loaded. Load the checkpoint that belongs to this model, these parameter groups and these settings, "
     "or start without the optimizer's state."
@@ -326,8 +329,12 @@ def _describe(value: Any) -> str:
 def with_later_settings(state_dict: dict[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The state dict, with those of the ``groups`` for settings that it is too old to have or does not decide."""
     pairs = zip(state_dict["param_groups"], groups, strict=True)
+    sharded = any(distributed.is_dtensor(p) for group in groups for p in group["params"])
+    left_out = _OF_ONE_RANK if sharded else frozenset()
     completed = [
-        {key: ours[key] for key in _LATER & ours.keys()} | theirs | {key: ours[key] for key in STORAGE}
+        {key: ours[key] for key in _LATER & ours.keys()}
+        | {key: value for key, value in theirs.items() if key not in left_out}
+        | {key: ours[key] for key in STORAGE}
         for theirs, ours in pairs
     ]
     return state_dict | {"param_groups": completed}

@@ -192,8 +192,9 @@ class LearnedOptimizerCallback(TrainerCallback, ExportableState):
         elif before not in (0, wanted) and state.global_step == 0 and policy.horizon.value in (0, wanted):
             _warn(state, f"{name}'s num_training_steps={before} gives way to this run's length, {wanted} steps.")
         optimizer.num_training_steps = wanted
+        epochs = epochs_of(state.max_steps, args, loader)
         if optimizer.num_epochs or optimizer._run_state.awaits_epochs:  # older checkpoints keep what they have
-            optimizer.num_epochs = epochs_of(state.max_steps, args, loader)
+            optimizer.num_epochs = epochs
         optimizer._run_state.decide_multiplier()  # at this door nothing changes it any more
         policy.horizon = Choice(wanted, reason)
         policy.length_multiplier = _length_multiplier(optimizer)

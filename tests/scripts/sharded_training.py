@@ -153,7 +153,12 @@ def by_trainer_again(
     run = trainer(folder / "again", optim, state_dict_type=form, save_strategy="no")
     run.train(resume_from_checkpoint=str(folder / f"{optim}_{form}_{source}" / f"checkpoint-{SAVED}"))
     assert_sharded(run.model, run.optimizer)
-    assert cases.unwrap(run.optimizer).steps_done == STEPS
+    optimizer = cases.unwrap(run.optimizer)
+    assert optimizer.steps_done == STEPS
+    if world_size() > 1:
+        of_ranks = [None] * world_size()
+        dist.all_gather_object(of_ranks, [sorted(group) for group in optimizer.param_groups])
+        assert of_ranks == [of_ranks[0]] * world_size(), of_ranks
     return {"end": error(run.model, whole[f"trainer {optim}"])}
 
 
